@@ -1,0 +1,172 @@
+"""The backend: capture, rewrite, compile both programs, and choose between them for each call."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile import torch_internals as internals
+from radix_compile.capture import CaptureError, capture
+from radix_compile.options import Options
+from radix_compile.passes.mark_token_axes import CannotFold
+from radix_compile.pipeline import Observer, run_pipeline
+from radix_compile.plan_inputs import PlanInputs, plan_inputs
+from radix_compile.report import COUNTERS, GraphReport, report_on
+
+log = logging.getLogger(__name__)
+
+LEAST_SHARE = 0.25
+"""Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
+
+Program = Callable[..., Any]
+
+
+class RadixBackend:
+    """A ``torch.compile`` backend that runs token-wise work once per distinct prefix of the batch.
+
+    ``torch.compile(model, backend=RadixBackend(threshold=0.9))``, or by name with
+    ``torch.compile(model, backend="radix", options={"threshold": 0.9})``. The keyword arguments are those of
+    :class:`~radix_compile.options.Options`. Backends with equal options are equal, so that Dynamo does not compile again
+    for a second one.
+    """
+
+    __name__ = "radix"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = Options().updated(options)
+        self._warned: set[str] = set()
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Program:
+        """Compile one graph that Dynamo captured. ``mode`` and ``options`` are what ``torch.compile`` was given."""
+        return self.compile(gm, example_inputs, self.options.updated(options, mode))
+
+    def compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observe: Observer | None = None
+    ) -> Program:
+        COUNTERS.add(graphs=1)
+        report = GraphReport(folded=False)
+        folded: tuple[Program, PlanInputs] | None = None
+        try:
+            captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
+            folded = _compile_folded(captured, rewritten, example_inputs, options), inputs
+        except (CaptureError, CannotFold) as refusal:
+            report.reason = str(refusal)
+            self._say_so(report, options, expected=getattr(refusal, "expected", False))
+        self.report(report)
+        plain = _compile_plain(gm, example_inputs, options)
+        return plain if folded is None else _choose_per_call(plain, *folded, options)
+
+    def report(self, report: GraphReport) -> None:
+        """Called with the report of every graph; ``explain`` listens here."""
+
+    def _say_so(self, report: GraphReport, options: Options, expected: bool) -> None:
+        details = "".join(f"\n  {refusal}" for refusal in report.refusals)
+        log.info("not folded: %s%s", report.reason, details)
+        if expected:
+            return
+        if options.strict:
+            raise RuntimeError(f"radix: nothing folds: {report.reason}{details}")
+        if report.reason not in self._warned:
+            self._warned.add(report.reason)
+            warnings.warn(f"radix: nothing folds: {report.reason}", stacklevel=2)
+
+    def reset(self) -> None:
+        """Called by ``torch._dynamo.reset()``."""
+        self._warned.clear()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.options == other.options  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.options))
+
+    def __repr__(self) -> str:
+        return f"RadixBackend({self.options})"
+
+
+radix = RadixBackend()
+"""The entry point ``radix`` of the group ``torch_dynamo_backends``."""
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    report: GraphReport,
+    observe: Observer | None = None,
+) -> tuple[fx.GraphModule, fx.GraphModule, PlanInputs]:
+    """The captured graph, its folded form and how to plan a call; ``report`` is filled in on the way.
+
+    Raises ``CaptureError`` or ``CannotFold``; ``gm`` is left as it was.
+    """
+    captured = capture(gm, example_inputs)
+    if observe is not None:
+        observe("capture", captured)
+    folded = run_pipeline(captured, observe)
+    found = report_on(folded.meta["source"])
+    report.__dict__.update(found.__dict__)
+    if not report.folded or report.foldable_share < LEAST_SHARE:
+        report.folded = False
+        reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
+        if found.folded:
+            reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
+        raise CannotFold(reason)
+    inputs, why_not = plan_inputs(folded.meta["source"], options.padding == "skip")
+    if why_not is not None:
+        report.notes.append(f'padding="skip" is off: {why_not}')
+        log.info(report.notes[-1])
+    if inputs.skip is not None:
+        internals.set_holes(folded)
+    return captured, folded, inputs
+
+
+def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:
+    COUNTERS.add(plain_compiles=1)
+    return internals.compile_with(options.inner, gm, example_inputs, options.mode, dict(options.inner_options))
+
+
+def _compile_folded(
+    captured: fx.GraphModule, folded: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Program:
+    layout = captured.meta["tokens"]
+    ids = example_inputs[captured.graph.find_nodes(op="placeholder").index(layout.keys[0])]
+    COUNTERS.add(folded_compiles=1)
+    fold, scatter = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device)
+    with internals.without_autocast(), internals.cache_unless(captured.meta["checkpointed"]):
+        return internals.compile_with(
+            options.inner, folded, [*example_inputs, fold, scatter], options.mode, dict(options.inner_options)
+        )
+
+
+def _choose_per_call(plain: Program, folded: Program, inputs: PlanInputs, options: Options) -> Program:
+    first_key = inputs.keys[0]
+
+    def run(*args: Any) -> Any:
+        ids = args[first_key]
+        if ids.numel() < options.min_tokens:
+            COUNTERS.ran_plain("fewer rows than min_tokens")
+            return plain(*args)
+        started = time.perf_counter()
+        plan = inputs.plan(args, options.pad_multiple_of)
+        COUNTERS.add(plan_seconds=time.perf_counter() - started)
+        if plan.compact_tokens > options.threshold * ids.numel() or plan.compact_tokens == 0:
+            COUNTERS.ran_plain("too little is shared")
+            return plain(*args)
+        COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
+        fold, scatter = (torch.from_numpy(index).to(ids.device) for index in (plan.fold, plan.scatter))
+        return folded(*args, fold, scatter)
+
+    return run

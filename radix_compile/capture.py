@@ -1,0 +1,162 @@
+"""From the graph that Dynamo captured to a functional graph of whole ATen ops, with autograd still to come.
+
+``aot_export_module(pre_dispatch=True)`` functionalises (``make_fx`` does not) and keeps ``linear``, attention and norms
+whole. It runs in the tracing context and fake mode that Dynamo is compiling in, so that guards and symbols stay valid.
+What it cannot carry over is refused here, before anything has been changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile import torch_internals as internals
+
+aten = torch.ops.aten
+
+
+class CaptureError(Exception):
+    """The graph cannot be captured as functional ATen. The message is the reason; the plain program is unaffected."""
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Lower a Dynamo graph to functional pre-dispatch ATen.
+
+    ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
+    The result takes the same inputs in the same order. Its nodes carry ``val``, ``stack_trace`` and
+    ``nn_module_stack``; placeholders of parameters and buffers carry ``is_static``; ``meta["checkpointed"]`` says
+    whether activation checkpointing regions were inlined. Raises :class:`CaptureError`; ``gm`` is left as it was.
+    """
+    _refuse_what_would_go_wrong(gm)
+    checkpointed = _tag_checkpointed_regions(gm)
+    try:
+        captured, mutated = internals.export_functional(_Replay(gm), example_inputs)
+    except internals.CAPTURE_ERRORS as error:
+        if internals.must_propagate(error):
+            raise
+        raise CaptureError(f"lowering to ATen failed: {_first_line(error)}") from error
+    if mutated:
+        raise CaptureError(f"the program writes to its inputs ({', '.join(mutated)})")
+    _copy_placeholder_facts(gm, captured, example_inputs)
+    _tidy(captured)
+    captured.meta["checkpointed"] = checkpointed
+    return captured
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
+
+
+# ----------------------------------------------------------------------------------- what must not be lowered
+
+
+def _refuse_what_would_go_wrong(gm: fx.GraphModule) -> None:
+    for module in gm.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if internals.is_custom_autograd_function(node.target) and torch.is_grad_enabled():
+                raise CaptureError("a custom autograd.Function would lose its gradient")
+            if internals.is_functorch_transform(node.target):
+                # Lowering fails half way through these and leaves functorch's interpreter stack unbalanced.
+                raise CaptureError("the program uses torch.func transforms (vmap)")
+
+
+# -------------------------------------------------------------------------------------- regions with a meaning
+
+
+def _tag_checkpointed_regions(gm: fx.GraphModule) -> bool:
+    """Mark what activation checkpointing asked to recompute; the marks survive inlining, the regions do not."""
+    regions = [node for node in gm.graph.nodes if internals.is_checkpoint_region(node.target)]
+    for number, region in enumerate(regions):
+        body = getattr(gm, region.args[0].target)
+        for node in body.graph.nodes:
+            internals.tag_for_recompute(node, number)
+    return bool(regions)
+
+
+class _Replay(fx.Interpreter):
+    """Runs the Dynamo graph with the regions it only names made real: autocast entered, checkpointing inlined."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.open_regions = contextlib.ExitStack()
+        self.autocasts: list[contextlib.ExitStack] = []
+
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        try:
+            return super().run(*args)
+        finally:
+            while self.autocasts:
+                self.autocasts.pop().close()
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if internals.enters_autocast(target):
+            region = contextlib.ExitStack()
+            region.enter_context(torch.amp.autocast(*args, **kwargs))
+            self.autocasts.append(region)
+            return region
+        if internals.exits_autocast(target):
+            self.autocasts.pop().close()
+            return None
+        if internals.is_checkpoint_region(target):
+            body, *inputs = args
+            return _Replay(body).run(*inputs)
+        return super().call_function(target, args, kwargs)
+
+
+# --------------------------------------------------------------------------------------------------- afterwards
+
+
+def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """What compilers look up on Dynamo's placeholders: without it parameters would count as changing inputs."""
+    for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
+        if key in gm.meta:
+            captured.meta[key] = gm.meta[key]
+    if hasattr(gm, "_param_name_to_source"):
+        captured._param_name_to_source = gm._param_name_to_source
+    before, after = gm.graph.find_nodes(op="placeholder"), captured.graph.find_nodes(op="placeholder")
+    for old, new, example in zip(before, after, example_inputs, strict=True):
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+        new.meta["is_static"] = internals.is_parameter_or_buffer(example)
+
+
+def _tidy(gm: fx.GraphModule) -> None:
+    """Drop assertions about metadata, which is known here, and give ``copy`` a form that has a derivative."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.copy.default:
+            _replace_copy(graph, node)
+    graph.eliminate_dead_code(_is_needed)
+    gm.recompile()
+
+
+def _is_needed(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or (node.is_impure() and not isinstance(node.meta.get("val"), torch.Tensor))
+
+
+def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """``copy(into, from)`` is ``from`` in the dtype and shape of ``into``."""
+    into, source = node.args[0].meta["val"], node.args[1]
+    with graph.inserting_before(node):
+        if source.meta["val"].dtype != into.dtype:
+            source = graph.call_function(aten._to_copy.default, (source,), {"dtype": into.dtype})
+        elif tuple(source.meta["val"].shape) == tuple(into.shape):
+            source = graph.call_function(aten.clone.default, (source,))
+        if tuple(node.args[1].meta["val"].shape) != tuple(into.shape):
+            source = graph.call_function(aten.expand_as.default, (source, node.args[0]))
+    source.meta = dict(node.meta)
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)

@@ -1,0 +1,49 @@
+"""Floating-point operations of an ATen node, from the shapes in its metadata."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+_PRODUCTS = {
+    aten.linear.default: ("weight", -1),
+    aten.mm.default: ("mat2", 0),
+    aten.bmm.default: ("mat2", -2),
+    aten.matmul.default: ("other", -2),
+    aten.addmm.default: ("mat2", 0),
+}
+
+
+def flops(node: fx.Node) -> int:
+    """Multiplications and additions of a matrix product or an attention; 0 for anything else.
+
+    Attention counts all pairs of query and key, masked or not, as it runs without knowledge of the mask. Symbolic sizes
+    count with their hints.
+    """
+    from radix_compile.op_rules.table import argument
+
+    if node.op != "call_function":
+        return 0
+    if node.target is aten.scaled_dot_product_attention.default:
+        query, key, value = (argument(node, name).meta["val"] for name in ("query", "key", "value"))
+        return 2 * _numel(query) * _hint(key.shape[-2]) + 2 * _numel(query) // _hint(query.shape[-1]) * _hint(
+            key.shape[-2]
+        ) * _hint(value.shape[-1])
+    if node.target not in _PRODUCTS:
+        return 0
+    name, dim = _PRODUCTS[node.target]
+    weight = argument(node, name).meta["val"]
+    contracted = weight.shape[dim] if weight.ndim > 1 else weight.shape[0]
+    return 2 * _numel(node.meta["val"]) * _hint(contracted)
+
+
+def _numel(tensor: torch.Tensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= _hint(size)
+    return count
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)

@@ -1,0 +1,1 @@
+"""Index ops (and, in time, attention) on the prefix tree."""

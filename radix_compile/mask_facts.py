@@ -1,0 +1,308 @@
+"""What is known of a tensor's entries: indices, predicates over two columns, masked scores, attention weights.
+
+Dimensions are counted from the right (``-1`` is the last) so that broadcasting leaves facts as they are. A predicate is
+about a tensor with two column dimensions, query and key: it is a small formula whose atoms compare the two columns or
+look up a row. From the formula follow three things: whether the mask is causal, whether every row sees itself, and, if
+not, which rows may see nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from radix_compile.token_axes import Mixes
+
+# ---------------------------------------------------------------------------------------------------- predicates
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """``column[a] - column[b] <= bound``."""
+
+    a: int
+    b: int
+    bound: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowTrue:
+    """``source[b, column[dim]]`` is not zero (or is, if ``truth`` is false): what a padding mask says of a key."""
+
+    source: fx.Node
+    dim: int
+    truth: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """``source[b, column[a]] == source[b, column[b]]``; ``runs_of`` if source numbers the runs of those positions."""
+
+    source: fx.Node
+    a: int
+    b: int
+    runs_of: fx.Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    """``source[b, column[a]] <= source[b, column[b]]``."""
+
+    source: fx.Node
+    a: int
+    b: int
+
+
+@dataclass(frozen=True, slots=True)
+class And:
+    terms: tuple[Formula, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Or:
+    terms: tuple[Formula, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Some predicate; nothing is known of it."""
+
+
+Formula = Diff | RowTrue | Same | AtMost | And | Or | Opaque
+TRUE = And(())
+FALSE = Or(())
+OPAQUE = Opaque()
+
+
+def conjunction(*formulas: Formula) -> Formula:
+    terms: dict[Formula, None] = {}
+    for formula in formulas:
+        terms.update(dict.fromkeys(formula.terms if isinstance(formula, And) else (formula,)))
+    return next(iter(terms)) if len(terms) == 1 else And(tuple(terms))
+
+
+def disjunction(*formulas: Formula) -> Formula:
+    return Or(tuple(dict.fromkeys(formulas)))
+
+
+def negation(formula: Formula) -> Formula:
+    match formula:
+        case Diff(a, b, bound):
+            return Diff(b, a, -bound - 1)
+        case And(terms):
+            return Or(tuple(negation(term) for term in terms))
+        case Or(terms):
+            return conjunction(*(negation(term) for term in terms))
+        case RowTrue(source, dim, truth):
+            return RowTrue(source, dim, not truth)
+        case _:
+            return OPAQUE
+
+
+def implies_causal(formula: Formula, query: int, key: int) -> bool:
+    """Does the predicate hold only where ``key column <= query column``?"""
+    match formula:
+        case Diff(a, b, bound):
+            return a == key and b == query and bound <= 0
+        case And(terms):
+            runs = {term.runs_of for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}}
+            # Within one run positions grow by one per column, so "position at most mine" is "column at most mine".
+            ordered = any(isinstance(t, AtMost) and t.source in runs and (t.a, t.b) == (key, query) for t in terms)
+            return ordered or any(implies_causal(term, query, key) for term in terms)
+        case Or(terms):
+            return all(implies_causal(term, query, key) for term in terms)
+        case _:
+            return False
+
+
+def holds_on_diagonal(formula: Formula, query: int, key: int) -> bool:
+    """Is the predicate certain to hold where query and key are the same column?"""
+    match formula:
+        case Diff(a, b, bound):
+            return {a, b} == {query, key} and bound >= 0
+        case Same() | AtMost():
+            return {formula.a, formula.b} == {query, key}
+        case And(terms):
+            return all(holds_on_diagonal(term, query, key) for term in terms)
+        case Or(terms):
+            return any(holds_on_diagonal(term, query, key) for term in terms)
+        case _:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class Blind:
+    """The rows that see no key.
+
+    None of the last ``window`` columns up to the row (all of them, if ``None``) has a ``source`` entry that is nonzero
+    (or zero, if ``truth`` is false).
+    """
+
+    source: fx.Node
+    window: int | None
+    truth: bool = True
+
+
+def blind_rows(formula: Formula, query: int, key: int) -> Blind | None:
+    """Which rows a causal mask leaves without a key: ``None`` if every row sees itself.
+
+    Such a row is not determined by its prefix: with an additive finite mask it attends to everything, the future too.
+    """
+    if holds_on_diagonal(formula, query, key):
+        return None
+    terms = formula.terms if isinstance(formula, And) else (formula,)
+    window: int | None = None
+    keys: set[tuple[fx.Node, bool]] = set()
+    for term in terms:
+        match term:
+            case RowTrue(source, dim, truth) if dim == key:
+                keys.add((source, truth))
+            case Diff(a, b, bound) if (a, b) == (key, query) and bound == 0:
+                pass
+            case Diff(a, b, bound) if (a, b) == (query, key) and bound >= 0:
+                window = bound + 1 if window is None else min(window, bound + 1)
+            case _:
+                raise Mixes("cannot tell which rows the mask leaves without a key to see")
+    if len(keys) != 1:
+        raise Mixes("cannot tell which rows the mask leaves without a key to see")
+    source, truth = keys.pop()
+    return Blind(source, window, truth)
+
+
+def hides(formula: Formula, blind: Blind, key: int) -> bool:
+    """Are the keys that make rows blind hidden from every row?"""
+    terms = formula.terms if isinstance(formula, And) else (formula,)
+    return RowTrue(blind.source, key, blind.truth) in terms
+
+
+# --------------------------------------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Each entry is its own index along ``dim``, plus ``offset``."""
+
+    dim: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Every entry is ``value``."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class PerRow:
+    """Each entry is the entry of ``source`` at that row (``dim`` is the column). ``exact`` unless only its truth is."""
+
+    source: fx.Node
+    dim: int
+    exact: bool = True
+    runs_of: fx.Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``source[:, j] - source[:, j - 1]``, and one in column 0."""
+
+    source: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """Where :class:`Step` is not one."""
+
+    source: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class Predicate:
+    """A bool tensor that holds exactly where ``formula`` does."""
+
+    formula: Formula
+
+
+@dataclass(frozen=True, slots=True)
+class Ones:
+    """A number tensor that is one where ``formula`` holds and zero elsewhere (``tril(ones)``)."""
+
+    formula: Formula
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Query-key products, possibly scaled or soft-capped: of ordinary size, far from the mask's floor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """Scores or a mask to add to them: hidden (see :func:`is_hidden`) wherever ``visible`` does not hold.
+
+    ``bounded`` if the visible entries are of ordinary size; ``strict`` if hidden entries are minus infinity.
+    """
+
+    visible: Formula
+    bounded: bool
+    strict: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Attention weights: exactly zero wherever ``visible`` does not hold (rows that see no key excepted)."""
+
+    visible: Formula
+    query: int
+    key: int
+
+
+Fact = Index | Filled | PerRow | Step | Break | Predicate | Ones | Score | Masked | Weights
+
+
+def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
+    """The fact after a view that moves dimension ``d`` to ``dims[d]`` (both from the right); ``None`` if one is gone."""
+    try:
+        return _remap(fact, lambda dim: dims[dim])
+    except KeyError:
+        return None
+
+
+def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:
+    match fact:
+        case Index(dim, offset):
+            return Index(to(dim), offset)
+        case PerRow(source, dim, exact, runs_of):
+            return PerRow(source, to(dim), exact, runs_of)
+        case Predicate(formula):
+            return Predicate(_remap_formula(formula, to))
+        case Ones(formula):
+            return Ones(_remap_formula(formula, to))
+        case Masked(visible, bounded, strict):
+            return Masked(_remap_formula(visible, to), bounded, strict)
+        case Weights(visible, query, key):
+            return Weights(_remap_formula(visible, to), to(query), to(key))
+        case Step() | Break():
+            return None
+        case _:
+            return fact
+
+
+def _remap_formula(formula: Formula, to: Callable[[int], int]) -> Formula:
+    match formula:
+        case Diff(a, b, bound):
+            return Diff(to(a), to(b), bound)
+        case RowTrue(source, dim, truth):
+            return RowTrue(source, to(dim), truth)
+        case Same(source, a, b, runs_of):
+            return Same(source, to(a), to(b), runs_of)
+        case AtMost(source, a, b):
+            return AtMost(source, to(a), to(b))
+        case And(terms):
+            return And(tuple(_remap_formula(term, to) for term in terms))
+        case Or(terms):
+            return Or(tuple(_remap_formula(term, to) for term in terms))
+        case _:
+            return formula

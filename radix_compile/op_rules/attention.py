@@ -1,0 +1,53 @@
+"""Attention as one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import And, Diff, Formula, Masked, Weights, implies_causal
+from radix_compile.op_rules.contractions import attend
+from radix_compile.op_rules.masks import as_formula
+from radix_compile.op_rules.table import argument, rule
+from radix_compile.token_axes import SEQ, Axes, Layout, Mixes, Operand, Value, broadcast, has_tokens, value_of
+
+aten = torch.ops.aten
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    q, k, v = value_of(query), value_of(key), value_of(value)
+    if argument(node, "dropout_p"):
+        raise Mixes("attention dropout is on")
+    for what, source in (("query", q), ("key", k), ("value", v)):
+        if not source.is_row or source.axes[-2] != (SEQ,) or has_tokens(source.axes[-1]):
+            raise Mixes(f"the {what} of attention does not have one vector for each row")
+    heads, _ = broadcast(layout, [Operand(n, w, _leading(w, argument(node, "enable_gqa"))) for n, w in ((query, q), (key, k), (value, v))])
+    leading = q.axes[:-2] if argument(node, "enable_gqa") else heads[:-2]
+    visible = _visible(node, layout, Operand(query, q, (*leading, (SEQ,), (SEQ,))))
+    if not implies_causal(visible, -2, -1):
+        raise Mixes("attention is bidirectional" if visible == And(()) else "the attention mask lets a token see later ones (or is not understood)")
+    return attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), k, v)
+
+
+def _leading(value: Value, grouped: bool) -> Axes:
+    """Batch and head dimensions; with ``enable_gqa`` the numbers of heads differ."""
+    leading = (*value.axes[:-3], ()) if grouped else value.axes[:-2]
+    return (*leading, (), ())
+
+
+def _visible(node: fx.Node, layout: Layout, scores: Operand) -> Formula:
+    mask = argument(node, "attn_mask")
+    if argument(node, "is_causal"):
+        return Diff(-1, -2, 0)
+    if mask is None:
+        return And(())
+    marks = value_of(mask)
+    broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
+    if mask.meta["val"].dtype == torch.bool:
+        return as_formula(marks)
+    if isinstance(marks.fact, Masked) and (marks.fact.bounded or marks.fact.strict):
+        return marks.fact.visible
+    raise Mixes("the attention mask is not understood")
+

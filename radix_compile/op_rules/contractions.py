@@ -1,0 +1,115 @@
+"""Matrix products: position-wise when a row meets weights, scores when rows meet rows, attention when weights meet values."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import Score, Weights, blind_rows, hides
+from radix_compile.op_rules.table import argument, rule
+from radix_compile.token_axes import (
+    SEQ,
+    Axes,
+    Layout,
+    Mixes,
+    Operand,
+    Value,
+    broadcast,
+    feature,
+    has_tokens,
+    value_of,
+)
+
+aten = torch.ops.aten
+
+
+def constant_weights(*nodes: fx.Node | None) -> None:
+    for node in nodes:
+        if node is not None and not value_of(node).is_constant:
+            raise Mixes("the weights differ from row to row")
+
+
+@rule(aten.linear.default)
+def linear(node: fx.Node, layout: Layout) -> Value:
+    source, weight, bias = argument(node, "input"), argument(node, "weight"), argument(node, "bias")
+    constant_weights(weight, bias)
+    axes = value_of(source).axes
+    feature(axes[-1], "contracts")
+    return Value((*axes[:-1], *value_of(weight).axes[:-1]))
+
+
+@rule(aten.mm.default)
+def mm(node: fx.Node, layout: Layout) -> Value:
+    return product(node, argument(node, "self"), argument(node, "mat2"), layout)
+
+
+@rule(aten.bmm.default)
+def bmm(node: fx.Node, layout: Layout) -> Value:
+    return product(node, argument(node, "self"), argument(node, "mat2"), layout)
+
+
+@rule(aten.matmul.default)
+def matmul(node: fx.Node, layout: Layout) -> Value:
+    return product(node, argument(node, "self"), argument(node, "other"), layout)
+
+
+@rule(aten.addmm.default)
+def addmm(node: fx.Node, layout: Layout) -> Value:
+    constant_weights(argument(node, "self"), argument(node, "mat2"))
+    bias = argument(node, "self")
+    if len(value_of(bias).axes) > 1:
+        raise Mixes("adds a matrix that is not a bias")
+    return product(node, argument(node, "mat1"), argument(node, "mat2"), layout)
+
+
+def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
+    """``left @ right``, with batch dimensions broadcast."""
+    a, b = value_of(left), value_of(right)
+    if len(a.axes) < 2 or len(b.axes) < 2:
+        return _vector_product(a, b)
+    contracted = a.axes[-1], b.axes[-2]
+    if SEQ in contracted[0] or SEQ in contracted[1]:
+        return _weighted_sum(node, left, right, layout)
+    for axis in contracted:
+        feature(axis, "contracts")
+    # Batch dimensions line up; of the last two, one comes from each side.
+    axes, uses = broadcast(
+        layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
+    )
+    result = Value((*axes[:-2], a.axes[-2], b.axes[-1]), operands=uses)
+    return result.with_fact(Score()) if result.is_pair else result
+
+
+def _vector_product(a: Value, b: Value) -> Value:
+    if not b.is_constant:
+        raise Mixes("a product with a vector that differs from row to row")
+    feature(a.axes[-1], "contracts")
+    return Value((*a.axes[:-1], *(b.axes[:-2] + b.axes[-1:] if len(b.axes) > 1 else ())))
+
+
+def _weighted_sum(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
+    """Attention weights times values: a sum over keys, which is causal if the weights are."""
+    a, b = value_of(left), value_of(right)
+    weights = a.fact
+    if not isinstance(weights, Weights) or weights.key != -1 or a.axes[-1] != (SEQ,):
+        raise Mixes("sums over the rows of a sequence")
+    if b.axes[-2] != (SEQ,) or not b.is_row:
+        raise Mixes("attention weights meet something that is not one value vector for each row")
+    axes, _ = broadcast(
+        layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
+    )
+    if has_tokens(b.axes[-1]):
+        raise Mixes("attention weights meet something that is not one value vector for each row")
+    return attend((*axes[:-2], a.axes[-2], b.axes[-1]), weights, a, b)
+
+
+def attend(axes: Axes, weights: Weights, *sources: Value) -> Value:
+    """The result of causal attention: determined, but for the rows that see no key."""
+    blind = blind_rows(weights.visible, weights.query, weights.key)
+    for source in sources:
+        for other in source.blind:
+            if not hides(weights.visible, other, weights.key):
+                raise Mixes("a row that sees no key in an earlier layer is seen by others here")
+    return Value(axes, causal=True, blind=frozenset() if blind is None else frozenset({blind}), attends=weights)
+
+

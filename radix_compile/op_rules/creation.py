@@ -1,0 +1,94 @@
+"""Ops that make tensors out of shapes and numbers: constants of the call, whatever their inputs hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import Diff, Fact, Filled, Formula, Index, Masked, Ones, Predicate, conjunction, negation
+from radix_compile.op_rules.elementwise import elementwise
+from radix_compile.op_rules.masks import as_formula, is_hidden
+from radix_compile.op_rules.table import argument, rule
+from radix_compile.token_axes import Layout, Value, feature, plain_axes, uniform_axes, value_of
+
+aten = torch.ops.aten
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def arange(node: fx.Node, layout: Layout) -> Value:
+    start, step = (0, 1) if node.target is aten.arange.default else (argument(node, "start"), 1)
+    if node.target is aten.arange.start_step:
+        step = argument(node, "step")
+    counts = isinstance(start, int) and step == 1 and not node.meta["val"].dtype.is_floating_point
+    return Value(plain_axes(node), fact=Index(-1, start) if counts else None)
+
+
+def _fill_value(node: fx.Node) -> float | None:
+    name = node.target._schema.name.removeprefix("aten::") if hasattr(node.target, "_schema") else ""
+    if "ones" in name:
+        return 1.0
+    if "zeros" in name:
+        return 0.0
+    if "empty" in name:
+        return None
+    filled = argument(node, "s" if name == "scalar_tensor" else "fill_value")
+    return float(filled) if isinstance(filled, bool | int | float) else None
+
+
+def _filled(node: fx.Node) -> Fact | None:
+    value = _fill_value(node)
+    return None if value is None else Filled(value)
+
+
+@rule(
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.scalar_tensor.default,
+    aten.new_full.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    any_input=True,
+)
+def fill(node: fx.Node, layout: Layout) -> Value:
+    return Value(uniform_axes(node), fact=_filled(node))
+
+
+@rule(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
+def fill_like(node: fx.Node, layout: Layout) -> Value:
+    return elementwise(node, layout).with_fact(_filled(node))
+
+
+@rule(aten.tril.default, aten.triu.default)
+def triangle(node: fx.Node, layout: Layout) -> Value:
+    """Zero outside a triangle of the last two dimensions: of ones a predicate, of minus infinity a mask."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value = value_of(source)
+    if not value.is_constant and not value.is_pair:
+        return _features_only(value)
+    diagonal = argument(node, "diagonal")
+    if not isinstance(diagonal, int):
+        return Value(value.axes)
+    kept: Formula = Diff(-1, -2, diagonal) if node.target is aten.tril.default else Diff(-2, -1, -diagonal)
+    axes = value.axes
+    if value.is_constant:  # no longer the same along these two
+        axes = (*axes[:-2], *plain_axes(node)[-2:])
+    return Value(axes, fact=_triangle_fact(value, kept, node.meta["val"].dtype))
+
+
+def _features_only(value: Value) -> Value:
+    for axis in value.axes[-2:]:
+        feature(axis, "takes a triangle of")
+    return Value(value.axes)
+
+
+def _triangle_fact(value: Value, kept: Formula, dtype: torch.dtype) -> Fact | None:
+    fact = value.fact
+    if dtype == torch.bool:
+        return Predicate(conjunction(kept, as_formula(value)))
+    if isinstance(fact, Filled) and dtype.is_floating_point and is_hidden(fact, dtype):
+        return Masked(negation(kept), bounded=True, strict=fact.value == float("-inf"))
+    if isinstance(fact, Filled) and fact.value == 1:
+        return Ones(kept)
+    return None

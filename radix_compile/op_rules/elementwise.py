@@ -1,0 +1,30 @@
+"""The default of the table: ops that torch tags as pointwise, and the few that it forgot to."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.op_rules.masks import elementwise_fact
+from radix_compile.op_rules.table import operand, rule, tensor_inputs
+from radix_compile.token_axes import Layout, Value, broadcast
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.__and__.Tensor,
+    aten.__and__.Scalar,
+    aten.__or__.Tensor,
+    aten.__or__.Scalar,
+    aten.__xor__.Tensor,
+    aten.type_as.default,
+    aten.softplus.default,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
+)
+def elementwise(node: fx.Node, layout: Layout) -> Value:
+    """Each entry of the result reads the entries that line up with it."""
+    axes, uses = broadcast(layout, [operand(arg) for arg in tensor_inputs(node)])
+    return Value(axes, fact=elementwise_fact(node), operands=uses)

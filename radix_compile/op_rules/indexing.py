@@ -1,0 +1,99 @@
+"""Looking things up: tables by token, columns by index, features by position."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import Fact, Index, PerRow
+from radix_compile.op_rules.table import argument, operand, rule
+from radix_compile.token_axes import (
+    Axis,
+    Layout,
+    Mixes,
+    Value,
+    broadcast,
+    feature,
+    plain_axes,
+    shape_of,
+    value_of,
+)
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def embedding(node: fx.Node, layout: Layout) -> Value:
+    weight, indices = value_of(argument(node, "weight")), value_of(argument(node, "indices"))
+    if not weight.is_constant:
+        raise Mixes("the table differs from row to row")
+    return Value((*indices.axes, *weight.axes[1:]))
+
+
+@rule(aten.gather.default)
+def gather(node: fx.Node, layout: Layout) -> Value:
+    """Take features by index; the other dimensions line up (``gather`` does not broadcast, it cuts)."""
+    source, indices = argument(node, "self"), argument(node, "index")
+    rank = len(shape_of(node))
+    dim = argument(node, "dim") % rank
+    parts = []
+    for part in (source, indices):
+        axes = value_of(part).axes
+        feature(axes[dim], "looks up along")
+        parts.append(operand(part, (*axes[:dim], (), *axes[dim + 1 :])))
+    for other, (have, want) in enumerate(zip(shape_of(source), shape_of(indices), strict=True)):
+        if other != dim and have != want:
+            raise Mixes("looks up only a part of the rows")
+    axes, uses = broadcast(layout, parts, exact=True)
+    return Value((*axes[:dim], *plain_axes(node)[dim : dim + 1], *axes[dim + 1 :]), operands=uses)
+
+
+@rule(aten.index_select.default)
+def index_select(node: fx.Node, layout: Layout) -> Value:
+    source, indices = value_of(argument(node, "self")), value_of(argument(node, "index"))
+    dim = argument(node, "dim") % len(source.axes)
+    feature(source.axes[dim], "selects along")
+    if not indices.is_constant:
+        raise Mixes("selects by an index that differs from row to row")
+    return Value((*source.axes[:dim], *plain_axes(node)[dim : dim + 1], *source.axes[dim + 1 :]))
+
+
+@rule(aten.index.Tensor)
+def index(node: fx.Node, layout: Layout) -> Value:
+    """``source[i, j, ...]``: a table look-up, or a rearrangement by indices that are known to count ``0, 1, 2, ...``."""
+    source, indices = argument(node, "self"), argument(node, "indices")
+    value = value_of(source)
+    if any(i is None for i in indices):
+        raise Mixes("indexes some dimensions and skips others")
+    if all(value_of(i).is_constant for i in indices):
+        counted = _counted(node, value, source, indices)
+        if counted is not None:
+            return counted
+    if not value.is_constant:
+        raise Mixes("looks up rows by an index that is not known to leave them in place")
+    axes, uses = broadcast(layout, [operand(i) for i in indices])
+    return Value((*axes, *value.axes[len(indices) :]), operands=uses)
+
+
+def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node]) -> Value | None:
+    """Every index counts all of its dimension from zero, each along a dimension of its own: entries stay in place."""
+    if len(indices) != len(value.axes):
+        return None
+    rank = len(shape_of(node))
+    axes: list[Axis] = [()] * rank
+    moved: dict[int, int] = {}
+    sizes = shape_of(source)
+    for dim, counter in enumerate(indices):
+        fact = value_of(counter).fact
+        own = [size for size in shape_of(counter) if size != 1]
+        if not isinstance(fact, Index) or fact.offset != 0 or own != [sizes[dim]] or fact.dim in moved.values():
+            return None
+        axes[fact.dim] = value.axes[dim]
+        moved[dim - len(indices)] = fact.dim
+    return Value(tuple(axes), fact=_moved_fact(value.fact, moved))
+
+
+def _moved_fact(fact: Fact | None, moved: dict[int, int]) -> Fact | None:
+    return replace(fact, dim=moved[fact.dim]) if isinstance(fact, PerRow | Index) else None

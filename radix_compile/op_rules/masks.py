@@ -1,0 +1,278 @@
+"""What elementwise ops do to facts: comparisons of indices become predicates, predicates become masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from radix_compile.mask_facts import (
+    FALSE,
+    OPAQUE,
+    TRUE,
+    AtMost,
+    Break,
+    Diff,
+    Fact,
+    Filled,
+    Formula,
+    Index,
+    Masked,
+    Ones,
+    PerRow,
+    Predicate,
+    RowTrue,
+    Same,
+    Score,
+    Step,
+    Weights,
+    conjunction,
+    disjunction,
+    negation,
+)
+from radix_compile.op_rules.table import argument
+from radix_compile.token_axes import Value, value_of
+
+aten = torch.ops.aten
+FACTS: dict[OpOverload, Callable[[fx.Node], Fact | None]] = {}
+
+HIDDEN = -1e9
+"""A score this low has an attention weight of exactly zero next to any score of ordinary size."""
+ORDINARY = 1e4
+"""A constant this small does not take a score out of the ordinary."""
+
+
+def elementwise_fact(node: fx.Node) -> Fact | None:
+    assert isinstance(node.target, OpOverload)
+    derive = FACTS.get(node.target)
+    return derive(node) if derive else None
+
+
+def fact_of(argument: Any) -> Fact | None:
+    """The fact of a tensor argument; a Python number is a tensor filled with it."""
+    if isinstance(argument, fx.Node):
+        return value_of(argument).fact if isinstance(argument.meta.get("val"), torch.Tensor) else None
+    return Filled(float(argument)) if isinstance(argument, bool | int | float) else None
+
+
+def as_formula(value: Value) -> Formula:
+    """A bool tensor as a formula."""
+    match value.fact:
+        case Predicate(formula):
+            return formula
+        case Filled(filled):
+            return TRUE if filled else FALSE
+        case PerRow(source, dim):
+            return RowTrue(source, dim)
+        case _:
+            return OPAQUE
+
+
+def _derives(*ops: OpOverload) -> Callable[[Callable[[fx.Node], Fact | None]], Callable[[fx.Node], Fact | None]]:
+    def register(derive: Callable[[fx.Node], Fact | None]) -> Callable[[fx.Node], Fact | None]:
+        FACTS.update(dict.fromkeys(ops, derive))
+        return derive
+
+    return register
+
+
+def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
+    """Is this the floor of a mask: minus infinity, or so low that the weight is exactly zero?"""
+    return isinstance(fact, Filled) and fact.value <= max(HIDDEN, torch.finfo(dtype).min)
+
+
+def is_bounded(fact: Fact | None) -> bool:
+    return isinstance(fact, Score) or (isinstance(fact, Filled) and abs(fact.value) <= ORDINARY)
+
+
+# ------------------------------------------------------------------------------------------- comparing two columns
+
+
+def _compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
+    """``sign * (left - right) <= slack``, for indices or for the same per-row quantity at two columns."""
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(left, Index) and isinstance(right, Index) and left.dim != right.dim:
+        a, b = (left, right) if sign > 0 else (right, left)
+        return Predicate(Diff(a.dim, b.dim, slack - (a.offset - b.offset)))
+    if isinstance(left, PerRow) and isinstance(right, PerRow) and slack == 0 and _same_source(left, right):
+        a_row, b_row = (left, right) if sign > 0 else (right, left)
+        return Predicate(AtMost(a_row.source, a_row.dim, b_row.dim))
+    return None
+
+
+def _same_source(left: PerRow, right: PerRow) -> bool:
+    return left.source is right.source and left.exact and right.exact and left.dim != right.dim
+
+
+@_derives(aten.le.Tensor)
+def _le(node: fx.Node) -> Fact | None:
+    return _compare(node, 1, 0)
+
+
+@_derives(aten.lt.Tensor)
+def _lt(node: fx.Node) -> Fact | None:
+    return _compare(node, 1, -1)
+
+
+@_derives(aten.ge.Tensor)
+def _ge(node: fx.Node) -> Fact | None:
+    return _compare(node, -1, 0)
+
+
+@_derives(aten.gt.Tensor)
+def _gt(node: fx.Node) -> Fact | None:
+    return _compare(node, -1, -1)
+
+
+@_derives(aten.eq.Tensor)
+def _eq(node: fx.Node) -> Fact | None:
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(left, PerRow) and isinstance(right, PerRow) and _same_source(left, right):
+        return Predicate(Same(left.source, left.dim, right.dim, left.runs_of))
+    low, high = _compare(node, 1, 0), _compare(node, -1, 0)
+    if isinstance(low, Predicate) and isinstance(high, Predicate):
+        return Predicate(conjunction(low.formula, high.formula))
+    return None
+
+
+@_derives(aten.eq.Scalar)
+def _eq_scalar(node: fx.Node) -> Fact | None:
+    fact = fact_of(node.args[0])
+    if isinstance(fact, Ones) and node.args[1] in (0, 1):
+        return Predicate(fact.formula if node.args[1] == 1 else negation(fact.formula))
+    return None
+
+
+@_derives(aten.ne.Scalar)
+def _ne_scalar(node: fx.Node) -> Fact | None:
+    fact = fact_of(node.args[0])
+    if isinstance(fact, Ones) and node.args[1] == 0:
+        return Predicate(fact.formula)
+    if isinstance(fact, Step) and node.args[1] == 1:
+        return Break(fact.source)
+    if isinstance(fact, PerRow) and node.args[1] == 0:
+        return PerRow(fact.source, fact.dim, exact=False)
+    return None
+
+
+# ------------------------------------------------------------------------------------------- combining predicates
+
+
+def _formulas(node: fx.Node) -> tuple[Formula, Formula] | None:
+    if node.meta["val"].dtype != torch.bool:
+        return None
+    left, right = node.args[0], node.args[1]
+    assert isinstance(left, fx.Node)
+    first = as_formula(value_of(left))
+    if isinstance(right, fx.Node):
+        return first, as_formula(value_of(right))
+    return first, TRUE if right else FALSE
+
+
+@_derives(aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
+def _and(node: fx.Node) -> Fact | None:
+    formulas = _formulas(node)
+    if formulas is not None:
+        return Predicate(conjunction(*formulas))
+    return _scaled(node) if node.target is aten.mul.Tensor else None
+
+
+@_derives(aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default)
+def _or(node: fx.Node) -> Fact | None:
+    formulas = _formulas(node)
+    return Predicate(disjunction(*formulas)) if formulas is not None else None
+
+
+@_derives(aten.bitwise_not.default, aten.logical_not.default)
+def _not(node: fx.Node) -> Fact | None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if source.meta["val"].dtype != torch.bool:
+        return None
+    return Predicate(negation(as_formula(value_of(source))))
+
+
+# --------------------------------------------------------------------------------------------- arithmetic on facts
+
+
+@_derives(aten.add.Tensor)
+def _add(node: fx.Node) -> Fact | None:
+    if argument(node, "alpha") != 1:
+        return None
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    for fact, other in ((left, right), (right, left)):
+        if isinstance(fact, Index) and isinstance(node.args[1], int):
+            return Index(fact.dim, fact.offset + node.args[1])
+        if isinstance(fact, Masked):
+            if isinstance(other, Masked):
+                both = conjunction(fact.visible, other.visible)
+                return Masked(both, fact.bounded and other.bounded, fact.strict and other.strict)
+            return Masked(fact.visible, fact.bounded and is_bounded(other), fact.strict)
+    return Score() if is_bounded(left) and is_bounded(right) else None
+
+
+@_derives(aten.sub.Tensor)
+def _sub(node: fx.Node) -> Fact | None:
+    fact = fact_of(node.args[0])
+    if isinstance(fact, Index) and isinstance(node.args[1], int) and argument(node, "alpha") == 1:
+        return Index(fact.dim, fact.offset - node.args[1])
+    return None
+
+
+@_derives(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
+def _scaled(node: fx.Node) -> Fact | None:
+    """Scores stay scores under a factor of ordinary size, zero weights stay zero under any."""
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(left, Score) and isinstance(right, Filled) and 1 / ORDINARY <= abs(right.value) <= ORDINARY:
+        return left
+    if isinstance(left, Weights) and isinstance(right, Filled) and math.isfinite(right.value) and right.value != 0:
+        return left
+    return None
+
+
+@_derives(aten.tanh.default)
+def _tanh(node: fx.Node) -> Fact | None:
+    return Score()
+
+
+# ------------------------------------------------------------------------------------------------- applying masks
+
+
+def _masked(visible: Formula, kept: Fact | None, floor: Fact | None) -> Fact:
+    if isinstance(kept, Masked):
+        visible, bounded, strict = conjunction(visible, kept.visible), kept.bounded, kept.strict
+    else:
+        bounded, strict = is_bounded(kept), True
+    assert isinstance(floor, Filled)
+    return Masked(visible, bounded, strict and floor.value == -math.inf)
+
+
+@_derives(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def _where(node: fx.Node) -> Fact | None:
+    condition, first, second = node.args
+    assert isinstance(condition, fx.Node)
+    dtype = node.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return None
+    formula = as_formula(value_of(condition))
+    kept, other = fact_of(first), fact_of(second)
+    if is_hidden(other, dtype):
+        return _masked(formula, kept, other)
+    if is_hidden(kept, dtype):
+        return _masked(negation(formula), other, kept)
+    return None
+
+
+@_derives(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(node: fx.Node) -> Fact | None:
+    source, mask, value = node.args
+    assert isinstance(mask, fx.Node)
+    dtype = node.meta["val"].dtype
+    floor = fact_of(value)
+    if not dtype.is_floating_point or not is_hidden(floor, dtype):
+        return None
+    return _masked(negation(as_formula(value_of(mask))), fact_of(source), floor)

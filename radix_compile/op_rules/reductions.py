@@ -1,0 +1,131 @@
+"""Ops that read along named dimensions: sums, norms, softmax, sorting. Position-wise where those hold no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import Masked, Weights, implies_causal
+from radix_compile.op_rules.table import argument, rule
+from radix_compile.token_axes import (
+    SEQ,
+    Axes,
+    Axis,
+    Layout,
+    Marks,
+    Mixes,
+    Value,
+    as_size,
+    feature,
+    has_tokens,
+    plain_axis,
+    value_of,
+)
+
+aten = torch.ops.aten
+
+
+def _results(node: fx.Node, axes: Axes) -> Marks:
+    outputs = node.meta["val"]
+    return tuple(Value(axes) for _ in outputs) if isinstance(outputs, tuple | list) else Value(axes)
+
+
+def _source(node: fx.Node) -> Value:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return value_of(source)
+
+
+def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
+    if named is None or (not isinstance(named, int) and len(named) == 0):
+        return set(range(rank))
+    return {dim % max(rank, 1) for dim in ([named] if isinstance(named, int) else named)}
+
+
+@rule(
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.any.dim,
+    aten.all.dim,
+    aten.prod.dim_int,
+    aten.logsumexp.default,
+    aten.var.correction,
+    aten.std.correction,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+)
+def reduce(node: fx.Node, layout: Layout) -> Marks:
+    value = _source(node)
+    rank = len(value.axes)
+    dims = _dims(argument(node, "dim"), rank)
+    for dim in dims:
+        feature(value.axes[dim], "reduces over")
+    keep = argument(node, "keepdim")
+    axes = tuple(() if dim in dims else axis for dim, axis in enumerate(value.axes) if keep or dim not in dims)
+    return _results(node, axes)
+
+
+@rule(
+    aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default
+)
+def reduce_all(node: fx.Node, layout: Layout) -> Marks:
+    value = _source(node)
+    for axis in value.axes:
+        feature(axis, "reduces over")
+    return Value(())
+
+
+@rule(aten.log_softmax.int, aten.sort.default, aten.sort.stable, aten.topk.default, aten.argsort.default)
+def along(node: fx.Node, layout: Layout) -> Marks:
+    """Entries along one dimension are rearranged or normalised together; ``topk`` also shortens it."""
+    value = _source(node)
+    dim = argument(node, "dim") % max(len(value.axes), 1)
+    feature(value.axes[dim], "reads along")
+    outputs = node.meta["val"]
+    size = (outputs[0] if isinstance(outputs, tuple | list) else outputs).shape[dim]
+    axis: Axis = value.axes[dim] if node.target is not aten.topk.default else plain_axis(as_size(size))
+    return _results(node, (*value.axes[:dim], axis, *value.axes[dim + 1 :]))
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+def softmax(node: fx.Node, layout: Layout) -> Value:
+    """Position-wise over features. Over the keys of causally masked scores it makes attention weights."""
+    value = _source(node)
+    rank = len(value.axes)
+    dim = argument(node, "dim") % rank
+    if not has_tokens(value.axes[dim]):
+        return Value(value.axes)
+    if not value.is_pair or value.axes[dim] != (SEQ,):
+        feature(value.axes[dim], "normalises over")
+    fact = value.fact
+    if not isinstance(fact, Masked):
+        raise Mixes("attention scores reach the softmax without a mask that is understood")
+    if not (fact.bounded or fact.strict):
+        raise Mixes("the mask is finite and is added to something that could be as large as it")
+    query = next(other for other, axis in enumerate(value.axes) if other != dim and SEQ in axis)
+    if not implies_causal(fact.visible, query - rank, dim - rank):
+        raise Mixes("the attention mask lets a token see later ones (or is not understood)")
+    return Value(value.axes, fact=Weights(fact.visible, query - rank, dim - rank))
+
+
+@rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
+def layer_norm(node: fx.Node, layout: Layout) -> Marks:
+    value = _source(node)
+    normalised = len(argument(node, "normalized_shape"))
+    for axis in value.axes[len(value.axes) - normalised :]:
+        feature(axis, "normalises over")
+    for other in node.all_input_nodes[1:]:
+        if not value_of(other).is_constant:
+            raise Mixes("the norm's weights differ from row to row")
+    if node.target is aten.native_layer_norm.default:
+        kept = value.axes[: len(value.axes) - normalised] + ((),) * normalised
+        return Value(value.axes), Value(kept), Value(kept)
+    return Value(value.axes)

@@ -1,0 +1,81 @@
+"""Ops along the sequence that are causal by nature, and the random ones that are not random here."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import Break, PerRow, Step
+from radix_compile.op_rules.table import argument, rule
+from radix_compile.token_axes import BATCH, SEQ, Layout, Mixes, Value, has_tokens, plain_axis, shape_of, value_of
+
+aten = torch.ops.aten
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+@rule(aten.cumsum.default, aten.cumprod.default)
+def cumulative(node: fx.Node, layout: Layout) -> Value:
+    value = value_of(_source(node))
+    dim = argument(node, "dim") % max(len(value.axes), 1)
+    axis = value.axes[dim]
+    if not has_tokens(axis):
+        return Value((*value.axes[:dim], plain_axis(shape_of(node)[dim]), *value.axes[dim + 1 :]), fact=_runs(node, value))
+    _along_sequence(value, dim, "accumulates over")
+    return Value(value.axes, causal=True, fact=_runs(node, value))
+
+
+def _along_sequence(value: Value, dim: int, what: str) -> None:
+    if value.axes[dim] != (SEQ,) or not value.is_row:
+        raise Mixes(f"{what} the {'batch' if BATCH in value.axes[dim] else 'key'} axis")
+    if value.blind:
+        raise Mixes("reads rows that saw no key in an earlier layer")
+
+
+def _runs(node: fx.Node, value: Value) -> PerRow | None:
+    """Counting the breaks in the positions so far numbers their runs."""
+    return PerRow(node, -1, runs_of=value.fact.source) if isinstance(value.fact, Break) else None
+
+
+@rule(aten.diff.default, any_input=True)
+def diff(node: fx.Node, layout: Layout) -> Value:
+    """The step from each column to the next, in the one form that is row by row: something put in front of column 0."""
+    source = _source(node)
+    value = value_of(source)
+    prepend = argument(node, "prepend")
+    if value.mixed is not None:
+        return value
+    dim = argument(node, "dim") % len(value.axes)
+    first_step_is_one = _is_first_column_less_one(prepend, value, dim)
+    if argument(node, "n") != 1 or argument(node, "append") is not None or not first_step_is_one:
+        raise Mixes("takes differences along the sequence")
+    fact = value.fact
+    if not value.is_constant:
+        _along_sequence(value, dim, "takes differences along")
+    return Value(value.axes, causal=not value.is_constant, fact=Step(fact.source) if isinstance(fact, PerRow) else None)
+
+
+def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> bool:
+    """``x[:, :1] - 1`` of the same ``x``, in front of ``diff(x)``: the first step is one by construction."""
+    if node is None or node.target is not aten.sub.Tensor or node.args[1] != 1 or not isinstance(node.args[0], fx.Node):
+        return False
+    cut = node.args[0]
+    if cut.target is not aten.slice.Tensor or (argument(cut, "start") or 0, argument(cut, "end")) != (0, 1):
+        return False
+    origin = value_of(_source(cut))
+    same = isinstance(value.fact, PerRow) and origin.fact == value.fact
+    return argument(cut, "dim") % len(value.axes) == dim and (same or origin.is_constant)
+
+
+@rule(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default)
+def dropout(node: fx.Node, layout: Layout) -> Value:
+    value = value_of(_source(node))
+    if node.target is aten.native_dropout.default:
+        raise Mixes("dropout is random")
+    if argument(node, "train") and argument(node, "p") != 0:
+        raise Mixes("dropout is on, so equal rows get different values")
+    return Value(value.axes, fact=value.fact)

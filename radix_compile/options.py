@@ -1,0 +1,78 @@
+"""What the user may set, checked when it is set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+Inner = str | Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of the ``radix`` backend. Values are checked on construction (``ValueError``).
+
+    ``inner``            the backend that compiles the plain and the folded program: a name or a callable.
+    ``threshold``        fold a call if compact tokens / tokens is at most this. 1.0: always.
+    ``min_tokens``       run calls with fewer rows (sequences times columns) plain.
+    ``pad_multiple_of``  pad the number of compact rows up to a multiple of this.
+    ``padding``          "exact": every row of the output is the row of the plain model. "skip": rows that the attention
+                         mask hides are left out and come back as zeros, where it is proved that no other row reads them.
+    ``strict``           raise, with the reasons, when a graph cannot be folded at all.
+    ``mode``             passed on to the inner backend (inductor's ``reduce-overhead``, ``max-autotune``, ...).
+    ``inner_options``    passed on to the inner backend as its ``options``.
+    """
+
+    inner: Inner = "inductor"
+    threshold: float = 0.95
+    min_tokens: int = 0
+    pad_multiple_of: int | None = None
+    padding: str = "exact"
+    strict: bool = False
+    mode: str | None = None
+    inner_options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner_options, Mapping):
+            object.__setattr__(self, "inner_options", tuple(sorted(self.inner_options.items())))
+        _expect("inner", self.inner, isinstance(self.inner, str) or callable(self.inner), "a backend name or a callable")
+        _expect("threshold", self.threshold, _is_number(self.threshold) and 0 <= self.threshold <= 1, "a number from 0 to 1")
+        _expect("min_tokens", self.min_tokens, _is_count(self.min_tokens, 0), "an integer, zero or more")
+        multiple = self.pad_multiple_of
+        _expect("pad_multiple_of", multiple, multiple is None or _is_count(multiple, 1), "a positive integer or None")
+        choice = _near(self.padding, ["exact", "skip"])
+        _expect("padding", self.padding, self.padding in ("exact", "skip"), f'"exact" or "skip"{choice}')
+        _expect("strict", self.strict, isinstance(self.strict, bool), "True or False")
+        _expect("mode", self.mode, self.mode is None or isinstance(self.mode, str), "a string or None")
+        _expect("inner_options", self.inner_options, isinstance(self.inner_options, tuple), "a dict")
+
+    def updated(self, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """These options with some replaced. An unknown name is a ``ValueError`` that names the near miss."""
+        names = [field.name for field in fields(self)]
+        for name in given or {}:
+            if name not in names:
+                raise ValueError(f"unknown radix option {name!r}{_near(name, names)}; the options are {', '.join(names)}")
+        changes: dict[str, Any] = dict(given or {})
+        if mode is not None:
+            changes["mode"] = mode
+        return replace(self, **changes) if changes else self
+
+
+def _expect(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"radix option {name!r} must be {expected}, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _near(name: object, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

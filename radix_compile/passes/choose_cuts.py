@@ -1,0 +1,102 @@
+"""Decide for each node in which form it runs: compact (once per node of the prefix tree) or full (once per row)."""
+
+from __future__ import annotations
+
+import operator
+from enum import Enum
+
+import sympy
+from torch import fx
+
+from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
+from radix_compile.token_axes import Layout, Token, Value, marks_of
+
+
+class Form(Enum):
+    FULL = "full"
+    COMPACT = "compact"
+
+
+def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
+    """Write to ``node.meta["home"]`` the form in which the node runs. Needs ``mark_token_axes``.
+
+    Position-wise work on rows is compact. Two things next to it stay full, since they are cheaper there: what is one
+    number per row, computed from the row keys (masks, positions), and views of a full value, so that the fold happens
+    where the tensor is thinnest. (Views of a compact value run in either form, where they are wanted: ``fold_graph``.)
+    """
+    layout = gm.meta["tokens"].layout
+    for node in gm.graph.nodes:
+        if node.op != "output":
+            node.meta["home"] = _home(node, layout)
+    return gm
+
+
+def _home(node: fx.Node, layout: Layout) -> Form:
+    if node.op != "call_function" or not is_row(node):
+        return Form.FULL
+    if node.target is operator.getitem:
+        return home(node.args[0])  # type: ignore[arg-type]
+    values = values_of(node)
+    if any(value.causal for value in values) or is_light(node) or not _can_be_derived(node, layout):
+        return Form.FULL
+    if is_view(node) and home(_viewed(node)) is Form.FULL and is_thin(node, _viewed(node)):
+        return Form.FULL
+    return Form.COMPACT
+
+
+def home(node: fx.Node) -> Form:
+    form: Form = node.meta["home"]
+    return form
+
+
+def values_of(node: fx.Node) -> tuple[Value, ...]:
+    marks = marks_of(node)
+    return marks if isinstance(marks, tuple) else (marks,)
+
+
+def is_row(node: fx.Node) -> bool:
+    """One entry for each row, and position-wise all the way: may have a compact form."""
+    return all(value.is_row for value in values_of(node))
+
+
+def is_light(node: fx.Node) -> bool:
+    """One number per row, computed from nothing but the like."""
+    numbers = all(isinstance(atom, Token) for value in values_of(node) for axis in value.axes for atom in axis)
+    return numbers and all(home(arg) is Form.FULL for arg in node.all_input_nodes if is_row(arg))
+
+
+def is_view(node: fx.Node) -> bool:
+    return node.target in VIEW_LIKE or values_of(node)[0].identity is not None
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    source = values_of(node)[0].identity or node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def thin_source(node: fx.Node) -> fx.Node | None:
+    """What to scatter in place of a view's result: its source, if that is a row value and no wider."""
+    if not is_view(node):
+        return None
+    source = _viewed(node)
+    return source if is_row(source) and is_thin(source, node) else None
+
+
+def is_thin(narrow: fx.Node, wide: fx.Node) -> bool:
+    """Is a row of the one no wider, in bytes, than a row of the other?"""
+    return bool((row_bytes(narrow) <= row_bytes(wide)) == True)  # noqa: E712 - a sympy relation may stay undecided
+
+
+def row_bytes(node: fx.Node) -> sympy.Expr:
+    atoms = [atom for axis in values_of(node)[0].axes for atom in axis if not isinstance(atom, Token)]
+    assert is_tensor(node)
+    return sympy.prod([atom.size for atom in atoms]) * node.meta["val"].dtype.itemsize
+
+
+def _can_be_derived(node: fx.Node, layout: Layout) -> bool:
+    """Can the shape argument be written down in compact form? (Not with a symbolic feature size.)"""
+    if node.target not in SHAPE_ARGUMENT:
+        return True
+    atoms = [atom for value in values_of(node) for axis in value.axes for atom in axis if not isinstance(atom, Token)]
+    return all(isinstance(atom.size, sympy.Integer) for atom in atoms)

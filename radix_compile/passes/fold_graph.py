@@ -1,0 +1,243 @@
+"""Rewrite the graph in two forms: what is position-wise runs on nodes of the prefix tree, the rest on rows.
+
+    compact(n) = op(compact(inputs))  if n runs compact   else fold(full(n))
+    full(n)    = op(full(inputs))     if n runs full      else scatter(compact(n))
+
+Each is made only where it is wanted, starting from the outputs, which are wanted in full form.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from radix_compile.kernels import index_ops
+from radix_compile.op_rules.table import SHAPE_ARGUMENT
+from radix_compile.passes.choose_cuts import Form, home, is_row, thin_source
+from radix_compile.token_axes import BATCH, SEQ, Axes, Axis, Layout, Token, value_of
+
+aten = torch.ops.aten
+radix = torch.ops.radix
+assert index_ops  # importing it registers the ops
+
+
+@dataclass
+class Wanted:
+    """The forms in which each node's value is wanted, and in which its op therefore runs."""
+
+    forms: dict[fx.Node, set[Form]] = field(default_factory=dict)
+    runs: dict[fx.Node, set[Form]] = field(default_factory=dict)
+
+
+def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """The folded program: the same inputs, then ``fold`` ``[T']`` and ``scatter`` ``[B * S]``. Needs ``choose_cuts``."""
+    wanted = what_is_wanted(gm.graph)
+    folded = _Rewriter(gm, wanted).run()
+    gm.meta["wanted"] = wanted
+    folded.meta.update(gm.meta, source=gm)
+    return folded
+
+
+def what_is_wanted(graph: fx.Graph) -> Wanted:
+    """Walk back from the outputs. What nothing wants is dropped."""
+    wanted = Wanted()
+
+    def want(node: fx.Node, form: Form) -> None:
+        wanted.forms.setdefault(node, set()).add(form)
+
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node.op == "placeholder" or node.is_impure():
+            for arg in node.all_input_nodes:
+                want(arg, Form.FULL)
+            if node.op == "call_function":
+                want(node, Form.FULL)
+                wanted.runs[node] = {Form.FULL}
+            continue
+        forms = wanted.forms.get(node)
+        if not forms:
+            continue
+        runs = wanted.runs[node] = set()
+        if home(node) is Form.FULL:
+            runs.add(Form.FULL)
+        else:
+            source = thin_source(node) if Form.FULL in forms else None
+            if source is not None:
+                runs.add(Form.FULL)
+            if source is None or Form.COMPACT in forms:
+                runs.add(Form.COMPACT)
+        for arg in node.all_input_nodes:
+            if Form.FULL in runs:
+                want(arg, Form.FULL)
+            if Form.COMPACT in runs:
+                want(arg, Form.COMPACT if is_row(arg) else Form.FULL)
+    return wanted
+
+
+class _Rewriter:
+    def __init__(self, gm: fx.GraphModule, wanted: Wanted) -> None:
+        self.gm = gm
+        self.layout: Layout = gm.meta["tokens"].layout
+        self.wanted = wanted
+        self.graph = fx.Graph()
+        self.full: dict[fx.Node, fx.Node] = {}
+        self.compact: dict[fx.Node, fx.Node] = {}
+        self.columns: dict[tuple[fx.Node, int, str], fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            self.full[node] = self.graph.node_copy(node)
+        self._add_plan_inputs()
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                self.graph.node_copy(node, self.full.__getitem__)
+            else:
+                self._rewrite(node)
+        return fx.GraphModule(self.gm, self.graph)
+
+    def _add_plan_inputs(self) -> None:
+        self.fold = self.graph.placeholder("radix_fold")
+        self.scatter = self.graph.placeholder("radix_scatter")
+        ids = self.full[self.gm.meta["tokens"].keys[0]]
+        self.batch = self._size(self.layout.batch, ids, 0)
+        self.seq = self._size(self.layout.seq, ids, 1)
+        self.nodes = self.graph.call_function(aten.sym_size.int, (self.fold, 0))
+
+    def _size(self, size: sympy.Expr, ids: fx.Node, dim: int) -> int | fx.Node:
+        return int(size) if isinstance(size, sympy.Integer) else self.graph.call_function(aten.sym_size.int, (ids, dim))
+
+    def _rewrite(self, node: fx.Node) -> None:
+        forms, runs = self.wanted.forms.get(node, set()), self.wanted.runs.get(node, set())
+        if Form.FULL in runs:
+            self.full[node] = _relaxed(self.graph.node_copy(node, self.full.__getitem__))
+        if Form.COMPACT in runs:
+            self.compact[node] = self._run_compact(node)
+        if Form.COMPACT in forms and node not in self.compact:
+            self.compact[node] = self._fold(node)
+        if Form.FULL in forms and node not in self.full:
+            self.full[node] = self._scatter(node)
+
+    # ------------------------------------------------------------------------------------------- compact ops
+
+    def _run_compact(self, node: fx.Node) -> fx.Node:
+        """The same op on compact inputs, with its shape argument derived again and constants gathered by column."""
+        identity = None if node.target is operator.getitem else _identity(node)
+        if identity is not None:
+            return self.compact[identity]
+        uses: dict[fx.Node, list[tuple[int, str]]] = {}
+        for operand, dim, how in _operands(node):
+            uses.setdefault(operand, []).append((dim, how))
+
+        def compact_input(arg: fx.Node) -> fx.Node:
+            return self.compact[arg] if is_row(arg) else self._constant(arg, uses.get(arg, []))
+
+        copy = self.graph.node_copy(node, compact_input)
+        if node.target in SHAPE_ARGUMENT:
+            name = SHAPE_ARGUMENT[node.target]
+            copy.args = (copy.args[0], self._compact_shape(value_of(node).axes, before=copy))
+            copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != name}
+        return self._tagged(_relaxed(copy), node, Form.COMPACT)
+
+    def _constant(self, node: fx.Node, uses: list[tuple[int, str]]) -> fx.Node:
+        """A constant of the call where it meets compact rows: by column, or one entry where all are equal."""
+        result = self.full[node]
+        for dim, how in uses:
+            key = (result, dim, how)
+            if key not in self.columns:
+                if how == "column":
+                    made = self.graph.call_function(radix.gather_columns.default, (result, self.fold, self.seq, dim))
+                else:
+                    made = self.graph.call_function(aten.slice.Tensor, (result, dim, 0, 1))
+                self.columns[key] = self._tagged(made, node, Form.COMPACT)
+            result = self.columns[key]
+        return result
+
+    def _compact_shape(self, axes: Axes, before: fx.Node | None = None) -> list[int | fx.Node]:
+        if before is None:
+            return [self._compact_size(axis) for axis in axes]
+        with self.graph.inserting_before(before):
+            return [self._compact_size(axis) for axis in axes]
+
+    def _compact_size(self, axis: Axis) -> int | fx.Node:
+        features = int(sympy.prod([atom.size for atom in axis if not isinstance(atom, Token)]))
+        if SEQ not in axis:
+            return features
+        return self.nodes if features == 1 else self.graph.call_function(operator.mul, (self.nodes, features))
+
+    # ------------------------------------------------------------------------------------- between the forms
+
+    def _fold(self, node: fx.Node) -> fx.Node:
+        axes = value_of(node).axes
+        apart = _apart(axes)
+        full = self._reshaped(self.full[node], axes, apart, compact=False)
+        batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
+        made = self.graph.call_function(radix.fold_rows.default, (full, self.fold, batch_dim, seq_dim))
+        return self._tagged(self._reshaped(made, apart, axes, compact=True), node, Form.COMPACT)
+
+    def _scatter(self, node: fx.Node) -> fx.Node:
+        axes = value_of(node).axes
+        apart = _apart(axes)
+        compact = self._reshaped(self.compact[node], axes, apart, compact=True)
+        batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
+        arguments = (compact, self.scatter, self.batch, self.seq, batch_dim, seq_dim)
+        made = self.graph.call_function(radix.scatter_rows.default, arguments)
+        return self._tagged(self._reshaped(made, apart, axes, compact=False), node, Form.FULL)
+
+    def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:
+        if before == after:
+            return node
+        shape = self._compact_shape(after) if compact else [self._full_size(axis) for axis in after]
+        return self.graph.call_function(aten.reshape.default, (node, shape))
+
+    def _full_size(self, axis: Axis) -> int | fx.Node:
+        sizes: list[Any] = [int(sympy.prod([atom.size for atom in axis if not isinstance(atom, Token)]))]
+        sizes += [self.batch if atom is BATCH else self.seq for atom in axis if isinstance(atom, Token)]
+        product: int | fx.Node = 1
+        for size in sizes:
+            if isinstance(product, int) and isinstance(size, int):
+                product *= size
+            else:
+                product = self.graph.call_function(operator.mul, (product, size))
+        return product
+
+    def _tagged(self, made: fx.Node, origin: fx.Node, form: Form) -> fx.Node:
+        """Where the node came from, for traces and reports."""
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
+            if key in origin.meta:
+                made.meta.setdefault(key, origin.meta[key])
+        made.meta["form"] = form
+        made.meta.pop("val", None)
+        return made
+
+
+def _relaxed(node: fx.Node) -> fx.Node:
+    """A view that was legal for the captured strides need not be for those of a fold or a scatter."""
+    if node.target in (aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default
+        node.kwargs = {"shape" if key == "size" else key: value for key, value in node.kwargs.items()}
+    return node
+
+
+def _identity(node: fx.Node) -> fx.Node | None:
+    marks = node.meta["radix"]
+    return None if isinstance(marks, tuple) else marks.identity
+
+
+def _operands(node: fx.Node) -> tuple[tuple[fx.Node, int, str], ...]:
+    marks = node.meta["radix"]
+    return marks[0].operands if isinstance(marks, tuple) else marks.operands
+
+
+def _apart(axes: Axes) -> Axes:
+    """The axes with the token atoms in dimensions of their own."""
+    result: list[Axis] = []
+    for axis in axes:
+        if len(axis) > 1 and any(isinstance(atom, Token) for atom in axis):
+            result.extend((atom,) for atom in axis)
+        else:
+            result.append(axis)
+    return tuple(result)

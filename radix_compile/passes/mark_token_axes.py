@@ -1,0 +1,210 @@
+"""Annotate every node with what its dimensions mean to the tokens, and whether its value is prefix-determined."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import PerRow
+from radix_compile.op_rules import rule_for
+from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor
+from radix_compile.token_axes import (
+    BATCH,
+    SEQ,
+    Atom,
+    Feature,
+    Layout,
+    Marks,
+    Mixes,
+    Refusal,
+    Uniform,
+    Value,
+    as_size,
+    mark,
+    marks_of,
+    plain_axes,
+    shape_of,
+)
+from radix_compile.torch_internals import same_size
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Tokens:
+    """The token axes of a graph: their sizes, the inputs that are row keys, and where folding stops."""
+
+    layout: Layout
+    keys: list[fx.Node]
+    refusals: dict[Refusal, fx.Node] = field(default_factory=dict)
+
+
+class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
+    """The graph as a whole cannot be folded. The message is the reason.
+
+    ``expected`` if that says nothing about the model (a batch of one), so that nobody need be warned.
+    """
+
+    def __init__(self, reason: str, expected: bool = False) -> None:
+        super().__init__(reason)
+        self.expected = expected
+
+
+def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
+    """Write a :class:`Value` to every node, and :class:`Tokens` to ``gm.meta["tokens"]``."""
+    ids = _token_ids(gm.graph)
+    batch, seq = shape_of(ids)
+    if batch == 1 or seq == 1:
+        what = "there is one sequence only" if batch == 1 else "sequences of one token share nothing"
+        raise CannotFold(what, expected=True)
+    if batch == 0 or seq == 0:
+        raise CannotFold("the batch is empty", expected=True)
+    keys = [node for node in gm.graph.find_nodes(op="placeholder") if _is_key_input(node) and _lines_up(node, ids)]
+    layout = Layout(*shape_of(ids))  # after the line above, which may have found two symbols to be one
+    tokens = Tokens(layout, keys)
+    gm.meta["tokens"] = tokens
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        marks = _infer(node, tokens)
+        values = marks if isinstance(marks, tuple) else (marks,)
+        for value in values:
+            if value.mixed is not None:
+                tokens.refusals.setdefault(value.mixed, node)
+        mark(node, marks)
+    return gm
+
+
+def _is_key_input(node: fx.Node) -> bool:
+    if not is_tensor(node) or node.meta.get("is_static"):
+        return False
+    value = node.meta["val"]
+    return value.ndim == 2 and not value.dtype.is_floating_point and not value.dtype.is_complex
+
+
+def _lines_up(node: fx.Node, ids: fx.Node) -> bool:
+    sizes = zip(node.meta["val"].shape, ids.meta["val"].shape, strict=True)
+    return all(same_size(one, other) for one, other in sizes)
+
+
+def _token_ids(graph: fx.Graph) -> fx.Node:
+    """The token ids: the ``[batch, sequence]`` integer input that is looked up in an embedding table."""
+    shapes = []
+    for lookup in graph.find_nodes(op="call_function", target=aten.embedding.default):
+        node = lookup.args[1]
+        while isinstance(node, fx.Node) and node.target in VIEW_LIKE:
+            node = node.args[0]
+        if isinstance(node, fx.Node) and node.op == "placeholder" and not node.meta.get("is_static"):
+            if _is_key_input(node):
+                return node
+            shapes.append(tuple(node.meta["val"].shape))
+    if shapes:
+        raise CannotFold(f"token ids have the shape {list(shapes[0])}; expected [batch, sequence]")
+    raise CannotFold("the graph takes no token ids (no embedding is looked up by an integer input)")
+
+
+def _infer(node: fx.Node, tokens: Tokens) -> Marks:
+    if node.op == "placeholder":
+        if node not in tokens.keys:
+            return _with_row(node, Value(plain_axes(node) if is_tensor(node) else ()))
+        return _with_row(node, Value(((BATCH,), (SEQ,))))
+    if node.op == "get_attr":
+        return Value(plain_axes(node) if is_tensor(node) else ())
+    if node.target is operator.getitem:
+        source = marks_of(node.args[0])  # type: ignore[arg-type]
+        return source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
+    try:
+        marks = _apply_rule(node, tokens)
+        return tuple(_checked(value, node) for value in marks) if isinstance(marks, tuple) else _checked(marks, node)
+    except Mixes as verdict:
+        return Value((), mixed=refuse(node, str(verdict)))
+
+
+def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
+    inputs = [value for arg in node.all_input_nodes for value in _values(arg)]
+    mixed = next((value.mixed for value in inputs if value.mixed is not None), None)
+    if mixed is not None and node.target not in MIXED_INPUTS_ALLOWED:
+        return Value((), mixed=mixed)
+    rule = rule_for(node.target)
+    if rule is None:
+        if all(value.is_constant for value in inputs) and not _is_random(node):
+            return _constant(node)
+        raise Mixes("no rule for this op, so it may mix rows")
+    blind = frozenset().union(*(value.blind for value in inputs))
+    marks = rule(node, tokens.layout)
+    if isinstance(marks, tuple):
+        return tuple(replace(value, blind=value.blind | blind) for value in marks)
+    return _with_row(node, replace(marks, blind=marks.blind | blind) if marks.mixed is None else marks)
+
+
+def _values(node: fx.Node) -> tuple[Value, ...]:
+    marks = marks_of(node)
+    return marks if isinstance(marks, tuple) else (marks,)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _constant(node: fx.Node) -> Marks:
+    """Whatever the op does, it does it to constants of the call."""
+    outputs = node.meta.get("val")
+    if isinstance(outputs, tuple | list):
+        return tuple(
+            Value(tuple(() if as_size(s) == 1 else (Feature(as_size(s)),) for s in out.shape)) for out in outputs
+        )
+    return Value(plain_axes(node) if is_tensor(node) else ())
+
+
+def _with_row(node: fx.Node, value: Value) -> Value:
+    """A value with one integer for each row, and nothing known of it, is at least known to be that."""
+    if value.fact is not None or value.mixed is not None or not is_tensor(node):
+        return value
+    tensor = node.meta["val"]
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim == 0:
+        return value
+    if value.is_row:
+        along = [dim for dim, axis in enumerate(value.axes) if axis]
+        if len(along) == 2 and value.axes[along[0]] == (BATCH,) and value.axes[along[1]] == (SEQ,):
+            return value.with_fact(PerRow(node, along[1] - tensor.ndim))
+    elif value.is_constant and tensor.ndim == 2 and all(isinstance(atom, Uniform) for atom in value.axes[0]):
+        return value.with_fact(PerRow(node, -1))
+    return value
+
+
+def _checked(value: Value, node: fx.Node) -> Value:
+    """Tokens in a value come as one batch axis and one sequence axis, or two for pairs."""
+    if value.mixed is not None or value.is_constant:
+        return value
+    atoms: list[Atom] = [atom for axis in value.axes for atom in axis]
+    if atoms.count(BATCH) != 1 or atoms.count(SEQ) not in (1, 2):
+        raise Mixes("combines different sequences")
+    return value
+
+
+def refuse(node: fx.Node, reason: str) -> Refusal:
+    """A refusal at ``node``, with the place in the user's program it came from."""
+    modules = node.meta.get("nn_module_stack") or {}
+    module = next(reversed(modules.values()))[0] if modules else ""
+    return Refusal(reason, str(node.target), node.name, _tidy_path(module), source_line(node))
+
+
+def _tidy_path(path: str) -> str:
+    return path.replace("L['self'].", "").replace("L['fn'].", "").replace("['", ".").replace("']", "").replace("_modules.", "")
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    frames = [(line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "") for i, line in enumerate(trace) if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    where, code = frames[-1]
+    parts = where.split('"')
+    line = where.split("line ")[1].split(",")[0] if "line " in where else "?"
+    return f"{parts[1] if len(parts) > 1 else where}:{line}: {code}"
+
+

@@ -1,0 +1,40 @@
+"""The passes, in order, and the runner that times, checks and logs them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from torch import fx
+
+from radix_compile.passes.choose_cuts import choose_cuts
+from radix_compile.passes.fold_graph import fold_graph
+from radix_compile.passes.mark_token_axes import mark_token_axes
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[fx.GraphModule], fx.GraphModule]
+Observer = Callable[[str, fx.GraphModule], None]
+
+PASSES: tuple[Pass, ...] = (
+    mark_token_axes,  # first: everything else reads its annotation
+    choose_cuts,  # after mark_token_axes, because only rows proved position-wise may be compact
+    fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
+)
+
+
+def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None) -> fx.GraphModule:
+    """Run every pass on a captured graph. ``observe(pass name, graph)`` is called after each.
+
+    Raises ``CannotFold`` if the graph as a whole cannot be folded.
+    """
+    for apply in PASSES:
+        started = time.perf_counter()
+        gm = apply(gm)
+        gm.graph.lint()
+        gm.recompile()
+        log.debug("%s: %d nodes, %.1f ms", apply.__name__, len(gm.graph.nodes), 1e3 * (time.perf_counter() - started))
+        if observe is not None:
+            observe(apply.__name__, gm)
+    return gm

@@ -1,0 +1,170 @@
+"""How the plan of a call is made from the call's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from radix_compile.mask_facts import Blind, hides
+from radix_compile.passes.choose_cuts import Form, home, is_light, is_row, is_view, thin_source, values_of
+from radix_compile.passes.fold_graph import Wanted
+from radix_compile.passes.mark_token_axes import Tokens
+from radix_compile.prefix_plan import PrefixPlan
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """A ``[B, S]`` tensor computed from the call's inputs: the few ops of the graph that lead to it."""
+
+    run: Callable[..., torch.Tensor]
+    inputs: tuple[int, ...]
+
+    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
+        result: NDArray[Any] = self.run(*[args[i] for i in self.inputs]).reshape(shape).numpy(force=True)
+        return result
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Which inputs are the row keys, which rows are nodes of their own, which are left out.
+
+    ``keys``  positions of the row-key inputs, each ``[B, S]``.
+    ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
+    ``skip``  program for the rows to leave out, and the truth value of a row that stays.
+    """
+
+    keys: tuple[int, ...]
+    blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
+    skip: tuple[RowProgram, bool] | None = None
+
+    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
+        keys = [args[i] for i in self.keys]
+        shape = tuple(keys[0].shape)
+        unique: BoolArray | None = None
+        skip: BoolArray | None = None
+        if self.skip is not None:
+            program, truth = self.skip
+            skip = (program(args, shape) != 0) != truth
+        for program, window, truth in self.blind:
+            blind = sightless((program(args, shape) != 0) == truth, window)
+            unique = blind if unique is None else unique | blind
+        return PrefixPlan.from_rows(*_on_host(keys), unique=unique, skip=skip, pad_multiple_of=pad_multiple_of)
+
+
+def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
+    """One copy for all keys where they live on a device: each copy waits for it."""
+    if len(keys) > 1 and keys[0].device.type != "cpu":
+        return list(torch.stack([key.long() for key in keys]).numpy(force=True))
+    return [key.numpy(force=True) for key in keys]
+
+
+def sightless(visible: BoolArray, window: int | None) -> BoolArray:
+    """The rows ``[B, S]`` for which none of the last ``window`` columns, their own included, is visible."""
+    seen = np.cumsum(visible, axis=1)
+    if window is not None and window < visible.shape[1]:
+        seen[:, window:] = seen[:, window:] - seen[:, :-window]
+    return seen == 0
+
+
+def plan_inputs(captured: fx.GraphModule, skip_padding: bool) -> tuple[PlanInputs, str | None]:
+    """What the plan needs, from an annotated graph and what was folded in it; and why padding is not skipped, if so."""
+    tokens: Tokens = captured.meta["tokens"]
+    wanted: Wanted = captured.meta["wanted"]
+    folded = [node for node, forms in wanted.forms.items() if Form.COMPACT in forms]
+    blind = dict.fromkeys(b for node in folded for value in values_of(node) for b in sorted(value.blind, key=str))
+    needed = _ancestors([*folded, *(b.source for b in blind)])
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    keys = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys)
+    hidden, why_not = _padding(captured, wanted) if skip_padding else (None, None)
+    skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
+    programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
+    return PlanInputs(keys, programs, skip), why_not
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return seen
+
+
+def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
+    needed = _ancestors([source])
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[int] = []
+    for position, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+        if node in needed:
+            inputs.append(position)
+            copies[node] = graph.placeholder(node.name)
+    for node in captured.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[source])
+    return RowProgram(fx.GraphModule(captured, graph), tuple(inputs))
+
+
+# ------------------------------------------------------------------------------------------------ padding="skip"
+
+
+def _padding(captured: fx.GraphModule, wanted: Wanted) -> tuple[Blind | None, str | None]:
+    """The rows every attention hides, if nothing else reads them; else why they cannot be left out."""
+    attentions = [value.attends for node in captured.graph.nodes if node.op != "output" for value in values_of(node)]
+    hidden: set[Blind] = set()
+    for node in captured.graph.nodes:
+        if node.op != "output":
+            for value in values_of(node):
+                hidden |= value.blind
+    sources = {(b.source, b.truth) for b in hidden}
+    if len(sources) != 1:
+        return None, "there is no padding mask that every attention applies to its keys"
+    source, truth = sources.pop()
+    padding = Blind(source, None, truth)
+    if not all(hides(weights.visible, padding, weights.key) for weights in attentions if weights is not None):
+        return None, "an attention does not hide the padding"
+    for node in wanted.forms:
+        reader = _reader_of_padding(node, wanted)
+        if reader is not None:
+            return None, f"{reader.target} ({reader.name}) may read padded rows"
+    return padding, None
+
+
+def _reader_of_padding(node: fx.Node, wanted: Wanted) -> fx.Node | None:
+    """An op that takes ``node`` in full form and would notice that the padded rows were never computed.
+
+    Attention does not (it hides them), pairs on their way to it do not, a view passes them on, and the program's
+    outputs may have them if they come straight from a scatter, which makes them zero.
+    """
+    if node.op != "call_function" or not is_row(node) or home(node) is Form.FULL and is_light(node):
+        return None
+    for user in node.users:
+        if user.op == "output":
+            if not _is_scattered(node, wanted):
+                return user
+        elif Form.FULL in wanted.runs.get(user, set()):
+            values = values_of(user)
+            harmless = any(v.attends is not None for v in values) or all(v.is_pair for v in values)
+            if not harmless and not (is_row(user) and is_view(user)):
+                return user
+    return None
+
+
+def _is_scattered(node: fx.Node, wanted: Wanted) -> bool:
+    while Form.FULL in wanted.runs[node]:
+        source = thin_source(node)
+        if source is None or home(node) is Form.FULL:
+            return False
+        node = source
+    return True

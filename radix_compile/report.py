@@ -1,0 +1,189 @@
+"""What was folded, what was not and why: per graph, and over the calls of a process."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+from radix_compile.cost import flops
+from radix_compile.op_rules.contractions import aten
+from radix_compile.passes.choose_cuts import Form, values_of
+from radix_compile.passes.fold_graph import Wanted
+from radix_compile.passes.mark_token_axes import Tokens, refuse
+from radix_compile.token_axes import Refusal
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: ``causal`` if it was proved so; ``status`` in words; where it is."""
+
+    causal: bool
+    status: str
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of the graph that runs once per node: how many ops, and from which module to which."""
+
+    ops: int
+    first: str
+    last: str
+
+
+@dataclass
+class GraphReport:
+    """One captured graph. FLOPs are those of matrix products and attention at the captured shapes."""
+
+    folded: bool
+    reason: str = ""
+    regions: list[Region] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    flops_compact: int = 0
+    flops_full: int = 0
+
+    @property
+    def foldable_share(self) -> float:
+        total = self.flops_compact + self.flops_full
+        return self.flops_compact / total if total else 0.0
+
+
+def report_on(captured: fx.GraphModule) -> GraphReport:
+    """The report of a graph that has been through the pipeline."""
+    tokens: Tokens = captured.meta["tokens"]
+    wanted: Wanted = captured.meta["wanted"]
+    compact = {node for node, runs in wanted.runs.items() if Form.COMPACT in runs}
+    report = GraphReport(folded=any(flops(node) for node in compact))
+    for node in captured.graph.nodes:
+        if node in compact:
+            report.flops_compact += flops(node)
+        elif node.op == "call_function":
+            report.flops_full += flops(node)
+        attention = _attention(node)
+        if attention is not None:
+            report.attentions.append(attention)
+    report.regions = _regions(captured.graph, compact)
+    report.refusals = _that_matter(captured.graph, tokens)
+    return report
+
+
+def _attention(node: fx.Node) -> Attention | None:
+    if node.op != "call_function":
+        return None
+    value = values_of(node)[0]
+    if value.attends is None and node.target is not aten.scaled_dot_product_attention.default:
+        return None
+    place = refuse(node, "")
+    if value.attends is not None:
+        return Attention(True, "proved causal; runs in full form", place.module, place.source)
+    reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
+    return Attention(False, reason, place.module, place.source)
+
+
+def _that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:
+    """Refusals with arithmetic behind them. (Picking the last token of a finished output is one without.)"""
+    blamed: set[Refusal] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and flops(node):
+            blamed |= {value.mixed for value in values_of(node) if value.mixed is not None}
+    return [refusal for refusal in tokens.refusals if refusal in blamed]
+
+
+def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
+    """Connected stretches of compact ops."""
+    leader: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            leader[node] = leader[leader[node]]
+            node = leader[node]
+        return node
+
+    for node in graph.nodes:
+        if node in compact:
+            leader[node] = node
+            for arg in node.all_input_nodes:
+                if arg in compact:
+                    leader[find(arg)] = find(node)
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in leader:
+        members.setdefault(find(node), []).append(node)
+    return [
+        Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- calls
+
+
+@dataclass
+class Stats:
+    """Counts since the start of the process or :func:`reset_stats`.
+
+    ``calls``, ``folded_calls``    calls of graphs that can fold, and those that did.
+    ``tokens``, ``compact_tokens`` rows and nodes, summed over folded calls.
+    ``plain_calls``                calls by the reason that they ran plain.
+    ``graphs``                     graphs handed to the backend.
+    ``plain_compiles``, ``folded_compiles``  programs handed to the inner backend.
+    ``plan_seconds``               time spent making plans.
+    """
+
+    calls: int = 0
+    folded_calls: int = 0
+    tokens: int = 0
+    compact_tokens: int = 0
+    plain_calls: Counter[str] = field(default_factory=Counter)
+    graphs: int = 0
+    plain_compiles: int = 0
+    folded_compiles: int = 0
+    plan_seconds: float = 0.0
+
+    @property
+    def compression(self) -> float:
+        """Compact tokens / tokens over folded calls; 1.0 if there were none."""
+        return self.compact_tokens / self.tokens if self.tokens else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Counters:
+    """The process-wide statistics: the backend's programs may be called from several threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.stats = Stats()
+
+    def add(self, **counts: float) -> None:
+        with self.lock:
+            for name, count in counts.items():
+                setattr(self.stats, name, getattr(self.stats, name) + count)
+
+    def ran_plain(self, reason: str) -> None:
+        with self.lock:
+            self.stats.calls += 1
+            self.stats.plain_calls[reason] += 1
+
+
+COUNTERS = _Counters()
+
+
+def stats() -> Stats:
+    """A copy of the counts since :func:`reset_stats`."""
+    with COUNTERS.lock:
+        values = COUNTERS.stats.to_dict()
+    values["plain_calls"] = Counter(values["plain_calls"])
+    return Stats(**values)
+
+
+def reset_stats() -> None:
+    """Set every count to zero."""
+    with COUNTERS.lock:
+        COUNTERS.stats = Stats()

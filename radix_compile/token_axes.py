@@ -1,0 +1,258 @@
+"""What every dimension of a tensor means to the tokens of a batch, and who may say so.
+
+A captured graph is annotated node by node with a :class:`Value`: the meaning of each dimension (its axis) and whether
+the value is *prefix-determined*, which is what makes it safe to compute once per distinct prefix. This module is the
+only reader and writer of that annotation (``node.meta["radix"]``); the rules that produce it live in ``op_rules``.
+
+An axis is a tuple of atoms, outermost first, because a reshape merges and splits dimensions: ``[B, S, D]`` has the axes
+``((BATCH,), (SEQ,), (Feature(D),))`` and its reshape to ``[B*S, D]`` has ``((BATCH, SEQ), (Feature(D),))``. A dimension
+of size one has the empty axis ``()``. Axes come from the structure of the program, never from a size that happens to
+be equal: a feature dimension as long as the sequence stays a feature dimension.
+
+The definition everything rests on: a value with axes is *determined* when its entry at sequence ``b`` and columns
+``i, j, ...`` (one for each ``SEQ`` atom) is a function of the paths of the rows ``(b, i), (b, j), ...`` alone, the same
+function for every ``b``. A value without token atoms is a constant of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import sympy
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from radix_compile.mask_facts import Blind, Fact, Weights
+
+Size = sympy.Expr
+"""A dimension's size, as an expression over the symbols of the capture (an ``Integer`` when it is static)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token axis: sequences (``BATCH``) or columns (``SEQ``)."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A dimension that has nothing to do with tokens."""
+
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """A dimension along which the value does not change (what ``expand`` and ``full`` make)."""
+
+    size: Size
+
+
+BATCH = Token("batch")
+SEQ = Token("seq")
+Atom = Token | Feature | Uniform
+Axis = tuple[Atom, ...]
+Axes = tuple[Axis, ...]
+
+
+def as_size(size: int | torch.SymInt) -> Size:
+    """A dimension's size as a simplified expression, without adding a guard."""
+    if isinstance(size, torch.SymInt):
+        node = size.node
+        return node.shape_env.simplify(node.expr)
+    return sympy.Integer(size)
+
+
+def shape_of(node: fx.Node) -> tuple[Size, ...]:
+    return tuple(as_size(size) for size in node.meta["val"].shape)
+
+
+def plain_axis(size: Size) -> Axis:
+    """The axis of a dimension that no token axis runs along."""
+    return () if size == 1 else (Feature(size),)
+
+
+def plain_axes(node: fx.Node) -> Axes:
+    return tuple(plain_axis(size) for size in shape_of(node))
+
+
+def uniform_axes(node: fx.Node) -> Axes:
+    return tuple(() if size == 1 else (Uniform(size),) for size in shape_of(node))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The sizes of the two token axes of one captured graph."""
+
+    batch: Size
+    seq: Size
+
+    def atom_size(self, atom: Atom) -> Size:
+        if isinstance(atom, Token):
+            return self.batch if atom is BATCH else self.seq
+        return atom.size
+
+    def axis_size(self, axis: Axis) -> Size:
+        return sympy.prod([self.atom_size(atom) for atom in axis]) if axis else sympy.Integer(1)
+
+
+class Mixes(Exception):  # noqa: N818 - a verdict about an op, not an error in the program
+    """Raised by a rule: with these inputs the op's result is not prefix-determined. The message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why folding stops at a node: the reason, the op, and where the user wrote it."""
+
+    reason: str
+    op: str
+    node: str
+    module: str
+    source: str
+
+    def __str__(self) -> str:
+        where = f" at {self.source}" if self.source else ""
+        inside = f" in {self.module}" if self.module else ""
+        return f"{self.op}{inside}: {self.reason}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What is known of one node's result.
+
+    ``axes``        the meaning of each dimension.
+    ``mixed``       the refusal because of which the value is not prefix-determined; then nothing else holds.
+    ``blind``       masks whose sightless rows are excepted: at a row that sees no key the value is not determined.
+    ``fact``        what else is known of the entries (an index, a mask, attention weights, ...).
+    ``causal``      the op reads earlier rows too: determined, but it must run in full form.
+    ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
+    ``attends``     for the result of causal attention, who sees whom.
+    ``operands``    for a position-wise op, how each constant operand meets the token axes: ``(node, dim, how)`` with
+                    ``how`` "column" (one entry per column: gather) or "first" (all entries equal: take one).
+    """
+
+    axes: Axes
+    mixed: Refusal | None = None
+    blind: frozenset[Blind] = frozenset()
+    fact: Fact | None = None
+    causal: bool = False
+    identity: fx.Node | None = None
+    attends: Weights | None = None
+    operands: tuple[tuple[fx.Node, int, str], ...] = field(default=(), compare=False)
+
+    def _count(self, token: Token) -> int:
+        return sum(atom is token for axis in self.axes for atom in axis)
+
+    @property
+    def is_constant(self) -> bool:
+        """No token axis: the same for every row of the call."""
+        return self.mixed is None and not any(isinstance(atom, Token) for axis in self.axes for atom in axis)
+
+    @property
+    def is_row(self) -> bool:
+        """One entry per row: may live in compact form."""
+        return self.mixed is None and self._count(BATCH) == 1 and self._count(SEQ) == 1
+
+    @property
+    def is_pair(self) -> bool:
+        """One entry per pair of rows of a sequence (scores, masks)."""
+        return self.mixed is None and self._count(SEQ) == 2
+
+    def with_fact(self, fact: Fact | None) -> Value:
+        return replace(self, fact=fact)
+
+
+Marks = Value | tuple[Value, ...]
+"""The annotation of a node: one value, or one for each of its results."""
+
+
+def mark(node: fx.Node, marks: Marks) -> None:
+    node.meta["radix"] = marks
+
+
+def marks_of(node: fx.Node) -> Marks:
+    marks: Marks = node.meta["radix"]
+    return marks
+
+
+def value_of(node: fx.Node) -> Value:
+    """The annotation of a node with one result."""
+    marks = marks_of(node)
+    assert isinstance(marks, Value), f"{node} has several results"
+    return marks
+
+
+def has_tokens(axis: Axis) -> bool:
+    return any(isinstance(atom, Token) for atom in axis)
+
+
+def feature(axis: Axis, what: str) -> None:
+    """Demand that an axis an op reads along has no tokens in it."""
+    if has_tokens(axis):
+        raise Mixes(f"{what} the {'sequence' if SEQ in axis else 'batch'} axis, so it reads other rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor of a broadcasting op: its node, its value, and the dimensions that take part (default: all)."""
+
+    node: fx.Node
+    value: Value
+    axes: Axes
+
+
+def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
+    """The one meaning of dimensions that line up, or ``Mixes`` if they mean different things."""
+    varying = [axis for axis in axes if not all(isinstance(atom, Uniform) for atom in axis)]
+    if not varying:
+        return max(axes, key=len, default=())
+    if all(axis == varying[0] for axis in varying):
+        return varying[0]
+    tokens = [axis for axis in varying if has_tokens(axis)]
+    if not tokens:
+        return plain_axis(layout.axis_size(varying[0]))
+    if all(axis == tokens[0] for axis in tokens) and tokens[0] == (SEQ,):
+        return tokens[0]
+    raise Mixes("dimensions that line up mean different things: " + " and ".join(map(str, dict.fromkeys(varying))))
+
+
+def broadcast(
+    layout: Layout, operands: Iterable[Operand], exact: bool = False
+) -> tuple[Axes, tuple[tuple[fx.Node, int, str], ...]]:
+    """Line the operands up from the right, as elementwise ops do.
+
+    Returns the axes of the result and how each constant meets them (see ``Value.operands``). With ``exact`` the op
+    does not broadcast (``cat``), so a uniform dimension must be gathered as well.
+
+    A constant's feature dimension that lines up with ``SEQ`` is a table with one entry per column. The column is part of
+    the row key, so this is prefix-determined. One that lines up with ``BATCH`` would tell sequences apart: refused.
+    """
+    operands = list(operands)
+    rank = max((len(operand.axes) for operand in operands), default=0)
+    result: list[Axis] = []
+    uses: list[tuple[fx.Node, int, str]] = []
+    for dim in range(-rank, 0):
+        lined_up = [operand for operand in operands if len(operand.axes) >= -dim]
+        axis = _merge(layout, [operand.axes[dim] for operand in lined_up])
+        result.append(axis)
+        if not has_tokens(axis):
+            continue
+        for operand in lined_up:
+            own = operand.axes[dim]
+            if has_tokens(own) or own == ():
+                continue
+            uniform = all(isinstance(atom, Uniform) for atom in own)
+            gather = axis == (SEQ,) and (exact or not uniform)
+            if not uniform and not gather:
+                raise Mixes("a table lines up with the batch axis, so equal prefixes get different values")
+            # A value with token axes elsewhere makes pairs here, and pairs have no compact form to prepare it for.
+            if operand.value.is_constant:
+                uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))
+    return tuple(result), tuple(dict.fromkeys(uses))

@@ -1,0 +1,179 @@
+"""The one place that touches what torch does not promise to keep. ``tests/test_torch_internals.py`` says what each is for.
+
+No version is asked for: a feature is looked up, and where two spellings exist both are tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import RestartAnalysis
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils.checkpoint import CheckpointPolicy
+
+CAPTURE_ERRORS = (RuntimeError,)
+"""What tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation limits."""
+
+
+def must_propagate(error: BaseException) -> bool:
+    """Dynamo's own control flow (start the analysis again with other specialisations) is not ours to stop."""
+    return isinstance(error, RestartAnalysis)
+
+
+def fake_mode() -> FakeTensorMode:
+    """The fake mode Dynamo is compiling in. (The one in the placeholders' metadata is an earlier one.)"""
+    mode = TracingContext.get().fake_mode
+    assert mode is not None, "a backend runs with Dynamo's fake mode"
+    return mode
+
+
+def fake_inputs(example_inputs: Sequence[Any]) -> list[Any]:
+    """The fake tensors that Dynamo's guards are about, one for each tensor; sizes pass through."""
+    context, mode = TracingContext.get(), fake_mode()
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        symbols = context.tensor_to_context.get(value)
+        source = getattr(symbols, "tensor_source", None)
+        return mode.from_tensor(value, symbolic_context=symbols, source=source, trace=False)
+
+    return [fake(value) for value in example_inputs]
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
+    """Trace the interpreter's run to functional pre-dispatch ATen. Returns the graph and the names of mutated inputs."""
+    with fake_mode(), torch.fx.traceback.preserve_node_meta():
+        graph, signature = aot_export_module(
+            _Module(interpreter.run), fake_inputs(example_inputs), trace_joint=False, pre_dispatch=True, decompositions={}
+        )
+    mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
+    return graph, mutated
+
+
+def unbacked_plan_inputs(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about."""
+    mode = fake_mode()
+    shape_env = mode.shape_env
+    assert shape_env is not None, "Dynamo's fake mode has symbolic shapes"
+    with mode:
+        nodes = shape_env.create_unbacked_symint()
+        torch._check(nodes >= 1)
+        fold = torch.empty((nodes,), dtype=torch.int64, device=device)
+        scatter = torch.empty((rows,), dtype=torch.int64, device=device)
+    shape_env.pending_fresh_unbacked_symbols.clear()
+    return fold, scatter
+
+
+def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Are two sizes equal in this call? If they are symbols, it becomes a guard that they are in every call."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    hints = [size if isinstance(size, int) else size.node.hint for size in (one, other)]
+    return hints[0] == hints[1] and bool(one == other)
+
+
+def is_parameter_or_buffer(example: Any) -> bool:
+    """Dynamo marks the tensors a module owns; they do not change from call to call."""
+    return isinstance(example, torch.nn.Parameter) or (
+        isinstance(example, torch.Tensor) and getattr(example, "_dynamo_static_input_type", None) is not None
+    )
+
+
+def is_custom_autograd_function(target: Any) -> bool:
+    return target is torch.ops.higher_order.autograd_function_apply
+
+
+def is_checkpoint_region(target: Any) -> bool:
+    return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_functorch_transform(target: Any) -> bool:
+    module = getattr(target, "__module__", None) or ""
+    return module.startswith(("torch._functorch", "torch._C._functorch")) or module == "torch._functorch.predispatch"
+
+
+def enters_autocast(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._enter_autocast
+
+
+def exits_autocast(target: Any) -> bool:
+    return target is torch.amp.autocast_mode._exit_autocast
+
+
+def tag_for_recompute(node: fx.Node, region: int) -> None:
+    node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    node.meta["ac_graph_id"] = region
+
+
+def compile_with(
+    inner: str | Callable[..., Any],
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile with another Dynamo backend, in the tracing context we are in.
+
+    ``DynamicOutputShapeException`` and its like, raised inside a backend, make Dynamo run the frame eagerly without a
+    word; they come out as a ``RuntimeError`` instead.
+    """
+    compiler = lookup_backend(inner) if isinstance(inner, str) else inner
+    settings: dict[str, Any] = {}
+    if inner == "inductor":
+        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
+        if patches:
+            settings["config_patches"] = patches
+        compiler = compile_fx
+    else:
+        settings.update({"mode": mode} if mode else {}, **({"options": options} if options else {}))
+    try:
+        compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **settings)
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise RuntimeError(f"the inner backend {inner!r} stopped at {error}") from error
+    return compiled
+
+
+def set_holes(folded: fx.GraphModule) -> None:
+    """Let every scatter leave out the rows that have no node."""
+    for node in folded.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
+        node.args = (*node.args[:6], True)
+    folded.recompile()
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """The casts of an autocast region are in the captured graph; applied twice they could differ."""
+    stack = contextlib.ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.amp.autocast(device, enabled=False))
+    return stack
+
+
+def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
+    """AOTAutograd's cache does not look at recompute tags and would serve the artefact without them."""
+    if tagged:
+        return torch._functorch.config.patch(enable_autograd_cache=False)
+    return contextlib.nullcontext()
