@@ -141,8 +141,8 @@ def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
 def _compile_folded(
     captured: fx.GraphModule, folded: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Program:
-    layout = captured.meta["tokens"]
-    ids = example_inputs[captured.graph.find_nodes(op="placeholder").index(layout.keys[0])]
+    # The fake ids, whose sizes are symbols where the real ones' are numbers: a number here would pin the batch.
+    ids = captured.meta["tokens"].keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
     fold, scatter = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device)
     with internals.without_autocast(), internals.cache_unless(captured.meta["checkpointed"]):

@@ -187,3 +187,9 @@ def reset_stats() -> None:
     """Set every count to zero."""
     with COUNTERS.lock:
         COUNTERS.stats = Stats()
+
+
+def restore_stats(saved: Stats) -> None:
+    """Put back counts that :func:`stats` returned."""
+    with COUNTERS.lock:
+        COUNTERS.stats = saved

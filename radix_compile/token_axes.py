@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
 import torch
@@ -27,7 +27,7 @@ from torch import fx
 if TYPE_CHECKING:
     from radix_compile.mask_facts import Blind, Fact, Weights
 
-Size = sympy.Expr
+Size: TypeAlias = sympy.Expr
 """A dimension's size, as an expression over the symbols of the capture (an ``Integer`` when it is static)."""
 
 

@@ -53,7 +53,8 @@ def scatter_rows(
         rows = rows.masked_fill(left_out, 0)
     else:
         rows = nodes.index_select(0, scatter)
-    return rows.unflatten(0, (batch, seq)).movedim((0, 1), (batch_dim, seq_dim))
+    # view, not unflatten: the latter asks whether B * S is right and so pins their product.
+    return rows.view(batch, seq, *rows.shape[1:]).movedim((0, 1), (batch_dim, seq_dim))
 
 
 def gather_columns(table: torch.Tensor, fold: torch.Tensor, seq: int, dim: int) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""What the backend does to a model: compile it once, run it once, and say what happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from radix_compile.backend import RadixBackend
+from radix_compile.report import GraphReport, reset_stats, restore_stats, stats
+from radix_compile.token_axes import Refusal
+
+
+@dataclass
+class Explanation:
+    """What :func:`explain` found. ``print`` it, or read the fields.
+
+    ``graphs``          the report of each captured graph, in the order of compilation.
+    ``tokens``          rows (sequences times columns) of the folded calls of this one run.
+    ``compact_tokens``  nodes of the prefix tree, that is the rows the folded programs ran.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    tokens: int = 0
+    compact_tokens: int = 0
+
+    @property
+    def folded(self) -> bool:
+        """Did a folded program run?"""
+        return self.compact_tokens > 0
+
+    @property
+    def regions(self) -> list[Any]:
+        """The stretches that run once per node, over all graphs."""
+        return [region for graph in self.graphs for region in graph.regions]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Where folding stops and why, over all graphs."""
+        return [refusal for graph in self.graphs for refusal in graph.refusals]
+
+    @property
+    def flops_before(self) -> int:
+        """Floating-point operations of matrix products and attention in this run, as written."""
+        return sum(graph.flops_compact + graph.flops_full for graph in self.graphs)
+
+    @property
+    def flops_after(self) -> int:
+        """The same with token-wise work done once per node."""
+        if not self.folded:
+            return self.flops_before
+        share = self.compact_tokens / self.tokens
+        return sum(
+            round(graph.flops_compact * (share if graph.folded else 1)) + graph.flops_full for graph in self.graphs
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return {
+            "folded": self.folded,
+            "tokens": self.tokens,
+            "compact_tokens": self.compact_tokens,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "graphs": [asdict(graph) for graph in self.graphs],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
+        if self.folded:
+            saved = f"{self.tokens} -> {self.compact_tokens} tokens ({self.tokens / self.compact_tokens:.2f}x)"
+            lines = [f"folded: {saved}", f"FLOPs:  {self.flops_before:.3g} -> {self.flops_after:.3g}"]
+        else:
+            lines = ["nothing folded"]
+        for number, graph in enumerate(self.graphs):
+            lines.append(f"graph {number}: " + ("folded" if graph.folded else f"not folded: {graph.reason}"))
+            lines += [f"  region: {region.ops} ops, {region.first} .. {region.last}" for region in graph.regions]
+            for attention in graph.attentions:
+                lines.append(f"  attention in {attention.module}: {attention.status}")
+            lines += [f"  refused: {refusal}" for refusal in graph.refusals]
+            lines += [f"  note: {note}" for note in graph.notes]
+        return lines
+
+
+class _Listening(RadixBackend):
+    """The backend, with its reports kept."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.reports: list[GraphReport] = []
+
+    def report(self, report: GraphReport) -> None:
+        self.reports.append(report)
+
+    __hash__ = RadixBackend.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
+    """Run ``model(*args, **kwargs)`` once through the backend, print what it did and return it.
+
+    ``model`` is a module or a function, compiled or not; its weights and its own compiled code are left alone, except
+    that, like ``torch._dynamo.explain``, this starts Dynamo afresh: what was compiled compiles again at its next call.
+    The programs run uncompiled (``inner="eager"``), and whatever is shared folds (``threshold=1.0``), unless
+    ``options`` says otherwise. Gradient mode is the caller's.
+    """
+    model = getattr(model, "_orig_mod", model)
+    backend = _Listening(**{"inner": "eager", "threshold": 1.0, **(options or {})})
+    torch._dynamo.reset()
+    before = stats()
+    reset_stats()
+    try:
+        torch.compile(model, backend=backend)(*args, **kwargs)
+        counted = stats()
+    finally:
+        restore_stats(before)
+        torch._dynamo.reset()
+    explanation = Explanation(backend.reports, counted.tokens, counted.compact_tokens)
+    print(explanation)
+    return explanation
