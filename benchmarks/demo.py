@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="NAME_OR_PATH", help="a causal language model with its weights and tokenizer"
     )
     parser.add_argument("--data", metavar="FILE.jsonl", help='your prompts: a "prompt" or a "question" on each line')
+    parser.add_argument(
+        "--examples", type=positive, default=4, help="worked examples in the shared part, 8 at most (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=positive, default=16, help="prompts in the batch (default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs of each backend (default: %(default)s)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: %(default)s)")
@@ -151,7 +154,7 @@ def compare(options: argparse.Namespace) -> int:
     """Does what the options ask for, prints the results and returns 0 when the outputs agree, otherwise 1."""
     device = pick_device(options.device)
     check_toolchain(device)
-    prompts, source = _prompts(options.data, options.batch_size)
+    prompts, source = _prompts(options.data, options.batch_size, options.examples)
 
     progress = Progress()
     with progress.shown(), torch.inference_mode():
@@ -253,10 +256,10 @@ def describe(model: torch.nn.Module) -> str:
     return f"{type(model).__name__}, {parameters / 1e6:,.1f} M parameters, {dtype}"
 
 
-def _prompts(path: str | None, most: int) -> tuple[list[str], str]:
+def _prompts(path: str | None, most: int, examples: int) -> tuple[list[str], str]:
     """The batch of prompts, and in words where it comes from."""
     if path is None:
-        return workloads.few_shot_prompts(most), "few-shot prompts"
+        return workloads.few_shot_prompts(most, examples), "few-shot prompts"
     try:
         prompts = workloads.load_prompts(path)
     except ValueError as error:

@@ -196,14 +196,15 @@ _SUBJECTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _PHRASINGS = ("Explain {}.", "I would like to know {}.", "Can anyone say {}?", "In plain words, {}?")
 
 
-def few_shot_prompts(n: int) -> list[str]:
-    """`n` prompts that share an instruction and eight worked examples, each followed by a question of its own."""
-    return [few_shot_prompt(question) for question in _questions(n)]
+def few_shot_prompts(n: int, examples: int = 8) -> list[str]:
+    """`n` prompts that share an instruction and worked examples (eight at most), each with a question of its own."""
+    return [few_shot_prompt(question, examples) for question in _questions(n)]
 
 
-def few_shot_prompt(question: str) -> str:
+def few_shot_prompt(question: str, examples: int = 8) -> str:
     """One question behind the shared instruction and examples."""
-    return f"{FEW_SHOT_INSTRUCTION}Question: {question}\nSteps:"
+    shared = "\n\n".join(FEW_SHOT_INSTRUCTION.split("\n\n")[: examples + 1])
+    return f"{shared.rstrip()}\n\nQuestion: {question}\nSteps:"
 
 
 def _questions(n: int) -> list[str]:

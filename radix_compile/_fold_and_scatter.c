@@ -22,22 +22,23 @@ typedef struct {
     const uint32_t *positions;
 } Rows;
 
-/* Sequence: rows up to `end`, the first `prefix` of them equal to those from the earlier row `source` on. */
+/* Successive rows that are the first ones of their nodes. */
 typedef struct {
-    uint32_t end;
-    uint32_t source;
-    uint32_t prefix;
-} Sequence;
+    uint32_t begin;
+    uint32_t length;
+} Run;
 
-/* Edge of the tree: rows `begin` to `begin + length`, below the edge with the index `parent`. */
+/* Edge of the tree: rows `begin` to `begin + length`, below the edge with the index `parent`.  `latest` is the edge
+   that was looked for and found below this one last, or any other edge. */
 typedef struct {
     uint32_t begin;
     uint32_t length;
     uint32_t parent;
+    uint32_t latest;
 } Edge;
 
-/* Edge 0 is the root and has no rows.  `slots` is a hash table with open addressing, at most half full, of all other
-   edges by parent and first row; 0 is a free slot.  The edges below one parent differ in their first row. */
+/* Edge 0 is the root and has no rows.  `slots` is a hash table with open addressing, never full, of all other edges
+   by parent and first row; 0 is a free slot.  The edges below one parent differ in their first row. */
 typedef struct {
     Rows rows;
     Edge *edges;
@@ -54,19 +55,25 @@ hash(const Tree *tree, uint32_t parent, uint32_t row)
     return (size_t)(h ^ h >> 32);
 }
 
+/* Whether the edge `index`, which may be the root, is below `parent` and starts with a row like `row`. */
+static inline int
+matches(const Tree *tree, uint32_t index, uint32_t parent, uint32_t row)
+{
+    const uint32_t *ids = tree->rows.ids, *positions = tree->rows.positions;
+    const Edge *edge = &tree->edges[index];
+    return index != 0 && edge->parent == parent && ids[edge->begin] == ids[row]
+           && positions[edge->begin] == positions[row];
+}
+
 /* The slot of the edge below `parent` that starts with a row like `row`, or a free one. */
 static uint32_t *
 find(const Tree *tree, uint32_t parent, uint32_t row)
 {
-    const uint32_t *ids = tree->rows.ids, *positions = tree->rows.positions;
-    for (size_t i = hash(tree, parent, row);; i++) {
-        uint32_t *slot = &tree->slots[i & tree->mask];
-        const Edge *edge = &tree->edges[*slot];
-        if (*slot == 0
-            || (edge->parent == parent && ids[edge->begin] == ids[row] && positions[edge->begin] == positions[row])) {
-            return slot;
-        }
+    size_t i = hash(tree, parent, row);
+    while (tree->slots[i & tree->mask] != 0 && !matches(tree, tree->slots[i & tree->mask], parent, row)) {
+        i++;
     }
+    return &tree->slots[i & tree->mask];
 }
 
 /* Put an edge that the table does not have into it. */
@@ -84,109 +91,147 @@ static uint32_t
 new_edge(Tree *tree, uint32_t begin, uint32_t length, uint32_t parent)
 {
     uint32_t index = (uint32_t)tree->count++;
-    tree->edges[index] = (Edge){begin, length, parent};
+    tree->edges[index] = (Edge){begin, length, parent, 0};
     return index;
+}
+
+static inline void
+copy(uint32_t *to, const uint32_t *from, uint32_t length)
+{
+    if (length >= 8) {
+        memcpy(to, from, length * sizeof(uint32_t));
+        return;
+    }
+    for (uint32_t i = 0; i < length; i++) {
+        to[i] = from[i];
+    }
+}
+
+static inline void
+count_up(uint32_t *to, uint32_t first, uint32_t length)
+{
+    for (uint32_t i = 0; i < length; i++) {
+        to[i] = first + i;
+    }
+}
+
+/* As `common`, for few rows. */
+static inline uint32_t
+common_of_few(Rows rows, uint32_t a, uint32_t b, uint32_t most)
+{
+    uint32_t n = 0;
+    while (n < most && rows.ids[a + n] == rows.ids[b + n] && rows.positions[a + n] == rows.positions[b + n]) {
+        n++;
+    }
+    return n;
 }
 
 /* How many of the `most` rows from `a` and from `b` on are equal, up to the first that are not. */
 static uint32_t
 common(Rows rows, uint32_t a, uint32_t b, uint32_t most)
 {
-    const uint32_t *ids_a = rows.ids + a, *ids_b = rows.ids + b;
-    const uint32_t *positions_a = rows.positions + a, *positions_b = rows.positions + b;
     uint32_t n = 0;
-    while (most - n >= BLOCK && memcmp(ids_a + n, ids_b + n, BLOCK * sizeof(uint32_t)) == 0
-           && memcmp(positions_a + n, positions_b + n, BLOCK * sizeof(uint32_t)) == 0) {
+    while (most - n >= BLOCK && memcmp(rows.ids + a + n, rows.ids + b + n, BLOCK * sizeof(uint32_t)) == 0
+           && memcmp(rows.positions + a + n, rows.positions + b + n, BLOCK * sizeof(uint32_t)) == 0) {
         n += BLOCK;
     }
-    while (n < most && ids_a[n] == ids_b[n] && positions_a[n] == positions_b[n]) {
-        n++;
-    }
-    return n;
+    return n + common_of_few(rows, a + n, b + n, most - n);
 }
 
-/* Add the sequence that begins at row `start`, and note what it shares with the earlier ones.  At most two edges are
-   new, whatever another thread writes to the rows in the meantime. */
-static void
-insert(Tree *tree, uint32_t start, Sequence *sequence)
+/* Find the longest prefix of the rows `start` to `end` that an earlier sequence has, and add the rest to the tree.
+   Returns the first row that is not shared; the shared ones equal those from `*source` on.  At most two edges and
+   three slots are taken, whatever another thread writes to the rows in the meantime. */
+static uint32_t
+insert(Tree *tree, uint32_t start, uint32_t end, uint32_t *source)
 {
-    uint32_t at = start, end = sequence->end, parent = 0;
-    sequence->source = 0;
+    uint32_t at = start, parent = 0;
     while (at < end) {
-        uint32_t *slot = find(tree, parent, at), index = *slot;
-        if (index == 0) {
-            *slot = new_edge(tree, at, end - at, parent);
-            break;
+        uint32_t index = tree->edges[parent].latest;
+        if (!matches(tree, index, parent, at)) {
+            uint32_t *slot = find(tree, parent, at);
+            if (*slot == 0) {
+                *slot = new_edge(tree, at, end - at, parent);
+                tree->edges[parent].latest = *slot;
+                break;
+            }
+            tree->edges[parent].latest = index = *slot;
         }
         Edge *edge = &tree->edges[index];
         uint32_t most = edge->length < end - at ? edge->length : end - at;
         uint32_t n = 1 + common(tree->rows, edge->begin + 1, at + 1, most - 1);
         /* The sequence that brought this edge came through all edges above it. */
-        sequence->source = edge->begin - (at - start);
+        *source = edge->begin - (at - start);
         at += n;
         if (n == edge->length) {
             parent = index;
         }
         else if (at < end) {
             /* They part inside the edge: its upper part becomes a new edge, above it and the rest of the sequence. */
-            uint32_t upper = new_edge(tree, edge->begin, n, edge->parent);
-            *slot = upper;
-            *edge = (Edge){edge->begin + n, edge->length - n, upper};
+            uint32_t upper = new_edge(tree, edge->begin, n, parent);
+            *find(tree, parent, edge->begin) = upper;
+            *edge = (Edge){edge->begin + n, edge->length - n, upper, edge->latest};
             enter(tree, index);
             enter(tree, new_edge(tree, at, end - at, upper));
             break;
         }
     }
-    sequence->prefix = at - start;
+    return at;
 }
 
-/* Insert all sequences; the number of nodes of the tree. */
-static size_t
-insert_all(Tree *tree, Sequence *sequences, size_t batch)
+/* Insert all sequences: write the scatter index and the runs.  Returns the number of runs and sets `*nodes`; -1 if
+   `bounds` does not run from 0 to `tokens` without decreasing. */
+static Py_ssize_t
+insert_all(Tree *tree, const uint32_t *bounds, size_t entries, size_t tokens, uint32_t *scatter, Run *runs,
+           size_t *nodes)
 {
-    size_t nodes = 0;
-    uint32_t start = 0;
-    for (size_t b = 0; b < batch; b++) {
-        insert(tree, start, &sequences[b]);
-        nodes += sequences[b].end - start - sequences[b].prefix;
-        start = sequences[b].end;
+    Py_ssize_t count = 0;
+    uint32_t start = 0, node = 0;
+    Rows rows = tree->rows;
+    if (entries > 0 && bounds[0] != 0) {
+        return -1;
     }
-    return nodes;
+    for (size_t i = 1; i < entries; i++) {
+        uint32_t end = bounds[i], source = 0;
+        if (end < start || end > tokens) {
+            return -1;
+        }
+        uint32_t row = insert(tree, start, end, &source), length = end - start;
+        copy(scatter + start, scatter + source, row - start);
+        if (row < end) {
+            runs[count++] = (Run){row, end - row};
+            count_up(scatter + row, node, end - row);
+            node += end - row;
+        }
+        /* Short sequences like this one that follow at once are not worth a walk. */
+        while (length < BLOCK && i + 1 < entries && (size_t)end + length <= tokens && bounds[i + 1] == end + length
+               && common_of_few(rows, start, end, length) == length) {
+            copy(scatter + end, scatter + start, length);
+            end += length;
+            i++;
+        }
+        start = end;
+    }
+    *nodes = node;
+    return start == tokens ? count : -1;
 }
 
-/* Write the outputs; `compact` is ids, positions and fold of `width` entries each, zeros after the nodes. */
+/* Write ids, positions and fold, `width` entries each: the rows of the runs, then zeros. */
 static void
-fill(Rows rows, const Sequence *sequences, size_t batch, uint32_t *compact, size_t width, uint32_t *scatter)
+gather(Rows rows, const Run *runs, Py_ssize_t count, uint32_t *compact, size_t width)
 {
     uint32_t *ids = compact, *positions = compact + width, *fold = compact + 2 * width;
-    size_t node = 0;
-    uint32_t row = 0;
-    for (size_t b = 0; b < batch; b++) {
-        const Sequence *sequence = &sequences[b];
-        if (sequence->prefix > 0) {
-            memcpy(scatter + row, scatter + sequence->source, sequence->prefix * sizeof(uint32_t));
-            row += sequence->prefix;
-        }
-        size_t fresh = sequence->end - row;
-        if (fresh > 0) {
-            memcpy(ids + node, rows.ids + row, fresh * sizeof(uint32_t));
-            memcpy(positions + node, rows.positions + row, fresh * sizeof(uint32_t));
-            for (size_t i = 0; i < fresh; i++) {
-                fold[node + i] = row + (uint32_t)i;
-            }
-            for (size_t i = 0; i < fresh; i++) {
-                scatter[row + i] = (uint32_t)(node + i);
-            }
-        }
-        node += fresh;
-        row = sequence->end;
+    for (const Run *run = runs; run < runs + count; run++) {
+        copy(ids, rows.ids + run->begin, run->length);
+        copy(positions, rows.positions + run->begin, run->length);
+        count_up(fold, run->begin, run->length);
+        ids += run->length;
+        positions += run->length;
+        fold += run->length;
     }
-    if (width > node) {
-        size_t padding = (width - node) * sizeof(uint32_t);
-        memset(ids + node, 0, padding);
-        memset(positions + node, 0, padding);
-        memset(fold + node, 0, padding);
-    }
+    size_t padding = (size_t)(compact + width - ids);
+    memset(ids, 0, padding * sizeof(uint32_t));
+    memset(positions, 0, padding * sizeof(uint32_t));
+    memset(fold, 0, padding * sizeof(uint32_t));
 }
 
 /* ------------------------------------------------------------------------------------------ the Python side */
@@ -246,80 +291,69 @@ new_matrix(const State *state, Py_ssize_t height, Py_ssize_t width, uint32_t **d
     return new_array(state, shape, data);
 }
 
-/* The sequences that `bounds` describes, copied; 0 unless it runs from 0 to `tokens` without decreasing. */
-static int
-read_bounds(const Py_buffer *bounds, size_t tokens, Sequence *sequences)
-{
-    const uint32_t *bound = bounds->buf;
-    size_t entries = (size_t)bounds->shape[0];
-    if (entries == 0) {
-        return tokens == 0;
-    }
-    uint32_t last = bound[0];
-    int rising = last == 0;
-    for (size_t b = 0; b + 1 < entries; b++) {
-        sequences[b].end = bound[b + 1];
-        rising &= last <= sequences[b].end;
-        last = sequences[b].end;
-    }
-    return rising && last == tokens;
-}
-
+/* What fold_and_scatter returns for three vectors, the first two of equal length. */
 static PyObject *
-split(const State *state, const Py_buffer views[3], size_t multiple)
+compute(const State *state, const Py_buffer views[3], size_t multiple)
 {
     Rows rows = {views[0].buf, views[1].buf};
-    size_t tokens = (size_t)views[0].shape[0];
-    size_t batch = views[2].shape[0] > 0 ? (size_t)views[2].shape[0] - 1 : 0;
+    const uint32_t *bounds = views[2].buf;
+    size_t tokens = (size_t)views[0].shape[0], entries = (size_t)views[2].shape[0];
+    if (tokens > UINT32_MAX) {
+        Py_RETURN_NONE;
+    }
 
-    /* Every sequence brings two edges at most, and every edge a row, so that indices of edges fit in 32 bits. */
-    if (batch > PY_SSIZE_T_MAX / 64) {
+    /* A sequence brings one run and two edges at most, each of them with a row or more.  The slots are for three
+       halves of the edges and one more. */
+    size_t most_runs = entries < tokens ? entries : tokens;
+    size_t most_edges = (2 * most_runs < tokens ? 2 * most_runs : tokens) + 1, slots = 4;
+    if (most_edges > SIZE_MAX / 64) {
         return PyErr_NoMemory();
     }
-    size_t edges = (2 * batch < tokens ? 2 * batch : tokens) + 1, slots = 4;
-    while (slots < 2 * edges) {
+    while (slots <= most_edges + most_edges / 2) {
         slots *= 2;
     }
-    size_t fixed = batch * sizeof(Sequence) + edges * sizeof(Edge);
-    char *memory = PyMem_Malloc(fixed + slots * sizeof(uint32_t));
+    char *memory = PyMem_Malloc(most_edges * sizeof(Edge) + most_runs * sizeof(Run) + slots * sizeof(uint32_t));
     if (memory == NULL) {
         return PyErr_NoMemory();
     }
-    Sequence *sequences = (Sequence *)memory;
-    Tree tree = {rows, (Edge *)(sequences + batch), 1, (uint32_t *)(memory + fixed), slots - 1};
-    PyObject *compact = NULL, *scatter = NULL, *outputs = NULL;
-    uint32_t *compact_data = NULL, *scatter_data = NULL;
-    PyThreadState *thread = NULL;
+    Tree tree = {.rows = rows, .edges = (Edge *)memory, .count = 1, .mask = slots - 1};
+    Run *runs = (Run *)(tree.edges + most_edges);
+    tree.slots = (uint32_t *)(runs + most_runs);
+    tree.edges[0] = (Edge){0, 0, 0, 0};
 
-    if (!read_bounds(&views[2], tokens, sequences)) {
-        outputs = Py_NewRef(Py_None);
-        goto done;
-    }
-    tree.edges[0] = (Edge){0, 0, 0};
-    memset(tree.slots, 0, slots * sizeof(uint32_t));
-    if (tokens >= RELEASE_LOCK_FROM) {
-        thread = PyEval_SaveThread();
-    }
-    size_t nodes = insert_all(&tree, sequences, batch);
-    if (thread != NULL) {
-        PyEval_RestoreThread(thread);
-    }
-
-    size_t padding = (multiple - nodes % multiple) % multiple, width = nodes == 0 ? 0 : nodes + padding;
-    if (width > PY_SSIZE_T_MAX / (3 * sizeof(uint32_t))) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    compact = new_matrix(state, 3, (Py_ssize_t)width, &compact_data);
-    scatter = compact == NULL ? NULL : new_array(state, PyLong_FromSize_t(tokens), &scatter_data);
+    int release = tokens >= RELEASE_LOCK_FROM;
+    PyObject *outputs = NULL, *compact = NULL;
+    uint32_t *scatter_data, *compact_data;
+    PyObject *scatter = new_array(state, PyLong_FromSize_t(tokens), &scatter_data);
     if (scatter == NULL) {
         goto done;
     }
-    if (thread != NULL) {
+    PyThreadState *thread = release ? PyEval_SaveThread() : NULL;
+    memset(tree.slots, 0, slots * sizeof(uint32_t));
+    size_t nodes = 0;
+    Py_ssize_t count = insert_all(&tree, bounds, entries, tokens, scatter_data, runs, &nodes);
+    if (release) {
+        PyEval_RestoreThread(thread);
+    }
+    if (count < 0) {
+        outputs = Py_NewRef(Py_None);
+        goto done;
+    }
+
+    size_t padding = nodes % multiple == 0 ? 0 : multiple - nodes % multiple;
+    if (padding > PY_SSIZE_T_MAX / 16 - nodes) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    compact = new_matrix(state, 3, (Py_ssize_t)(nodes + padding), &compact_data);
+    if (compact == NULL) {
+        goto done;
+    }
+    if (release) {
         thread = PyEval_SaveThread();
     }
-    fill(rows, sequences, batch, compact_data, width, scatter_data);
-    if (thread != NULL) {
+    gather(rows, runs, count, compact_data, nodes + padding);
+    if (release) {
         PyEval_RestoreThread(thread);
     }
 
@@ -366,7 +400,7 @@ fold_and_scatter(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
     }
     PyObject *outputs;
     if (held == 3 && views[0].shape[0] == views[1].shape[0]) {
-        outputs = split(state, views, (size_t)multiple);
+        outputs = compute(state, views, (size_t)multiple);
     }
     else {
         outputs = Py_NewRef(Py_None);

@@ -1,0 +1,93 @@
+"""Unmodified models, every input form: the outputs of the plain model on every row, and as many nodes as paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import radix_compile
+from tests.models import build, compare, paths, shared_batch
+
+FORMS = ["no mask", "no mask, no cache", "ones", "right padding", "left padding", "positions", "restarting positions"]
+
+
+def inputs(form: str, ids: Tensor) -> dict[str, Any]:
+    """Keyword arguments of that form. Sequences 0 and 1 share their padding and their text."""
+    if form == "no mask":
+        return {}
+    if form == "no mask, no cache":
+        return {"use_cache": False}
+    if form == "positions":
+        return {"position_ids": 5 + torch.arange(ids.shape[1]).repeat(ids.shape[0], 1), "use_cache": False}
+    if form == "restarting positions":
+        # Two documents in each sequence: the graph proves by the positions that they do not see each other.
+        first = ids.shape[1] // 2
+        positions = torch.cat([torch.arange(first), torch.arange(ids.shape[1] - first)])
+        return {"position_ids": positions.repeat(ids.shape[0], 1), "use_cache": False}
+    mask = torch.ones_like(ids)
+    if form == "right padding":
+        ids[1] = ids[0]
+        mask[0, -3:] = mask[1, -3:] = mask[2, -1:] = 0
+    if form == "left padding":
+        ids[1, :-2] = ids[0, :-2]
+        mask[0, :3] = mask[1, :3] = mask[2, :1] = 0
+    ids[mask == 0] = 0
+    return {"attention_mask": mask, "use_cache": form == "ones"}
+
+
+def nodes(form: str, ids: Tensor, kwargs: dict[str, Any]) -> int:
+    keys = [ids, *(value for value in kwargs.values() if isinstance(value, Tensor))]
+    unique = kwargs["attention_mask"].cumsum(1) == 0 if form == "left padding" else None
+    return paths(*keys, unique=unique)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama", "GPT2"])
+def test_folds_with_the_outputs_of_the_plain_model(kind: str, attention: str, form: str) -> None:
+    model = build(kind, attention=attention)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    for batch, seq in [(4, 12), (4, 17)]:  # static shapes, then a symbolic sequence length
+        radix_compile.reset_stats()
+        ids = shared_batch(batch, seq, shared=seq - 4, seed=seq)
+        kwargs = inputs(form, ids)
+        compare(model, compiled, ids, **kwargs)
+        stats = radix_compile.stats()
+        assert (stats.calls, stats.folded_calls) == (1, 1)
+        assert stats.tokens == batch * seq
+        assert stats.compact_tokens == nodes(form, ids, kwargs) < stats.tokens
+
+
+@pytest.mark.parametrize("form", ["no mask", "right padding"])
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+def test_folds_under_other_heads(head: str, form: str) -> None:
+    model = build("Qwen3", head=head, num_labels=3)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    ids = shared_batch(4, 12, shared=8)
+    kwargs = inputs(form, ids)
+    compare(model, compiled, ids, **kwargs)
+    assert radix_compile.stats().compact_tokens == nodes(form, ids, kwargs)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bfloat16(attention: str) -> None:
+    model = build("Qwen3", attention=attention).bfloat16()
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    ids = shared_batch(4, 12, shared=8)
+    compare(model, compiled, ids, **inputs("right padding", ids))
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_shapes_that_change_together_or_alone() -> None:
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    for batch, seq in [(4, 12), (4, 17), (7, 17), (5, 9), (3, 30), (9, 12)]:
+        ids = shared_batch(batch, seq, shared=seq // 2, seed=batch)
+        kwargs = inputs("right padding", ids)
+        radix_compile.reset_stats()
+        compare(model, compiled, ids, **kwargs)
+        assert radix_compile.stats().compact_tokens == nodes("right padding", ids, kwargs)
+    assert radix_compile.stats().graphs == 0  # the last shapes compiled nothing

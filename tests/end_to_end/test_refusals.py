@@ -1,0 +1,144 @@
+"""What must not fold: the outputs of the plain model, nothing folded past the op, and a reason that names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import radix_compile
+from tests.models import VOCABULARY, build, compare, shared_batch
+
+
+def explained(model: nn.Module, *args: Any, **kwargs: Any) -> radix_compile.Explanation:
+    with torch.no_grad():
+        return radix_compile.explain(model, *args, **kwargs)
+
+
+def assert_refused(model: nn.Module, reason: str, op: str, *args: Any, **kwargs: Any) -> None:
+    """The outputs are right under the backend, and the report says which op, why and where."""
+    with pytest.warns(UserWarning, match="radix: nothing folds"):
+        explanation = explained(model, *args, **kwargs)
+    assert not explanation.folded
+    refusal = explanation.refusals[0]
+    assert reason in refusal.reason
+    assert op in refusal.op
+    assert ".py:" in refusal.source
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="radix: nothing folds"):
+        compare(model, torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0}), *args, **kwargs)
+    assert radix_compile.stats().folded_calls == 0
+
+
+def test_bidirectional_attention() -> None:
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = BertModel(config).eval()
+    assert_refused(model, "bidirectional", "scaled_dot_product_attention", shared_batch(4, 12, 8))
+
+
+class Block(nn.Module):
+    """Embedding, two MLP layers with something between them, and a head."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.before = nn.Linear(16, 16)
+        self.between = between
+        self.layers = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers(self.between(self.before(self.embedding(ids))))
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_position_wise_block_folds() -> None:
+    """The control: with nothing in between the same block folds, so the refusals below are about what is in between."""
+    model = Block(nn.Identity()).eval()
+    explanation = explained(model, shared_batch(4, 12, 8))
+    assert explanation.folded
+    assert not explanation.refusals
+
+
+MIXING = {
+    "future": (lambda x: x.roll(-1, dims=1), "no rule", "roll"),
+    "flip": (lambda x: x.flip(1), "reverses", "flip"),
+    "mean over the sequence": (lambda x: x - x.mean(1, keepdim=True), "reduces over the sequence", "mean"),
+    "mean over the batch": (lambda x: x - x.mean(0, keepdim=True), "reduces over the batch", "mean"),
+    "softmax over the sequence": (lambda x: x.softmax(1), "normalises over the sequence", "softmax"),
+    "sort over the sequence": (lambda x: x.sort(1).values, "reads along the sequence", "sort"),
+    "shift": (lambda x: torch.cat([x[:, 1:], x[:, :1]], 1), "slices the sequence", "slice"),
+    "reshape across rows": (lambda x: x.reshape(4, 6, 32).reshape(4, 12, 16), "cuts through", "view"),
+    "bidirectional pairs": (lambda x: (x @ x.mT).softmax(-1) @ x, "without a mask", "softmax"),
+    "reversed cumulative sum": (lambda x: x.flip(1).cumsum(1).flip(1), "reverses", "flip"),
+    "other sequences": (lambda x: x + x[[1, 0, 3, 2]], "not known to leave them in place", "index"),
+    "random": (lambda x: x + torch.rand_like(x), "no rule", "rand"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing_op(name: str) -> None:
+    function, reason, op = MIXING[name]
+    model = Block(Apply(function)).eval()
+    if name == "random":
+        with pytest.warns(UserWarning):
+            explanation = explained(model, shared_batch(4, 12, 8))
+        assert any("rand" in refusal.op for refusal in explanation.refusals)
+        assert not explanation.folded
+        return
+    assert_refused(model, reason, op, shared_batch(4, 12, 8))
+
+
+class BatchNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_batch_norm() -> None:
+    assert_refused(Block(BatchNormed()).eval(), "no rule", "batch_norm", shared_batch(4, 12, 8))
+
+
+def test_dropout_in_training() -> None:
+    model = build("GPT2").train()
+    with pytest.warns(UserWarning, match="dropout is on"):
+        explanation = explained(model, shared_batch(4, 12, 8))
+    assert not explanation.folded
+    assert "dropout" in explanation.refusals[0].op
+
+
+def test_decoding_with_a_filled_cache() -> None:
+    model = build("Qwen3")
+    ids = shared_batch(4, 12, 8)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    with torch.no_grad():
+        ours, plain = compiled(ids), model(ids)
+        assert radix_compile.stats().folded_calls == 1
+        following = shared_batch(4, 3, 2, seed=1)
+        with pytest.warns(UserWarning, match="joins tensors along the sequence axis"):
+            ours = compiled(following, past_key_values=ours.past_key_values)
+        plain = model(following, past_key_values=plain.past_key_values)
+    torch.testing.assert_close(ours.logits, plain.logits)
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_strict_raises_with_the_reasons() -> None:
+    model = Block(Apply(lambda x: x.flip(1))).eval()
+    with pytest.raises(Exception, match="nothing folds: .*flip.*reverses the sequence axis"):
+        torch.compile(model, backend="radix", options={"inner": "eager", "strict": True})(shared_batch(4, 12, 8))
