@@ -1,13 +1,14 @@
 """How long the prefix plans take, against the radix-mlp package (the published RadixMLP, arXiv 2601.15013).
 
-    python -m benchmarks.bench_prefix_plan [--quick]
+    python -m benchmarks.bench_prefix_plan [--quick] [--without-extension] [--output FILE]
 
 Batches are random tokens behind one prefix that all sequences share; a share of 1 is one sequence over and over.
 `ours` is `compute_fold_and_scatter`, all four outputs included, on the same arrays and in turn with the package;
-`rows` is `PrefixPlan.from_rows` on int64 ids and positions.  Times are medians of warm calls.
+`rows` is `PrefixPlan.from_rows` on int64 ids and positions, by itself.  Times are medians of warm calls.
 
 The exit status is 1 if a batch of 8 sequences or more takes longer than the package takes, or if the batch of
-2048 x 512 tokens, a quarter of them shared, is less than ten times as fast.
+2048 x 512 tokens, a quarter of them shared, is less than ten times as fast.  There is no margin for noise in that,
+but a batch that misses is measured once more, and the second measurement counts.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from radix_mlp import compute_fold_and_scatter as package
 
-from radix_compile.prefix_plan import PrefixPlan, compute_fold_and_scatter
+from radix_compile import fold_and_scatter
+from radix_compile.fold_and_scatter import compute_fold_and_scatter
+from radix_compile.prefix_plan import PrefixPlan
 
 VOCABULARY = 50_000
-EQUAL = [(8, 4), (8, 16), (8, 64), (8, 512), (32, 16), (32, 128), (32, 2304), (128, 4), (128, 32), (128, 512)]
-EQUAL += [(1024, 4), (1024, 64), (2048, 512), (4096, 512)]
+EQUAL = [(8, 1), (8, 4), (8, 16), (8, 64), (8, 512), (32, 16), (32, 128), (32, 2304), (128, 4), (128, 32), (128, 512)]
+EQUAL += [(1024, 1), (1024, 4), (1024, 64), (2048, 512), (4096, 512)]
 QUICK = [(8, 4), (8, 64), (32, 128), (128, 512), (2048, 512)]
 SHARES = (0.0, 0.25, 0.5, 0.9, 1.0)
 HEADLINE, HEADLINE_RATIO = (2048, 512, 0.25, "equal"), 10.0
@@ -43,7 +47,9 @@ def machine() -> str:
         lines = []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     load = f", load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
-    return f"{model}, {os.cpu_count()} cores{load}, Python {platform.python_version()}, NumPy {np.__version__}"
+    path = "C extension" if fold_and_scatter.extension else "NumPy only"
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, radix-mlp {version('radix-mlp')}"
+    return f"{model}, {os.cpu_count()} cores{load}, {platform.system()}, {versions}, {path}"
 
 
 def packed_batch(batch: int, length: int, share: float, ragged: bool) -> tuple[np.ndarray[Any, Any], ...]:
@@ -76,37 +82,54 @@ def medians(functions: list[Callable[[], object]], budget_s: float) -> list[floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer batches, less time for each")
-    quick: bool = parser.parse_args().quick
+    parser.add_argument("--without-extension", action="store_true", help="measure the NumPy path")
+    parser.add_argument("--output", type=Path, help="write what is printed to this file too")
+    arguments = parser.parse_args()
+    quick: bool = arguments.quick
+    if arguments.without_extension:
+        fold_and_scatter.extension = None
     cases = [(b, s, share, "equal") for b, s in (QUICK if quick else EQUAL) for share in SHARES]
     cases += [(b, s, 0.25, "ragged") for b, s in (QUICK if quick else EQUAL)]
     if quick:
         cases = [case for case in cases if case[2] in (0.25, 1.0)]
 
-    print(machine())
-    print(f"{'sequences':>9} {'tokens':>6} {'shared':>6} {'lengths':>7} {'package ms':>11} {'ours ms':>9} "
-          f"{'ratio':>6} {'rows ms':>9}")  # fmt: skip
+    lines: list[str] = []
+
+    def show(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
+    show(machine())
+    show("sequences tokens shared lengths  package ms   ours ms  ratio   rows ms")
     missed: list[str] = []
+    budget_s = 0.2 if quick else 0.5
     for case in cases:
         batch, length, share, lengths = case
         ids, positions, bounds = packed_batch(batch, length, share, lengths == "ragged")
-        functions: list[Callable[[], object]] = [
+        pair: list[Callable[[], object]] = [
             partial(package, ids, positions, bounds),
             partial(compute_fold_and_scatter, ids, positions, bounds),
         ]
+        wanted = HEADLINE_RATIO if case == HEADLINE else 1.0
+        theirs, ours = medians(pair, budget_s)
+        if theirs / ours < wanted:
+            theirs, ours = medians(pair, budget_s)
+        rows = float("nan")
         if lengths == "equal":
             keys = [array.astype(np.int64).reshape(batch, length) for array in (ids, positions)]
-            functions.append(partial(PrefixPlan.from_rows, *keys))
-        theirs, ours, *rows = medians(functions, 0.2 if quick else 0.5)
+            (rows,) = medians([partial(PrefixPlan.from_rows, *keys)], budget_s / 2)
         ratio = theirs / ours
-        wanted = HEADLINE_RATIO if case == HEADLINE else 1.0
         name = f"{batch:9} {length:6} {share:6.0%} {lengths:>7}"
-        print(f"{name} {theirs:11.4f} {ours:9.4f} {ratio:5.1f}x {rows[0] if rows else float('nan'):9.4f}"
-              + ("  <" if ratio < wanted else ""))  # fmt: skip
+        mark = "  <" if ratio < wanted else ""
+        show(f"{name} {theirs:11.4f} {ours:9.4f} {ratio:5.1f}x {rows:9.4f}{mark}")
         if batch >= 8 and ratio < wanted:
             missed.append(f"{name}: {ratio:.2f}x, wanted {wanted:.0f}x")
     if missed:
-        print(f"\n{len(missed)} of {len(cases)} batches are slower than they have to be (marked <):")
-        print("\n".join(missed))
+        show(f"\n{len(missed)} of {len(cases)} batches are slower than they have to be (marked <):")
+        show("\n".join(missed))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 1 if missed else 0
 
 

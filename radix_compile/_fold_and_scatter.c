@@ -28,13 +28,11 @@ typedef struct {
     uint32_t length;
 } Run;
 
-/* Edge of the tree: rows `begin` to `begin + length`, below the edge with the index `parent`.  `latest` is the edge
-   that was looked for and found below this one last, or any other edge. */
+/* Edge of the tree: rows `begin` to `begin + length`, below the edge with the index `parent`. */
 typedef struct {
     uint32_t begin;
     uint32_t length;
     uint32_t parent;
-    uint32_t latest;
 } Edge;
 
 /* Edge 0 is the root and has no rows.  `slots` is a hash table with open addressing, never full, of all other edges
@@ -45,24 +43,25 @@ typedef struct {
     size_t count;
     uint32_t *slots;
     size_t mask;
+    int shift;
 } Tree;
 
-static size_t
+/* Where in the table to look first, from there on `& mask`. */
+static inline size_t
 hash(const Tree *tree, uint32_t parent, uint32_t row)
 {
-    uint64_t h = ((uint64_t)tree->rows.positions[row] << 32 | tree->rows.ids[row]) * UINT64_C(0x9E3779B97F4A7C15);
-    h = ((h ^ h >> 32) + parent) * UINT64_C(0xBF58476D1CE4E5B9);
-    return (size_t)(h ^ h >> 32);
+    uint64_t h = tree->rows.ids[row] * UINT64_C(0x9E3779B97F4A7C15) + parent * UINT64_C(0xBF58476D1CE4E5B9)
+                 + tree->rows.positions[row] * UINT64_C(0x94D049BB133111EB);
+    return (size_t)(h >> tree->shift);
 }
 
-/* Whether the edge `index`, which may be the root, is below `parent` and starts with a row like `row`. */
+/* Whether the edge `index` is below `parent` and starts with a row like `row`. */
 static inline int
 matches(const Tree *tree, uint32_t index, uint32_t parent, uint32_t row)
 {
     const uint32_t *ids = tree->rows.ids, *positions = tree->rows.positions;
     const Edge *edge = &tree->edges[index];
-    return index != 0 && edge->parent == parent && ids[edge->begin] == ids[row]
-           && positions[edge->begin] == positions[row];
+    return edge->parent == parent && ids[edge->begin] == ids[row] && positions[edge->begin] == positions[row];
 }
 
 /* The slot of the edge below `parent` that starts with a row like `row`, or a free one. */
@@ -91,7 +90,7 @@ static uint32_t
 new_edge(Tree *tree, uint32_t begin, uint32_t length, uint32_t parent)
 {
     uint32_t index = (uint32_t)tree->count++;
-    tree->edges[index] = (Edge){begin, length, parent, 0};
+    tree->edges[index] = (Edge){begin, length, parent};
     return index;
 }
 
@@ -140,21 +139,16 @@ common(Rows rows, uint32_t a, uint32_t b, uint32_t most)
 
 /* Find the longest prefix of the rows `start` to `end` that an earlier sequence has, and add the rest to the tree.
    Returns the first row that is not shared; the shared ones equal those from `*source` on.  At most two edges and
-   three slots are taken, whatever another thread writes to the rows in the meantime. */
+   two slots are taken, whatever another thread writes to the rows in the meantime. */
 static uint32_t
 insert(Tree *tree, uint32_t start, uint32_t end, uint32_t *source)
 {
     uint32_t at = start, parent = 0;
     while (at < end) {
-        uint32_t index = tree->edges[parent].latest;
-        if (!matches(tree, index, parent, at)) {
-            uint32_t *slot = find(tree, parent, at);
-            if (*slot == 0) {
-                *slot = new_edge(tree, at, end - at, parent);
-                tree->edges[parent].latest = *slot;
-                break;
-            }
-            tree->edges[parent].latest = index = *slot;
+        uint32_t *slot = find(tree, parent, at), index = *slot;
+        if (index == 0) {
+            *slot = new_edge(tree, at, end - at, parent);
+            break;
         }
         Edge *edge = &tree->edges[index];
         uint32_t most = edge->length < end - at ? edge->length : end - at;
@@ -168,8 +162,8 @@ insert(Tree *tree, uint32_t start, uint32_t end, uint32_t *source)
         else if (at < end) {
             /* They part inside the edge: its upper part becomes a new edge, above it and the rest of the sequence. */
             uint32_t upper = new_edge(tree, edge->begin, n, parent);
-            *find(tree, parent, edge->begin) = upper;
-            *edge = (Edge){edge->begin + n, edge->length - n, upper, edge->latest};
+            *slot = upper;
+            *edge = (Edge){edge->begin + n, edge->length - n, upper};
             enter(tree, index);
             enter(tree, new_edge(tree, at, end - at, upper));
             break;
@@ -302,24 +296,25 @@ compute(const State *state, const Py_buffer views[3], size_t multiple)
         Py_RETURN_NONE;
     }
 
-    /* A sequence brings one run and two edges at most, each of them with a row or more.  The slots are for three
-       halves of the edges and one more. */
+    /* A sequence brings one run and two edges at most, each of them with a row or more. */
     size_t most_runs = entries < tokens ? entries : tokens;
     size_t most_edges = (2 * most_runs < tokens ? 2 * most_runs : tokens) + 1, slots = 4;
     if (most_edges > SIZE_MAX / 64) {
         return PyErr_NoMemory();
     }
-    while (slots <= most_edges + most_edges / 2) {
+    int shift = 62; /* 64 less the bits of an index of a slot */
+    while (slots < most_edges + most_edges / 2) {
         slots *= 2;
+        shift--;
     }
     char *memory = PyMem_Malloc(most_edges * sizeof(Edge) + most_runs * sizeof(Run) + slots * sizeof(uint32_t));
     if (memory == NULL) {
         return PyErr_NoMemory();
     }
-    Tree tree = {.rows = rows, .edges = (Edge *)memory, .count = 1, .mask = slots - 1};
+    Tree tree = {.rows = rows, .edges = (Edge *)memory, .count = 1, .mask = slots - 1, .shift = shift};
     Run *runs = (Run *)(tree.edges + most_edges);
     tree.slots = (uint32_t *)(runs + most_runs);
-    tree.edges[0] = (Edge){0, 0, 0, 0};
+    tree.edges[0] = (Edge){0, 0, 0};
 
     int release = tokens >= RELEASE_LOCK_FROM;
     PyObject *outputs = NULL, *compact = NULL;

@@ -147,7 +147,7 @@ def _reader_of_padding(node: fx.Node, wanted: Wanted) -> fx.Node | None:
     Attention does not (it hides them), pairs on their way to it do not, a view passes them on, and the program's
     outputs may have them if they come straight from a scatter, which makes them zero.
     """
-    if node.op != "call_function" or not is_row(node) or home(node) is Form.FULL and is_light(node):
+    if node.op != "call_function" or not is_row(node) or is_light(node):
         return None
     for user in node.users:
         if user.op == "output":

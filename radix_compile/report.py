@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -97,7 +96,7 @@ def _that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:
 
 
 def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
-    """Connected stretches of compact ops."""
+    """Connected stretches of compact ops with arithmetic in them."""
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -115,6 +114,7 @@ def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
         members.setdefault(find(node), []).append(node)
+    members = {node: nodes for node, nodes in members.items() if any(flops(member) for member in nodes)}
     return [
         Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()
     ]
@@ -139,7 +139,7 @@ class Stats:
     folded_calls: int = 0
     tokens: int = 0
     compact_tokens: int = 0
-    plain_calls: Counter[str] = field(default_factory=Counter)
+    plain_calls: dict[str, int] = field(default_factory=dict)
     graphs: int = 0
     plain_compiles: int = 0
     folded_compiles: int = 0
@@ -169,7 +169,7 @@ class _Counters:
     def ran_plain(self, reason: str) -> None:
         with self.lock:
             self.stats.calls += 1
-            self.stats.plain_calls[reason] += 1
+            self.stats.plain_calls[reason] = self.stats.plain_calls.get(reason, 0) + 1
 
 
 COUNTERS = _Counters()
@@ -178,9 +178,7 @@ COUNTERS = _Counters()
 def stats() -> Stats:
     """A copy of the counts since :func:`reset_stats`."""
     with COUNTERS.lock:
-        values = COUNTERS.stats.to_dict()
-    values["plain_calls"] = Counter(values["plain_calls"])
-    return Stats(**values)
+        return Stats(**COUNTERS.stats.to_dict())
 
 
 def reset_stats() -> None:

@@ -131,7 +131,7 @@ class Value:
     ``mixed``       the refusal because of which the value is not prefix-determined; then nothing else holds.
     ``blind``       masks whose sightless rows are excepted: at a row that sees no key the value is not determined.
     ``fact``        what else is known of the entries (an index, a mask, attention weights, ...).
-    ``causal``      the op reads earlier rows too: determined, but it must run in full form.
+    ``full_only``   determined, but the op must run in full form: it reads earlier rows (causal), or counts columns.
     ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
     ``attends``     for the result of causal attention, who sees whom.
     ``operands``    for a position-wise op, how each constant operand meets the token axes: ``(node, dim, how)`` with
@@ -142,7 +142,7 @@ class Value:
     mixed: Refusal | None = None
     blind: frozenset[Blind] = frozenset()
     fact: Fact | None = None
-    causal: bool = False
+    full_only: bool = False
     identity: fx.Node | None = None
     attends: Weights | None = None
     operands: tuple[tuple[fx.Node, int, str], ...] = field(default=(), compare=False)

@@ -110,6 +110,6 @@ def attend(axes: Axes, weights: Weights, *sources: Value) -> Value:
         for other in source.blind:
             if not hides(weights.visible, other, weights.key):
                 raise Mixes("a row that sees no key in an earlier layer is seen by others here")
-    return Value(axes, causal=True, blind=frozenset() if blind is None else frozenset({blind}), attends=weights)
+    return Value(axes, full_only=True, blind=frozenset() if blind is None else frozenset({blind}), attends=weights)
 
 

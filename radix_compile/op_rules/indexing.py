@@ -92,7 +92,7 @@ def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node
             return None
         axes[fact.dim] = value.axes[dim]
         moved[dim - len(indices)] = fact.dim
-    return Value(tuple(axes), fact=_moved_fact(value.fact, moved))
+    return Value(tuple(axes), fact=_moved_fact(value.fact, moved), full_only=not value.is_constant)
 
 
 def _moved_fact(fact: Fact | None, moved: dict[int, int]) -> Fact | None:

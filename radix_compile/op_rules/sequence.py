@@ -26,7 +26,7 @@ def cumulative(node: fx.Node, layout: Layout) -> Value:
     if not has_tokens(axis):
         return Value((*value.axes[:dim], plain_axis(shape_of(node)[dim]), *value.axes[dim + 1 :]), fact=_runs(node, value))
     _along_sequence(value, dim, "accumulates over")
-    return Value(value.axes, causal=True, fact=_runs(node, value))
+    return Value(value.axes, full_only=True, fact=_runs(node, value))
 
 
 def _along_sequence(value: Value, dim: int, what: str) -> None:
@@ -56,7 +56,7 @@ def diff(node: fx.Node, layout: Layout) -> Value:
     fact = value.fact
     if not value.is_constant:
         _along_sequence(value, dim, "takes differences along")
-    return Value(value.axes, causal=not value.is_constant, fact=Step(fact.source) if isinstance(fact, PerRow) else None)
+    return Value(value.axes, full_only=not value.is_constant, fact=Step(fact.source) if isinstance(fact, PerRow) else None)
 
 
 def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> bool:

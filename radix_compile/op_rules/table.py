@@ -2,7 +2,7 @@
 
 A rule is a function ``(node, layout) -> Value`` (or a tuple of them for an op with several results). It says that the
 op is position-wise by returning a value with one ``BATCH`` and one ``SEQ`` atom, that it is causal by setting
-``Value.causal``, and that it is neither by raising :class:`~radix_compile.token_axes.Mixes` with the reason. An op
+``Value.full_only``, and that it is neither by raising :class:`~radix_compile.token_axes.Mixes` with the reason. An op
 without a row is mixing, except those that torch itself tags as pointwise. Adding an op means adding one row; the sweep
 in the tests executes it.
 """

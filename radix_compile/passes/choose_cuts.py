@@ -8,6 +8,8 @@ from enum import Enum
 import sympy
 from torch import fx
 
+from radix_compile.op_rules import rule_for
+from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
 from radix_compile.token_axes import Layout, Token, Value, marks_of
 
@@ -15,14 +17,16 @@ from radix_compile.token_axes import Layout, Token, Value, marks_of
 class Form(Enum):
     FULL = "full"
     COMPACT = "compact"
+    EITHER = "either"
 
 
 def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
     """Write to ``node.meta["home"]`` the form in which the node runs. Needs ``mark_token_axes``.
 
-    Position-wise work on rows is compact. Two things next to it stay full, since they are cheaper there: what is one
-    number per row, computed from the row keys (masks, positions), and views of a full value, so that the fold happens
-    where the tensor is thinnest. (Views of a compact value run in either form, where they are wanted: ``fold_graph``.)
+    Position-wise work on rows is compact. Two things next to it are not: what is computed from the row keys by cheap
+    ops alone (masks, positions) runs in the form in which it is wanted, and views of a full value stay full, so that
+    the fold happens where the tensor is thinnest. (Views of a compact value run in either form, where they are wanted:
+    ``fold_graph``.)
     """
     layout = gm.meta["tokens"].layout
     for node in gm.graph.nodes:
@@ -36,12 +40,29 @@ def _home(node: fx.Node, layout: Layout) -> Form:
         return Form.FULL
     if node.target is operator.getitem:
         return home(node.args[0])  # type: ignore[arg-type]
-    values = values_of(node)
-    if any(value.causal for value in values) or is_light(node) or not _can_be_derived(node, layout):
+    if any(value.full_only for value in values_of(node)) or not _can_be_derived(node, layout):
         return Form.FULL
+    if is_light(node):
+        return Form.EITHER
     if is_view(node) and home(_viewed(node)) is Form.FULL and is_thin(node, _viewed(node)):
         return Form.FULL
     return Form.COMPACT
+
+
+def is_light(node: fx.Node) -> bool:
+    """Computed from nothing but the inputs, by cheap ops: elementwise, views, running sums of keys."""
+    light: bool | None = node.meta.get("light")
+    if light is None:
+        light = node.meta["light"] = _is_cheap(node) and all(is_light(arg) for arg in node.all_input_nodes if is_row(arg))
+    return light
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return True
+    if any(value.full_only for value in values_of(node)):
+        return all(value.attends is None for value in values_of(node))
+    return is_view(node) or rule_for(node.target) is elementwise
 
 
 def home(node: fx.Node) -> Form:
@@ -57,12 +78,6 @@ def values_of(node: fx.Node) -> tuple[Value, ...]:
 def is_row(node: fx.Node) -> bool:
     """One entry for each row, and position-wise all the way: may have a compact form."""
     return all(value.is_row for value in values_of(node))
-
-
-def is_light(node: fx.Node) -> bool:
-    """One number per row, computed from nothing but the like."""
-    numbers = all(isinstance(atom, Token) for value in values_of(node) for axis in value.axes for atom in axis)
-    return numbers and all(home(arg) is Form.FULL for arg in node.all_input_nodes if is_row(arg))
 
 
 def is_view(node: fx.Node) -> bool:

@@ -64,6 +64,8 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
         runs = wanted.runs[node] = set()
         if home(node) is Form.FULL:
             runs.add(Form.FULL)
+        elif home(node) is Form.EITHER:
+            runs |= forms
         else:
             source = thin_source(node) if Form.FULL in forms else None
             if source is not None:

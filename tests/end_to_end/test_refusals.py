@@ -29,7 +29,7 @@ def assert_refused(model: nn.Module, reason: str, op: str, *args: Any, **kwargs:
     assert ".py:" in refusal.source
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="radix: nothing folds"):
-        compare(model, torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0}), *args, **kwargs)
+        compare(model, torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}), *args, **kwargs)
     assert radix_compile.stats().folded_calls == 0
 
 

@@ -1,0 +1,110 @@
+"""padding="skip": hidden rows cost nothing and come back as zeros, where nobody else reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import radix_compile
+from tests.models import build, compare, paths, shared_batch
+
+SKIP = {"inner": "aot_eager", "threshold": 1.0, "strict": True, "padding": "skip"}
+
+
+def padded(batch: int = 4, seq: int = 12, left: bool = False) -> tuple[Tensor, Tensor]:
+    ids = shared_batch(batch, seq, shared=6)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate([5, 3, 3, 0]):
+        if left:
+            mask[row, :count] = 0
+        else:
+            mask[row, seq - count :] = 0
+    return ids.where(mask.bool(), 0), mask
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_skipped_rows_are_zero_and_the_others_right(attention: str, left: bool) -> None:
+    model = build("Qwen3", attention=attention)
+    ids, mask = padded(left=left)
+    compiled = torch.compile(model, backend="radix", options=SKIP)
+    with torch.no_grad():
+        ours = compiled(ids, attention_mask=mask, use_cache=False).logits
+        plain = model(ids, attention_mask=mask, use_cache=False).logits
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], plain[real])
+    assert left or plain[~real].abs().max() > 0
+    assert ours[~real].abs().max() == 0
+    stats = radix_compile.stats()
+    assert stats.tokens == int(mask.sum())
+    # A real row's path holds the padding before it, so the count is of paths that end in a real row.
+    assert stats.compact_tokens == real_paths(ids, mask)
+
+
+def real_paths(ids: Tensor, mask: Tensor) -> int:
+    distinct = set()
+    for b in range(ids.shape[0]):
+        for s in range(ids.shape[1]):
+            if mask[b, s]:
+                distinct.add((tuple(ids[b, : s + 1].tolist()), tuple(mask[b, : s + 1].tolist())))
+    return len(distinct)
+
+
+def test_off_where_a_head_reads_padded_rows() -> None:
+    """The classification head picks a row by the token ids, not by the mask: the proof fails, and says so."""
+    model = build("Qwen3", head="ForSequenceClassification", num_labels=3)
+    ids, mask = padded()
+    with torch.no_grad():
+        explanation = radix_compile.explain(model, ids, attention_mask=mask, use_cache=False, options={"padding": "skip"})
+    assert explanation.folded
+    assert any('padding="skip" is off' in note and "index" in note for note in explanation.graphs[0].notes)
+    torch._dynamo.reset()
+    compare(model, torch.compile(model, backend="radix", options=SKIP), ids, attention_mask=mask, use_cache=False)
+    assert radix_compile.stats().compact_tokens == paths(ids, mask)
+
+
+def test_off_without_a_padding_mask() -> None:
+    model = build("Qwen3")
+    ids = shared_batch(4, 12, 8)
+    with torch.no_grad():
+        explanation = radix_compile.explain(model, ids, options={"padding": "skip"})
+    assert any("no padding mask" in note for note in explanation.graphs[0].notes)
+    assert explanation.compact_tokens == paths(ids)
+
+
+def test_mean_pooling_turns_it_off() -> None:
+    model = build("Qwen3", head="Model")
+
+    def pooled(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(ids, attention_mask=mask, use_cache=False).last_hidden_state.mean(1)
+
+    ids, mask = padded()
+    with torch.no_grad():
+        ours: Any = torch.compile(pooled, backend="radix", options=SKIP)(ids, mask)
+        torch.testing.assert_close(ours, pooled(ids, mask))
+    assert radix_compile.stats().compact_tokens == paths(ids, mask)
+
+
+@pytest.mark.parametrize("padding", ["exact", "skip"])
+def test_a_sliding_window_blinds_padding_far_from_text(padding: str) -> None:
+    """Right padding beyond the window sees nothing at all: its rows are nodes of their own."""
+    model = build("Mistral", attention="eager", sliding_window=3)
+    ids, mask = padded()
+    ids[2], mask[2] = ids[1], mask[1]
+    mask[1:3, 6:] = 0
+    compiled = torch.compile(model, backend="radix", options={**SKIP, "padding": padding})
+    if padding == "exact":
+        compare(model, compiled, ids, attention_mask=mask, use_cache=False)
+        seen = mask.cumsum(1)
+        blind = seen - torch.cat([torch.zeros(4, 3, dtype=torch.long), seen[:, :-3]], 1) == 0
+        assert blind[1:3].any()
+        assert radix_compile.stats().compact_tokens == paths(ids, mask, unique=blind)
+    else:
+        with torch.no_grad():
+            ours = compiled(ids, attention_mask=mask, use_cache=False).logits
+            plain = model(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(ours[mask.bool()], plain[mask.bool()])
+        assert radix_compile.stats().compact_tokens == real_paths(ids, mask)

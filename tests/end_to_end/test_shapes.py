@@ -1,0 +1,167 @@
+"""Sizes that happen to be equal change nothing, inputs come as they come, and new lengths do not compile again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import radix_compile
+from tests.models import VOCABULARY, build, compare, paths, shared_batch
+
+EAGER = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+COLLISIONS = {
+    "seq == hidden": (4, 32, {}),
+    "seq == head_dim": (3, 8, {}),
+    "seq == heads": (3, 4, {}),
+    "seq == half the width": (3, 16, {}),
+    "batch == heads": (4, 12, {}),
+    "batch == kv heads": (2, 12, {}),
+    "batch == seq": (12, 12, {}),
+    "batch == seq == heads": (4, 4, {}),
+    "batch == layers == kv heads": (2, 12, {}),
+    "batch == head_dim": (8, 12, {}),
+    "seq == vocabulary": (3, VOCABULARY, {}),
+    "seq == intermediate": (3, 48, {}),
+    "all four": (4, 4, {"head_dim": 4, "hidden_size": 16, "num_key_value_heads": 4}),
+}
+
+
+@pytest.mark.parametrize("name", COLLISIONS)
+@pytest.mark.parametrize("kind", ["Qwen3", "GPT2"])
+def test_a_size_that_equals_another(kind: str, name: str) -> None:
+    batch, seq, sizes = COLLISIONS[name]
+    model = build(kind, attention="eager", **({"num_hidden_layers": 1, **sizes} if kind == "Qwen3" else {"n_layer": 1}))
+    ids = shared_batch(batch, seq, shared=seq - 2)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    compare(model, torch.compile(model, backend="radix", options=EAGER), ids, attention_mask=mask, use_cache=False)
+    assert radix_compile.stats().compact_tokens == paths(ids, mask) < ids.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_token_ids_of_any_integer_type_and_layout(dtype: torch.dtype) -> None:
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options=EAGER)
+    ids = shared_batch(4, 12, 8).to(dtype)
+    strided = ids.t().contiguous().t()
+    assert not strided.is_contiguous()
+    compare(model, compiled, ids)
+    compare(model, compiled, strided)
+    stats = radix_compile.stats()
+    assert stats.folded_calls == 2
+    assert stats.compact_tokens == 2 * paths(ids)
+
+
+def test_identical_sequences_and_nothing_shared() -> None:
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager"})
+    compare(model, compiled, shared_batch(4, 12, 12))
+    stats = radix_compile.stats()
+    assert (stats.tokens, stats.compact_tokens) == (48, 12)
+    radix_compile.reset_stats()
+    ids = shared_batch(4, 12, 0)
+    ids[:, 0] = torch.arange(3, 7)
+    compare(model, compiled, ids)
+    stats = radix_compile.stats()
+    assert (stats.calls, stats.folded_calls) == (1, 0)
+    assert stats.plain_calls == {"too little is shared": 1}
+
+
+def test_a_batch_of_one_goes_straight_to_the_inner_backend(recwarn: pytest.WarningsRecorder) -> None:
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "strict": True})
+    compare(model, compiled, shared_batch(1, 12, 12))
+    stats = radix_compile.stats()
+    assert (stats.graphs, stats.plain_compiles, stats.folded_compiles, stats.calls) == (1, 1, 0, 0)
+    assert not [warning for warning in recwarn if "radix" in str(warning.message)]
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.layers = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.embedding(ids))
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"min_tokens": 1000}, {}])
+def test_the_options_that_choose_between_the_programs(options: dict[str, float]) -> None:
+    model = MLP()
+    compiled = torch.compile(model, backend="radix", options={"inner": "eager", **options})
+    with torch.no_grad():
+        compiled(shared_batch(4, 12, 6))  # 6 + 4 * 6 of 48 rows: 0.625
+    stats = radix_compile.stats()
+    expected = {"threshold": "too little is shared", "min_tokens": "fewer rows than min_tokens"}
+    assert stats.plain_calls == {expected[name]: 1 for name in options}
+    assert stats.folded_calls == (0 if options else 1)
+
+
+def test_pad_multiple_of() -> None:
+    model = MLP()
+    seen: list[int] = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
+        def run(*args: torch.Tensor) -> object:
+            seen.append(len(args[-2]))
+            return gm(*args)
+
+        return run
+
+    compiled = torch.compile(
+        model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0, pad_multiple_of=16)
+    )
+    compare(model, compiled, shared_batch(4, 12, 6))
+    assert seen == [32]
+    assert radix_compile.stats().compact_tokens == 30
+
+
+def test_twenty_batches_compile_nothing_new() -> None:
+    """Through inductor: after the shapes have become symbols, neither Dynamo nor inductor compiles again."""
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0}, dynamic=True)
+    compare(model, compiled, shared_batch(4, 12, 8))
+    compare(model, compiled, shared_batch(5, 20, 8))
+    before = (dict(counters["stats"]), dict(counters["inductor"]), dict(counters["aot_autograd"]))
+    radix_compile.reset_stats()
+    for seed in range(20):
+        batch, seq = 2 + seed % 7, 10 + 3 * seed
+        compare(model, compiled, shared_batch(batch, seq, shared=seed % seq, seed=seed))
+    assert (dict(counters["stats"]), dict(counters["inductor"]), dict(counters["aot_autograd"])) == before
+    stats = radix_compile.stats()
+    assert (stats.graphs, stats.folded_calls) == (0, 20)
+
+
+def test_plain_program_through_inductor_when_nothing_is_shared() -> None:
+    model = MLP()
+    compiled = torch.compile(model, backend="radix")
+    for _ in range(2):
+        compare(model, compiled, torch.arange(3, 51).view(4, 12))
+    assert radix_compile.stats().folded_calls == 0
+    compare(model, compiled, shared_batch(4, 12, 12))
+    assert radix_compile.stats().folded_calls == 1
+    assert radix_compile.stats().graphs == 1
+
+
+def test_by_name_without_an_import() -> None:
+    program = (
+        "import sys, torch; "
+        "m = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)); "
+        "torch.compile(m, backend='radix', options={'inner': 'eager'})(torch.zeros(3, 5, dtype=torch.long)); "
+        "print(sys.modules['radix_compile'].__name__, 'transformers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["radix_compile", "False"]
+
+
+def test_importing_the_package_is_cheap() -> None:
+    program = "import sys, radix_compile; print(sorted({'torch', 'triton', 'transformers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
