@@ -134,9 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", metavar="FILE.jsonl", help='your prompts: a "prompt" or a "question" on each line')
     parser.add_argument(
-        "--examples", type=positive, default=4, help="worked examples in the shared part, 8 at most (default: %(default)s)"
+        "--examples",
+        type=positive,
+        default=3,
+        help="worked examples in the shared part, 8 at most (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=positive, default=16, help="prompts in the batch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="prompts in the batch (default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs of each backend (default: %(default)s)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

@@ -32,8 +32,8 @@ class RadixBackend:
 
     ``torch.compile(model, backend=RadixBackend(threshold=0.9))``, or by name with
     ``torch.compile(model, backend="radix", options={"threshold": 0.9})``. The keyword arguments are those of
-    :class:`~radix_compile.options.Options`. Backends with equal options are equal, so that Dynamo does not compile again
-    for a second one.
+    :class:`~radix_compile.options.Options`. Backends with equal options are equal, so that Dynamo does not compile
+    again for a second one.
     """
 
     __name__ = "radix"
@@ -88,7 +88,7 @@ class RadixBackend:
         self._warned.clear()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.options == other.options  # type: ignore[attr-defined]
+        return type(other) is type(self) and self.options == other.options
 
     def __hash__(self) -> int:
         return hash((type(self), self.options))

@@ -144,19 +144,24 @@ def _tidy(gm: fx.GraphModule) -> None:
 
 
 def _is_needed(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or (node.is_impure() and not isinstance(node.meta.get("val"), torch.Tensor))
+    return node.op in ("placeholder", "output") or (
+        node.is_impure() and not isinstance(node.meta.get("val"), torch.Tensor)
+    )
 
 
 def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
     """``copy(into, from)`` is ``from`` in the dtype and shape of ``into``."""
-    into, source = node.args[0].meta["val"], node.args[1]
+    like, source = node.args[0], node.args[1]
+    assert isinstance(like, fx.Node)
+    assert isinstance(source, fx.Node)
+    into, came = like.meta["val"], source.meta["val"]
     with graph.inserting_before(node):
-        if source.meta["val"].dtype != into.dtype:
+        if came.dtype != into.dtype:
             source = graph.call_function(aten._to_copy.default, (source,), {"dtype": into.dtype})
-        elif tuple(source.meta["val"].shape) == tuple(into.shape):
+        elif came.shape == into.shape:
             source = graph.call_function(aten.clone.default, (source,))
-        if tuple(node.args[1].meta["val"].shape) != tuple(into.shape):
-            source = graph.call_function(aten.expand_as.default, (source, node.args[0]))
+        if came.shape != into.shape:
+            source = graph.call_function(aten.expand_as.default, (source, like))
     source.meta = dict(node.meta)
     node.replace_all_uses_with(source)
     graph.erase_node(node)

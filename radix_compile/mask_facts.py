@@ -263,7 +263,7 @@ Fact = Index | Filled | PerRow | Step | Break | Predicate | Ones | Score | Maske
 
 
 def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
-    """The fact after a view that moves dimension ``d`` to ``dims[d]`` (both from the right); ``None`` if one is gone."""
+    """The fact after a view that moves dimension ``d`` to ``dims[d]``, both from the right; ``None`` if one is gone."""
     try:
         return _remap(fact, lambda dim: dims[dim])
     except KeyError:

@@ -19,7 +19,7 @@ class Options:
     ``min_tokens``       run calls with fewer rows (sequences times columns) plain.
     ``pad_multiple_of``  pad the number of compact rows up to a multiple of this.
     ``padding``          "exact": every row of the output is the row of the plain model. "skip": rows that the attention
-                         mask hides are left out and come back as zeros, where it is proved that no other row reads them.
+                         mask hides are left out and come back as zeros, if it is proved that no other row reads them.
     ``strict``           raise, with the reasons, when a graph cannot be folded at all.
     ``mode``             passed on to the inner backend (inductor's ``reduce-overhead``, ``max-autotune``, ...).
     ``inner_options``    passed on to the inner backend as its ``options``.
@@ -37,8 +37,12 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.inner_options, Mapping):
             object.__setattr__(self, "inner_options", tuple(sorted(self.inner_options.items())))
-        _expect("inner", self.inner, isinstance(self.inner, str) or callable(self.inner), "a backend name or a callable")
-        _expect("threshold", self.threshold, _is_number(self.threshold) and 0 <= self.threshold <= 1, "a number from 0 to 1")
+        _expect(
+            "inner", self.inner, isinstance(self.inner, str) or callable(self.inner), "a backend name or a callable"
+        )
+        _expect(
+            "threshold", self.threshold, _is_number(self.threshold) and 0 <= self.threshold <= 1, "a number from 0 to 1"
+        )
         _expect("min_tokens", self.min_tokens, _is_count(self.min_tokens, 0), "an integer, zero or more")
         multiple = self.pad_multiple_of
         _expect("pad_multiple_of", multiple, multiple is None or _is_count(multiple, 1), "a positive integer or None")
@@ -53,7 +57,9 @@ class Options:
         names = [field.name for field in fields(self)]
         for name in given or {}:
             if name not in names:
-                raise ValueError(f"unknown radix option {name!r}{_near(name, names)}; the options are {', '.join(names)}")
+                raise ValueError(
+                    f"unknown radix option {name!r}{_near(name, names)}; the options are {', '.join(names)}"
+                )
         changes: dict[str, Any] = dict(given or {})
         if mode is not None:
             changes["mode"] = mode

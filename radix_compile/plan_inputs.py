@@ -71,7 +71,8 @@ def sightless(visible: BoolArray, window: int | None) -> BoolArray:
     seen = np.cumsum(visible, axis=1)
     if window is not None and window < visible.shape[1]:
         seen[:, window:] = seen[:, window:] - seen[:, :-window]
-    return seen == 0
+    blind: BoolArray = seen == 0
+    return blind
 
 
 def plan_inputs(captured: fx.GraphModule, skip_padding: bool) -> tuple[PlanInputs, str | None]:

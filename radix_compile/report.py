@@ -115,9 +115,7 @@ def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
     for node in leader:
         members.setdefault(find(node), []).append(node)
     members = {node: nodes for node, nodes in members.items() if any(flops(member) for member in nodes)}
-    return [
-        Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()
-    ]
+    return [Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()]
 
 
 # -------------------------------------------------------------------------------------------------------- calls

@@ -231,8 +231,8 @@ def broadcast(
     Returns the axes of the result and how each constant meets them (see ``Value.operands``). With ``exact`` the op
     does not broadcast (``cat``), so a uniform dimension must be gathered as well.
 
-    A constant's feature dimension that lines up with ``SEQ`` is a table with one entry per column. The column is part of
-    the row key, so this is prefix-determined. One that lines up with ``BATCH`` would tell sequences apart: refused.
+    A constant's feature dimension that lines up with ``SEQ`` is a table with one entry per column. The column is part
+    of the row key, so this is prefix-determined. One that lines up with ``BATCH`` would tell sequences apart: refused.
     """
     operands = list(operands)
     rank = max((len(operand.axes) for operand in operands), default=0)

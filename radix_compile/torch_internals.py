@@ -1,4 +1,4 @@
-"""The one place that touches what torch does not promise to keep. ``tests/test_torch_internals.py`` says what each is for.
+"""The one place that touches what torch does not promise to keep; ``tests/test_torch_internals.py`` says why.
 
 No version is asked for: a feature is looked up, and where two spellings exist both are tried.
 """
@@ -64,11 +64,16 @@ class _Module(torch.nn.Module):
 
 
 def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
-    """Trace the interpreter's run to functional pre-dispatch ATen. Returns the graph and the names of mutated inputs."""
+    """Trace the interpreter's run to functional pre-dispatch ATen. Returns the graph and the mutated inputs' names."""
     with fake_mode(), torch.fx.traceback.preserve_node_meta():
         graph, signature = aot_export_module(
-            _Module(interpreter.run), fake_inputs(example_inputs), trace_joint=False, pre_dispatch=True, decompositions={}
+            _Module(interpreter.run),
+            fake_inputs(example_inputs),
+            trace_joint=False,
+            pre_dispatch=True,
+            decompositions={},
         )
+    assert isinstance(graph, fx.GraphModule)
     mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
     return graph, mutated
 
@@ -175,5 +180,6 @@ def without_autocast() -> contextlib.AbstractContextManager[Any]:
 def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
     """AOTAutograd's cache does not look at recompute tags and would serve the artefact without them."""
     if tagged:
-        return torch._functorch.config.patch(enable_autograd_cache=False)
+        patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(enable_autograd_cache=False)
+        return patch
     return contextlib.nullcontext()

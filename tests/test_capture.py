@@ -73,7 +73,9 @@ def test_whole_ops_with_metadata(mode: str, dynamic: bool) -> None:
 
 def _arguments(gm: fx.GraphModule, model: nn.Module, ids: Tensor) -> list[Any]:
     """Values for the placeholders: parameters in the order of use, sizes, and the ids."""
-    parameters = iter([model.embedding.weight, model.first.weight, model.first.bias, model.second.weight, model.second.bias])
+    parameters = iter(
+        [model.embedding.weight, model.first.weight, model.first.bias, model.second.weight, model.second.bias]
+    )
     values: list[Any] = []
     sizes = iter(ids.shape)
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -160,7 +162,7 @@ def test_vmap_is_refused_before_anything_is_touched() -> None:
     def program(ids: Tensor, table: Tensor) -> Tensor:
         return torch.func.vmap(lambda row: row.cumsum(0))(table[ids])
 
-    with pytest.raises(Exception, match="torch.func transforms"):
+    with pytest.raises(Exception, match=r"torch\.func transforms"):
         captured(program, shared_batch(4, 8, 4), torch.randn(VOCABULARY, 16))
     assert torch._C._functorch.peek_interpreter_stack() is None
     table = torch.randn(VOCABULARY, 16)
@@ -180,8 +182,12 @@ def test_copy_becomes_something_with_a_derivative() -> None:
     table = torch.randn(VOCABULARY, 16, requires_grad=True)
     gm, _ = captured(program, shared_batch(4, 8, 4), table)
     assert aten.copy.default not in targets(gm)
-    (result,) = gm(*[table if node.meta["val"].is_floating_point() else shared_batch(4, 8, 4)
-                     for node in gm.graph.find_nodes(op="placeholder")])
+    (result,) = gm(
+        *[
+            table if node.meta["val"].is_floating_point() else shared_batch(4, 8, 4)
+            for node in gm.graph.find_nodes(op="placeholder")
+        ]
+    )
     assert result.dtype == torch.float64
     result.sum().backward()
     assert table.grad is not None
@@ -229,7 +235,7 @@ def test_data_dependent_failures_of_the_inner_backend_are_heard() -> None:
     def inner(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         raise DynamicOutputShapeException(aten.nonzero.default)
 
-    with pytest.raises(Exception, match="the inner backend .* stopped at"):
+    with pytest.raises(Exception, match=r"the inner backend .* stopped at"):
         torch.compile(Tiny(), backend=radix_compile.RadixBackend(inner=inner))(shared_batch(4, 8, 4))
 
 

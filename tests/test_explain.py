@@ -113,9 +113,9 @@ def test_the_log_shows_the_passes_at_work() -> None:
     logger.setLevel(logging.DEBUG)
     try:
         with torch.no_grad():
-            torch.compile(build("Qwen3", head="Model", num_hidden_layers=1), backend="radix", options={"inner": "eager"})(
-                shared_batch(4, 12, 8)
-            )
+            torch.compile(
+                build("Qwen3", head="Model", num_hidden_layers=1), backend="radix", options={"inner": "eager"}
+            )(shared_batch(4, 12, 8))
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)

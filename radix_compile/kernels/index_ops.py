@@ -4,8 +4,8 @@ They are registered as ``radix::`` ops so that a rewritten graph says what it do
 ``CompositeImplicitAutograd``: whatever traces them sees ``index_select`` and views, differentiates those, and may fuse
 the gather with its neighbours. Importing this module registers the ops.
 
-``batch_dim`` and ``seq_dim`` are the token axes of the full tensor (``B`` sequences, ``S`` columns). In compact form the
-batch axis has size one and the sequence axis has one entry for each node (``T'``).
+``batch_dim`` and ``seq_dim`` are the token axes of the full tensor (``B`` sequences, ``S`` columns). In compact form
+the batch axis has size one and the sequence axis has one entry for each node (``T'``).
 """
 
 from __future__ import annotations

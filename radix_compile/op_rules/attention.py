@@ -23,11 +23,18 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
     for what, source in (("query", q), ("key", k), ("value", v)):
         if not source.is_row or source.axes[-2] != (SEQ,) or has_tokens(source.axes[-1]):
             raise Mixes(f"the {what} of attention does not have one vector for each row")
-    heads, _ = broadcast(layout, [Operand(n, w, _leading(w, argument(node, "enable_gqa"))) for n, w in ((query, q), (key, k), (value, v))])
+    heads, _ = broadcast(
+        layout,
+        [Operand(n, w, _leading(w, argument(node, "enable_gqa"))) for n, w in ((query, q), (key, k), (value, v))],
+    )
     leading = q.axes[:-2] if argument(node, "enable_gqa") else heads[:-2]
     visible = _visible(node, layout, Operand(query, q, (*leading, (SEQ,), (SEQ,))))
     if not implies_causal(visible, -2, -1):
-        raise Mixes("attention is bidirectional" if visible == And(()) else "the attention mask lets a token see later ones (or is not understood)")
+        raise Mixes(
+            "attention is bidirectional"
+            if visible == And(())
+            else "the attention mask lets a token see later ones (or is not understood)"
+        )
     return attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), k, v)
 
 
@@ -50,4 +57,3 @@ def _visible(node: fx.Node, layout: Layout, scores: Operand) -> Formula:
     if isinstance(marks.fact, Masked) and (marks.fact.bounded or marks.fact.strict):
         return marks.fact.visible
     raise Mixes("the attention mask is not understood")
-

@@ -1,4 +1,4 @@
-"""Matrix products: position-wise when a row meets weights, scores when rows meet rows, attention when weights meet values."""
+"""Matrix products: a row times weights is position-wise, rows times rows are scores, weights times values attention."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ def _weighted_sum(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) 
         raise Mixes("sums over the rows of a sequence")
     if b.axes[-2] != (SEQ,) or not b.is_row:
         raise Mixes("attention weights meet something that is not one value vector for each row")
-    axes, _ = broadcast(
-        layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
-    )
+    axes, _ = broadcast(layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))])
     if has_tokens(b.axes[-1]):
         raise Mixes("attention weights meet something that is not one value vector for each row")
     return attend((*axes[:-2], a.axes[-2], b.axes[-1]), weights, a, b)
@@ -111,5 +109,3 @@ def attend(axes: Axes, weights: Weights, *sources: Value) -> Value:
             if not hides(weights.visible, other, weights.key):
                 raise Mixes("a row that sees no key in an earlier layer is seen by others here")
     return Value(axes, full_only=True, blind=frozenset() if blind is None else frozenset({blind}), attends=weights)
-
-

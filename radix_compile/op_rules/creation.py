@@ -8,7 +8,7 @@ from torch import fx
 from radix_compile.mask_facts import Diff, Fact, Filled, Formula, Index, Masked, Ones, Predicate, conjunction, negation
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.masks import as_formula, is_hidden
-from radix_compile.op_rules.table import argument, rule
+from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import Layout, Value, feature, plain_axes, uniform_axes, value_of
 
 aten = torch.ops.aten
@@ -62,9 +62,7 @@ def fill_like(node: fx.Node, layout: Layout) -> Value:
 @rule(aten.tril.default, aten.triu.default)
 def triangle(node: fx.Node, layout: Layout) -> Value:
     """Zero outside a triangle of the last two dimensions: of ones a predicate, of minus infinity a mask."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    value = value_of(source)
+    value = value_of(source_of(node))
     if not value.is_constant and not value.is_pair:
         return _features_only(value)
     diagonal = argument(node, "diagonal")

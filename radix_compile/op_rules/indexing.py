@@ -62,7 +62,7 @@ def index_select(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.index.Tensor)
 def index(node: fx.Node, layout: Layout) -> Value:
-    """``source[i, j, ...]``: a table look-up, or a rearrangement by indices that are known to count ``0, 1, 2, ...``."""
+    """``source[i, j, ...]``: a table look-up, or indices that are known to count ``0, 1, 2, ...``."""
     source, indices = argument(node, "self"), argument(node, "indices")
     value = value_of(source)
     if any(i is None for i in indices):

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Masked, Weights, implies_causal
-from radix_compile.op_rules.table import argument, rule
+from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import (
     SEQ,
     Axes,
@@ -30,12 +30,6 @@ aten = torch.ops.aten
 def _results(node: fx.Node, axes: Axes) -> Marks:
     outputs = node.meta["val"]
     return tuple(Value(axes) for _ in outputs) if isinstance(outputs, tuple | list) else Value(axes)
-
-
-def _source(node: fx.Node) -> Value:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return value_of(source)
 
 
 def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
@@ -63,7 +57,7 @@ def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
     aten.norm.ScalarOpt_dim,
 )
 def reduce(node: fx.Node, layout: Layout) -> Marks:
-    value = _source(node)
+    value = value_of(source_of(node))
     rank = len(value.axes)
     dims = _dims(argument(node, "dim"), rank)
     for dim in dims:
@@ -73,11 +67,9 @@ def reduce(node: fx.Node, layout: Layout) -> Marks:
     return _results(node, axes)
 
 
-@rule(
-    aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default
-)
+@rule(aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default)
 def reduce_all(node: fx.Node, layout: Layout) -> Marks:
-    value = _source(node)
+    value = value_of(source_of(node))
     for axis in value.axes:
         feature(axis, "reduces over")
     return Value(())
@@ -86,7 +78,7 @@ def reduce_all(node: fx.Node, layout: Layout) -> Marks:
 @rule(aten.log_softmax.int, aten.sort.default, aten.sort.stable, aten.topk.default, aten.argsort.default)
 def along(node: fx.Node, layout: Layout) -> Marks:
     """Entries along one dimension are rearranged or normalised together; ``topk`` also shortens it."""
-    value = _source(node)
+    value = value_of(source_of(node))
     dim = argument(node, "dim") % max(len(value.axes), 1)
     feature(value.axes[dim], "reads along")
     outputs = node.meta["val"]
@@ -98,7 +90,7 @@ def along(node: fx.Node, layout: Layout) -> Marks:
 @rule(aten.softmax.int, aten._softmax.default)
 def softmax(node: fx.Node, layout: Layout) -> Value:
     """Position-wise over features. Over the keys of causally masked scores it makes attention weights."""
-    value = _source(node)
+    value = value_of(source_of(node))
     rank = len(value.axes)
     dim = argument(node, "dim") % rank
     if not has_tokens(value.axes[dim]):
@@ -118,7 +110,7 @@ def softmax(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
 def layer_norm(node: fx.Node, layout: Layout) -> Marks:
-    value = _source(node)
+    value = value_of(source_of(node))
     normalised = len(argument(node, "normalized_shape"))
     for axis in value.axes[len(value.axes) - normalised :]:
         feature(axis, "normalises over")

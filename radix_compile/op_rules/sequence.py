@@ -6,25 +6,21 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Break, PerRow, Step
-from radix_compile.op_rules.table import argument, rule
+from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import BATCH, SEQ, Layout, Mixes, Value, has_tokens, plain_axis, shape_of, value_of
 
 aten = torch.ops.aten
 
 
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 @rule(aten.cumsum.default, aten.cumprod.default)
 def cumulative(node: fx.Node, layout: Layout) -> Value:
-    value = value_of(_source(node))
+    value = value_of(source_of(node))
     dim = argument(node, "dim") % max(len(value.axes), 1)
     axis = value.axes[dim]
     if not has_tokens(axis):
-        return Value((*value.axes[:dim], plain_axis(shape_of(node)[dim]), *value.axes[dim + 1 :]), fact=_runs(node, value))
+        return Value(
+            (*value.axes[:dim], plain_axis(shape_of(node)[dim]), *value.axes[dim + 1 :]), fact=_runs(node, value)
+        )
     _along_sequence(value, dim, "accumulates over")
     return Value(value.axes, full_only=True, fact=_runs(node, value))
 
@@ -44,7 +40,7 @@ def _runs(node: fx.Node, value: Value) -> PerRow | None:
 @rule(aten.diff.default, any_input=True)
 def diff(node: fx.Node, layout: Layout) -> Value:
     """The step from each column to the next, in the one form that is row by row: something put in front of column 0."""
-    source = _source(node)
+    source = source_of(node)
     value = value_of(source)
     prepend = argument(node, "prepend")
     if value.mixed is not None:
@@ -56,7 +52,9 @@ def diff(node: fx.Node, layout: Layout) -> Value:
     fact = value.fact
     if not value.is_constant:
         _along_sequence(value, dim, "takes differences along")
-    return Value(value.axes, full_only=not value.is_constant, fact=Step(fact.source) if isinstance(fact, PerRow) else None)
+    return Value(
+        value.axes, full_only=not value.is_constant, fact=Step(fact.source) if isinstance(fact, PerRow) else None
+    )
 
 
 def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> bool:
@@ -66,14 +64,14 @@ def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> b
     cut = node.args[0]
     if cut.target is not aten.slice.Tensor or (argument(cut, "start") or 0, argument(cut, "end")) != (0, 1):
         return False
-    origin = value_of(_source(cut))
+    origin = value_of(source_of(cut))
     same = isinstance(value.fact, PerRow) and origin.fact == value.fact
     return argument(cut, "dim") % len(value.axes) == dim and (same or origin.is_constant)
 
 
 @rule(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default)
 def dropout(node: fx.Node, layout: Layout) -> Value:
-    value = value_of(_source(node))
+    value = value_of(source_of(node))
     if node.target is aten.native_dropout.default:
         raise Mixes("dropout is random")
     if argument(node, "train") and argument(node, "p") != 0:

@@ -10,7 +10,7 @@ in the tests executes it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from radix_compile.token_axes import Axes, Layout, Marks, Operand, value_of
 
 Rule = Callable[[fx.Node, Layout], Marks]
+R = TypeVar("R", bound=Rule)
 RULES: dict[OpOverload, Rule] = {}
 
 SHAPE_ARGUMENT: dict[OpOverload, str] = {}
@@ -33,10 +34,10 @@ MIXED_INPUTS_ALLOWED: set[OpOverload] = set()
 
 def rule(
     *ops: OpOverload, view_like: bool = False, shape: str | None = None, any_input: bool = False
-) -> Callable[[Rule], Rule]:
+) -> Callable[[R], R]:
     """Register one rule for the given overloads."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         for op in ops:
             assert op not in RULES, f"two rules for {op}"
             RULES[op] = function
@@ -60,6 +61,13 @@ def argument(node: fx.Node, name: str) -> Any:
                 return node.args[position]
             return node.kwargs.get(name, parameter.default_value if parameter.has_default_value() else None)
     raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The op's first argument, where that is a tensor."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node), f"{node.target} starts with something that is not a tensor"
+    return source
 
 
 def is_tensor(node: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Fact, Filled, Index, Ones, PerRow, Predicate, remap
-from radix_compile.op_rules.table import argument, operand, rule
+from radix_compile.op_rules.table import argument, operand, rule, source_of
 from radix_compile.token_axes import (
     Atom,
     Axes,
@@ -35,12 +35,6 @@ from radix_compile.token_axes import (
 aten = torch.ops.aten
 
 
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def _moved(fact: Fact | None, old_rank: int, new_rank: int, dims: Mapping[int, int]) -> Fact | None:
     """The fact after dimension ``d`` (from the left) of ``old_rank`` has become ``dims[d]`` of ``new_rank``."""
     return remap(fact, {old - old_rank: new - new_rank for old, new in dims.items()})
@@ -57,7 +51,7 @@ def _moved(fact: Fact | None, old_rank: int, new_rank: int, dims: Mapping[int, i
 )
 def same_entries(node: fx.Node, layout: Layout) -> Value:
     """The same entries, perhaps in another dtype. Facts about exact values do not survive a cast to floating point."""
-    source = _source(node)
+    source = source_of(node)
     value = value_of(source)
     before, after = source.meta["val"].dtype, node.meta["val"].dtype
     return Value(value.axes, fact=_cast(value.fact, before, after))
@@ -80,7 +74,7 @@ def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, view_like=True, shape="size")
 def reshape(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     axes, dims = regroup(layout, source.axes, shape_of(node))
     return Value(axes, fact=_moved(source.fact, len(source.axes), len(axes), dims))
 
@@ -138,9 +132,9 @@ def _tidy(axis: Axis) -> Axis:
 
 @rule(aten.expand.default, view_like=True, shape="size")
 def expand(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     shape = shape_of(node)
-    axes = [(Uniform(size),) if size != 1 else () for size in shape]
+    axes: list[Axis] = [(Uniform(size),) if size != 1 else () for size in shape]
     offset = len(shape) - len(source.axes)
     for dim, axis in enumerate(source.axes):
         if axis:
@@ -150,7 +144,7 @@ def expand(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.unsqueeze.default, view_like=True)
 def unsqueeze(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     rank = len(source.axes) + 1
     at = argument(node, "dim") % rank
     dims = {dim: dim + (dim >= at) for dim in range(rank - 1)}
@@ -159,7 +153,7 @@ def unsqueeze(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.squeeze.dim, aten.squeeze.dims, view_like=True)
 def squeeze(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     rank = len(source.axes)
     named = argument(node, "dim")
     gone = {dim % rank for dim in ([named] if isinstance(named, int) else named)}
@@ -172,7 +166,7 @@ def squeeze(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default, view_like=True)
 def permute(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     rank = len(source.axes)
     order = list(range(rank))
     if node.target is aten.permute.default:
@@ -180,7 +174,9 @@ def permute(node: fx.Node, layout: Layout) -> Value:
     elif node.target is aten.numpy_T.default:
         order.reverse()
     elif rank > 1:
-        first, second = (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (-2, -1)
+        first, second = (
+            (argument(node, "dim0"), argument(node, "dim1")) if node.target is aten.transpose.int else (-2, -1)
+        )
         order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
     dims = {dim: new for new, dim in enumerate(order)}
     return Value(tuple(source.axes[dim] for dim in order), fact=_moved(source.fact, rank, rank, dims))
@@ -188,7 +184,7 @@ def permute(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.slice.Tensor)
 def slice_(node: fx.Node, layout: Layout) -> Value:
-    source = _source(node)
+    source = source_of(node)
     value = value_of(source)
     dim = argument(node, "dim") % len(value.axes)
     before, after = shape_of(source)[dim], shape_of(node)[dim]
@@ -211,7 +207,7 @@ def _shifted(fact: Fact | None, dim: int, start: object, step: object) -> Fact |
 
 @rule(aten.select.int)
 def select(node: fx.Node, layout: Layout) -> Value:
-    value = value_of(_source(node))
+    value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "takes one entry of")
     return Value((*value.axes[:dim], *value.axes[dim + 1 :]))
@@ -219,7 +215,7 @@ def select(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def split(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
-    value = value_of(_source(node))
+    value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "splits")
     pieces = [piece.shape[dim] for piece in node.meta["val"]]
@@ -228,7 +224,7 @@ def split(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
 
 @rule(aten.unbind.int)
 def unbind(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
-    value = value_of(_source(node))
+    value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "takes apart")
     return tuple(Value((*value.axes[:dim], *value.axes[dim + 1 :])) for _ in node.meta["val"])
@@ -262,19 +258,21 @@ def stack(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.repeat.default)
 def repeat(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     repeats = argument(node, "repeats")
     shape = shape_of(node)
     axes: Axes = ((),) * (len(shape) - len(source.axes)) + source.axes
     for axis, times in zip(axes, repeats, strict=True):
         if times != 1:
             feature(axis, "repeats")
-    return Value(tuple(axis if times == 1 else plain_axis(size) for axis, times, size in zip(axes, repeats, shape, strict=True)))
+    return Value(
+        tuple(axis if times == 1 else plain_axis(size) for axis, times, size in zip(axes, repeats, shape, strict=True))
+    )
 
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     named = argument(node, "dim")
     if named is None:
         if not source.is_constant:
@@ -287,7 +285,7 @@ def repeat_interleave(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.flip.default)
 def flip(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     for dim in argument(node, "dims"):
         feature(source.axes[dim], "reverses")
     return Value(source.axes)
@@ -295,7 +293,7 @@ def flip(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.constant_pad_nd.default, aten.pad.default)
 def pad(node: fx.Node, layout: Layout) -> Value:
-    source = value_of(_source(node))
+    source = value_of(source_of(node))
     rank = len(source.axes)
     amounts = argument(node, "pad")
     axes = list(source.axes)

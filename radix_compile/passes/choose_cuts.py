@@ -53,7 +53,9 @@ def is_light(node: fx.Node) -> bool:
     """Computed from nothing but the inputs, by cheap ops: elementwise, views, running sums of keys."""
     light: bool | None = node.meta.get("light")
     if light is None:
-        light = node.meta["light"] = _is_cheap(node) and all(is_light(arg) for arg in node.all_input_nodes if is_row(arg))
+        light = node.meta["light"] = _is_cheap(node) and all(
+            is_light(arg) for arg in node.all_input_nodes if is_row(arg)
+        )
     return light
 
 

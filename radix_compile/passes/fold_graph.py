@@ -18,7 +18,7 @@ from torch import fx
 
 from radix_compile.kernels import index_ops
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
-from radix_compile.passes.choose_cuts import Form, home, is_row, thin_source
+from radix_compile.passes.choose_cuts import Form, home, is_row, thin_source, values_of
 from radix_compile.token_axes import BATCH, SEQ, Axes, Axis, Layout, Token, value_of
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ class Wanted:
 
 
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """The folded program: the same inputs, then ``fold`` ``[T']`` and ``scatter`` ``[B * S]``. Needs ``choose_cuts``."""
+    """The folded program: the same inputs, then ``fold`` ``[T']`` and ``scatter`` ``[B*S]``. Needs ``choose_cuts``."""
     wanted = what_is_wanted(gm.graph)
     folded = _Rewriter(gm, wanted).run()
     gm.meta["wanted"] = wanted
@@ -127,11 +127,11 @@ class _Rewriter:
 
     def _run_compact(self, node: fx.Node) -> fx.Node:
         """The same op on compact inputs, with its shape argument derived again and constants gathered by column."""
-        identity = None if node.target is operator.getitem else _identity(node)
-        if identity is not None:
-            return self.compact[identity]
+        value = values_of(node)[0]
+        if value.identity is not None:
+            return self.compact[value.identity]
         uses: dict[fx.Node, list[tuple[int, str]]] = {}
-        for operand, dim, how in _operands(node):
+        for operand, dim, how in value.operands:
             uses.setdefault(operand, []).append((dim, how))
 
         def compact_input(arg: fx.Node) -> fx.Node:
@@ -222,16 +222,6 @@ def _relaxed(node: fx.Node) -> fx.Node:
         node.target = aten.reshape.default
         node.kwargs = {"shape" if key == "size" else key: value for key, value in node.kwargs.items()}
     return node
-
-
-def _identity(node: fx.Node) -> fx.Node | None:
-    marks = node.meta["radix"]
-    return None if isinstance(marks, tuple) else marks.identity
-
-
-def _operands(node: fx.Node) -> tuple[tuple[fx.Node, int, str], ...]:
-    marks = node.meta["radix"]
-    return marks[0].operands if isinstance(marks, tuple) else marks.operands
 
 
 def _apart(axes: Axes) -> Axes:

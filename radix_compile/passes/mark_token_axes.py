@@ -193,18 +193,26 @@ def refuse(node: fx.Node, reason: str) -> Refusal:
 
 
 def _tidy_path(path: str) -> str:
-    return path.replace("L['self'].", "").replace("L['fn'].", "").replace("['", ".").replace("']", "").replace("_modules.", "")
+    return (
+        path.replace("L['self'].", "")
+        .replace("L['fn'].", "")
+        .replace("['", ".")
+        .replace("']", "")
+        .replace("_modules.", "")
+    )
 
 
 def source_line(node: fx.Node) -> str:
     """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    frames = [(line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "") for i, line in enumerate(trace) if line.strip().startswith("File ")]
+    frames = [
+        (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
+        for i, line in enumerate(trace)
+        if line.strip().startswith("File ")
+    ]
     if not frames:
         return ""
     where, code = frames[-1]
     parts = where.split('"')
     line = where.split("line ")[1].split(",")[0] if "line " in where else "?"
     return f"{parts[1] if len(parts) > 1 else where}:{line}: {code}"
-
-

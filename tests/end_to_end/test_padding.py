@@ -58,7 +58,9 @@ def test_off_where_a_head_reads_padded_rows() -> None:
     model = build("Qwen3", head="ForSequenceClassification", num_labels=3)
     ids, mask = padded()
     with torch.no_grad():
-        explanation = radix_compile.explain(model, ids, attention_mask=mask, use_cache=False, options={"padding": "skip"})
+        explanation = radix_compile.explain(
+            model, ids, attention_mask=mask, use_cache=False, options={"padding": "skip"}
+        )
     assert explanation.folded
     assert any('padding="skip" is off' in note and "index" in note for note in explanation.graphs[0].notes)
     torch._dynamo.reset()

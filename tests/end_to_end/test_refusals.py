@@ -29,7 +29,9 @@ def assert_refused(model: nn.Module, reason: str, op: str, *args: Any, **kwargs:
     assert ".py:" in refusal.source
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="radix: nothing folds"):
-        compare(model, torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}), *args, **kwargs)
+        compare(
+            model, torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}), *args, **kwargs
+        )
     assert radix_compile.stats().folded_calls == 0
 
 
@@ -94,7 +96,7 @@ def test_mixing_op(name: str) -> None:
     function, reason, op = MIXING[name]
     model = Block(Apply(function)).eval()
     if name == "random":
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="nothing folds"):
             explanation = explained(model, shared_batch(4, 12, 8))
         assert any("rand" in refusal.op for refusal in explanation.refusals)
         assert not explanation.folded
@@ -140,5 +142,5 @@ def test_decoding_with_a_filled_cache() -> None:
 
 def test_strict_raises_with_the_reasons() -> None:
     model = Block(Apply(lambda x: x.flip(1))).eval()
-    with pytest.raises(Exception, match="nothing folds: .*flip.*reverses the sequence axis"):
+    with pytest.raises(Exception, match=r"nothing folds: .*flip.*reverses the sequence axis"):
         torch.compile(model, backend="radix", options={"inner": "eager", "strict": True})(shared_batch(4, 12, 8))

@@ -115,9 +115,7 @@ def test_pad_multiple_of() -> None:
 
         return run
 
-    compiled = torch.compile(
-        model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0, pad_multiple_of=16)
-    )
+    compiled = torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0, pad_multiple_of=16))
     compare(model, compiled, shared_batch(4, 12, 6))
     assert seen == [32]
     assert radix_compile.stats().compact_tokens == 30
