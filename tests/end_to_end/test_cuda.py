@@ -1,0 +1,53 @@
+"""On a CUDA device: ids there or not, bf16 and fp32, through inductor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import radix_compile
+from tests.models import build, compare, paths, shared_batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_folds_with_the_outputs_of_the_plain_model(attention: str, dtype: torch.dtype) -> None:
+    model = build("Qwen3", attention=attention, head_dim=16).to("cuda", dtype)
+    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    for batch, seq in [(4, 12), (4, 40), (7, 33), (6, 50)]:
+        radix_compile.reset_stats()
+        ids = shared_batch(batch, seq, shared=seq - 4, seed=seq).cuda()
+        mask = torch.ones_like(ids)
+        mask[0, -2:] = 0
+        compare(model, compiled, ids, attention_mask=mask, use_cache=False)
+        stats = radix_compile.stats()
+        assert stats.folded_calls == 1
+        assert stats.compact_tokens == paths(ids.cpu(), mask.cpu())
+
+
+def test_left_padding_and_caches() -> None:
+    model = build("Llama", head_dim=16).cuda()
+    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    ids = shared_batch(4, 24, 16).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, :3] = 0
+    compare(model, compiled, ids, attention_mask=mask)
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_gradients() -> None:
+    model = build("Qwen3", head_dim=16).cuda()
+    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    ids = shared_batch(4, 24, 16).cuda()
+    compiled(ids, use_cache=False).logits.square().mean().backward()
+    assert radix_compile.stats().folded_calls == 1
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(ids, use_cache=False).logits.square().mean().backward()
+    for one, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-6)

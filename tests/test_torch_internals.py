@@ -1,0 +1,111 @@
+"""What breaks if a private torch API moves: each is used here on its own, with what it is needed for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+from radix_compile import torch_internals as internals
+from tests.models import shared_batch
+
+
+def in_a_backend(check: Callable[[fx.GraphModule, list[Any]], None], *, dynamic: bool = False) -> None:
+    """Run ``check`` where a Dynamo backend runs."""
+    ran: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        check(gm, inputs)
+        ran.append(True)
+        return gm.forward
+
+    model = nn.Sequential(nn.Embedding(99, 8), nn.BatchNorm1d(6), nn.Linear(8, 8)).eval()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=dynamic)(shared_batch(4, 6, 2))
+    assert ran
+
+
+def test_parameters_and_buffers_are_told_from_inputs() -> None:
+    def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
+        marks = [internals.is_parameter_or_buffer(value) for value in inputs]
+        assert sum(marks) == len(marks) - 1
+        (ids,) = [value for value, mark in zip(inputs, marks, strict=True) if not mark]
+        assert ids.dtype == torch.int64
+
+    in_a_backend(check)
+
+
+def test_fake_inputs_are_those_of_the_guards() -> None:
+    def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
+        fakes = internals.fake_inputs(inputs)
+        assert fakes[0].fake_mode is internals.fake_mode()
+        ids = next(fake for fake in fakes if isinstance(fake, torch.Tensor) and fake.dtype == torch.int64 and fake.ndim)
+        assert isinstance(ids.shape[0], torch.SymInt)
+
+    in_a_backend(check, dynamic=True)
+
+
+def test_the_number_of_nodes_is_unbacked() -> None:
+    def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
+        fold, scatter = internals.unbacked_plan_inputs(24, torch.device("cpu"))
+        assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
+        assert scatter.shape == (24,)
+        assert not internals.fake_mode().shape_env.pending_fresh_unbacked_symbols
+
+    in_a_backend(check)
+
+
+def test_equal_sizes_of_two_symbols_become_a_guard() -> None:
+    compiled: list[int] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        fakes = [fake for fake in internals.fake_inputs(inputs) if isinstance(fake, torch.Tensor)]
+        assert internals.same_size(fakes[0].shape[0], fakes[1].shape[0])
+        compiled.append(1)
+        return gm.forward
+
+    def program(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sum() + y.sum()
+
+    function = torch.compile(program, backend=backend, dynamic=True)
+    function(torch.ones(4), torch.ones(4))
+    function(torch.ones(5), torch.ones(5))
+    assert len(compiled) == 1
+
+
+def test_dynamos_own_control_flow_is_not_stopped() -> None:
+    assert internals.must_propagate(TensorifyScalarRestartAnalysis())
+    assert not internals.must_propagate(RuntimeError())
+
+
+def test_inner_backends_are_found_by_name() -> None:
+    def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
+        for name in ("eager", "aot_eager"):
+            assert callable(internals.compile_with(name, gm, inputs, None, {}))
+
+    in_a_backend(check)
+
+
+def test_markers_of_regions() -> None:
+    assert internals.is_checkpoint_region(torch.ops.higher_order.tag_activation_checkpoint)
+    assert internals.is_custom_autograd_function(torch.ops.higher_order.autograd_function_apply)
+    assert internals.enters_autocast(torch.amp.autocast_mode._enter_autocast)
+    assert internals.exits_autocast(torch.amp.autocast_mode._exit_autocast)
+    assert not internals.is_functorch_transform(torch.relu)
+
+
+def test_no_autocast_inside() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with internals.without_autocast():
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_the_cache_is_off_for_tagged_graphs(tagged: bool) -> None:
+    with internals.cache_unless(tagged):
+        assert torch._functorch.config.enable_autograd_cache is (not tagged)
