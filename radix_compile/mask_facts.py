@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from radix_compile.token_axes import Mixes
+from radix_compile.token_axes import Axes, Mixes
 
 # ---------------------------------------------------------------------------------------------------- predicates
 
@@ -195,6 +196,18 @@ class Filled:
     value: float
 
 
+def stored(fact: Filled, dtype: torch.dtype) -> Filled | None:
+    """What is known of the tensor when its value is held in ``dtype``, which may round it to zero or wrap it around."""
+    if dtype == torch.bool:
+        return Filled(float(fact.value != 0))
+    if dtype.is_complex:
+        return None
+    if dtype.is_floating_point:
+        return fact if fact.value == 0 or abs(fact.value) >= torch.finfo(dtype).tiny else None
+    limits = torch.iinfo(dtype)
+    return fact if float(fact.value).is_integer() and limits.min <= fact.value <= limits.max else None
+
+
 @dataclass(frozen=True, slots=True)
 class PerRow:
     """Each entry is the entry of ``source`` at that row (``dim`` is the column). ``exact`` unless only its truth is."""
@@ -268,6 +281,13 @@ def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
         return _remap(fact, lambda dim: dims[dim])
     except KeyError:
         return None
+
+
+def without_dims_of_size_one(fact: Fact | None, axes: Axes) -> Fact | None:
+    """The fact, unless it is about a dimension of size one: broadcast, its entries are not those of their columns."""
+    if isinstance(fact, Step | Break):
+        return fact
+    return remap(fact, {dim: dim for dim in range(-len(axes), 0) if axes[dim]})
 
 
 def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:

@@ -11,6 +11,7 @@ from torch import fx
 from radix_compile.passes.choose_cuts import choose_cuts
 from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.mark_token_axes import mark_token_axes
+from radix_compile.passes.merge_duplicates import merge_duplicates
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ Pass = Callable[[fx.GraphModule], fx.GraphModule]
 Observer = Callable[[str, fx.GraphModule], None]
 
 PASSES: tuple[Pass, ...] = (
-    mark_token_axes,  # first: everything else reads its annotation
+    merge_duplicates,  # first, because what is one node is annotated, gathered and scattered once
+    mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
     choose_cuts,  # after mark_token_axes, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
 )

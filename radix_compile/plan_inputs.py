@@ -28,7 +28,10 @@ class RowProgram:
     inputs: tuple[int, ...]
 
     def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
-        result: NDArray[Any] = self.run(*[args[i] for i in self.inputs]).reshape(shape).numpy(force=True)
+        rows = self.run(*[args[i] for i in self.inputs]).reshape(-1, shape[1])
+        if rows.shape[0] != shape[0]:  # a constant: one row for all sequences
+            rows = rows[:1].expand(shape)
+        result: NDArray[Any] = rows.numpy(force=True)
         return result
 
 

@@ -249,6 +249,8 @@ def broadcast(
             if has_tokens(own) or own == ():
                 continue
             uniform = all(isinstance(atom, Uniform) for atom in own)
+            if exact and len(axis) > 1:
+                raise Mixes("a constant lines up with tokens and features at once")
             gather = axis == (SEQ,) and (exact or not uniform)
             if not uniform and not gather:
                 raise Mixes("a table lines up with the batch axis, so equal prefixes get different values")

@@ -9,7 +9,7 @@ from radix_compile.mask_facts import And, Diff, Formula, Masked, Weights, implie
 from radix_compile.op_rules.contractions import attend
 from radix_compile.op_rules.masks import as_formula
 from radix_compile.op_rules.table import argument, rule
-from radix_compile.token_axes import SEQ, Axes, Layout, Mixes, Operand, Value, broadcast, has_tokens, value_of
+from radix_compile.token_axes import SEQ, Axes, Layout, Mixes, Operand, Value, broadcast, feature, has_tokens, value_of
 
 aten = torch.ops.aten
 
@@ -23,11 +23,11 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
     for what, source in (("query", q), ("key", k), ("value", v)):
         if not source.is_row or source.axes[-2] != (SEQ,) or has_tokens(source.axes[-1]):
             raise Mixes(f"the {what} of attention does not have one vector for each row")
-    heads, _ = broadcast(
-        layout,
-        [Operand(n, w, _leading(w, argument(node, "enable_gqa"))) for n, w in ((query, q), (key, k), (value, v))],
-    )
-    leading = q.axes[:-2] if argument(node, "enable_gqa") else heads[:-2]
+    grouped = argument(node, "enable_gqa")
+    for source in (q, k, v) if grouped else ():
+        feature(source.axes[-3], "groups heads along")
+    heads, _ = broadcast(layout, [Operand(n, w, _leading(w, grouped)) for n, w in ((query, q), (key, k), (value, v))])
+    leading = q.axes[:-2] if grouped else heads[:-2]
     visible = _visible(node, layout, Operand(query, q, (*leading, (SEQ,), (SEQ,))))
     if not implies_causal(visible, -2, -1):
         raise Mixes(
@@ -35,7 +35,9 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
             if visible == And(())
             else "the attention mask lets a token see later ones (or is not understood)"
         )
-    return attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), k, v)
+    mask = argument(node, "attn_mask")
+    keys = (k, v) if mask is None else (k, v, value_of(mask))
+    return attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), *keys)
 
 
 def _leading(value: Value, grouped: bool) -> Axes:

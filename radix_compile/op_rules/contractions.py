@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -17,6 +19,7 @@ from radix_compile.token_axes import (
     broadcast,
     feature,
     has_tokens,
+    plain_axes,
     value_of,
 )
 
@@ -35,7 +38,7 @@ def linear(node: fx.Node, layout: Layout) -> Value:
     constant_weights(weight, bias)
     axes = value_of(source).axes
     feature(axes[-1], "contracts")
-    return Value((*axes[:-1], *value_of(weight).axes[:-1]))
+    return Value((*axes[:-1], *plain_axes(node)[len(axes) - 1 :]))  # uniform weights may have a bias that is not
 
 
 @rule(aten.mm.default)
@@ -59,7 +62,8 @@ def addmm(node: fx.Node, layout: Layout) -> Value:
     bias = argument(node, "self")
     if len(value_of(bias).axes) > 1:
         raise Mixes("adds a matrix that is not a bias")
-    return product(node, argument(node, "mat1"), argument(node, "mat2"), layout)
+    result = product(node, argument(node, "mat1"), argument(node, "mat2"), layout)
+    return replace(result, axes=(*result.axes[:-1], *plain_axes(node)[-1:]))  # uniform weights, a bias that is not
 
 
 def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
@@ -73,9 +77,8 @@ def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Val
     for axis in contracted:
         feature(axis, "contracts")
     # Batch dimensions line up; of the last two, one comes from each side.
-    axes, uses = broadcast(
-        layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
-    )
+    sides = [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
+    axes, uses = broadcast(layout, sides, exact=node.target is aten.bmm.default)
     result = Value((*axes[:-2], a.axes[-2], b.axes[-1]), operands=uses)
     return result.with_fact(Score()) if result.is_pair else result
 

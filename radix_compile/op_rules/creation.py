@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Diff, Fact, Filled, Formula, Index, Masked, Ones, Predicate, conjunction, negation
+from radix_compile.mask_facts import (
+    Diff,
+    Fact,
+    Filled,
+    Formula,
+    Index,
+    Masked,
+    Ones,
+    Predicate,
+    conjunction,
+    negation,
+    stored,
+)
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.masks import as_formula, is_hidden
 from radix_compile.op_rules.table import argument, rule, source_of
@@ -19,7 +31,8 @@ def arange(node: fx.Node, layout: Layout) -> Value:
     start, step = (0, 1) if node.target is aten.arange.default else (argument(node, "start"), 1)
     if node.target is aten.arange.start_step:
         step = argument(node, "step")
-    counts = isinstance(start, int) and step == 1 and not node.meta["val"].dtype.is_floating_point
+    # A narrower type might wrap around, here or in arithmetic on it.
+    counts = isinstance(start, int) and step == 1 and node.meta["val"].dtype in (torch.int32, torch.int64)
     return Value(plain_axes(node), fact=Index(-1, start) if counts else None)
 
 
@@ -37,7 +50,7 @@ def _fill_value(node: fx.Node) -> float | None:
 
 def _filled(node: fx.Node) -> Fact | None:
     value = _fill_value(node)
-    return None if value is None else Filled(value)
+    return None if value is None else stored(Filled(value), node.meta["val"].dtype)
 
 
 @rule(
@@ -66,12 +79,12 @@ def triangle(node: fx.Node, layout: Layout) -> Value:
     if not value.is_constant and not value.is_pair:
         return _features_only(value)
     diagonal = argument(node, "diagonal")
-    if not isinstance(diagonal, int):
-        return Value(value.axes)
-    kept: Formula = Diff(-1, -2, diagonal) if node.target is aten.tril.default else Diff(-2, -1, -diagonal)
     axes = value.axes
     if value.is_constant:  # no longer the same along these two
         axes = (*axes[:-2], *plain_axes(node)[-2:])
+    if not isinstance(diagonal, int):
+        return Value(axes)
+    kept: Formula = Diff(-1, -2, diagonal) if node.target is aten.tril.default else Diff(-2, -1, -diagonal)
     return Value(axes, fact=_triangle_fact(value, kept, node.meta["val"].dtype))
 
 

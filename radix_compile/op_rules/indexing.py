@@ -29,7 +29,8 @@ def embedding(node: fx.Node, layout: Layout) -> Value:
     weight, indices = value_of(argument(node, "weight")), value_of(argument(node, "indices"))
     if not weight.is_constant:
         raise Mixes("the table differs from row to row")
-    return Value((*indices.axes, *weight.axes[1:]))
+    # The gradient of this one depends on how often a token occurs in the batch.
+    return Value((*indices.axes, *weight.axes[1:]), full_only=bool(argument(node, "scale_grad_by_freq")))
 
 
 @rule(aten.gather.default)
@@ -67,6 +68,8 @@ def index(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source)
     if any(i is None for i in indices):
         raise Mixes("indexes some dimensions and skips others")
+    if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+        raise Mixes("selects by a mask")
     if all(value_of(i).is_constant for i in indices):
         counted = _counted(node, value, source, indices)
         if counted is not None:

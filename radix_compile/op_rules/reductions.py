@@ -12,7 +12,6 @@ from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import (
     SEQ,
     Axes,
-    Axis,
     Layout,
     Marks,
     Mixes,
@@ -83,7 +82,7 @@ def along(node: fx.Node, layout: Layout) -> Marks:
     feature(value.axes[dim], "reads along")
     outputs = node.meta["val"]
     size = (outputs[0] if isinstance(outputs, tuple | list) else outputs).shape[dim]
-    axis: Axis = value.axes[dim] if node.target is not aten.topk.default else plain_axis(as_size(size))
+    axis = plain_axis(as_size(size))  # even if the source is uniform: the indices are not
     return _results(node, (*value.axes[:dim], axis, *value.axes[dim + 1 :]))
 
 
@@ -117,7 +116,9 @@ def layer_norm(node: fx.Node, layout: Layout) -> Marks:
     for other in node.all_input_nodes[1:]:
         if not value_of(other).is_constant:
             raise Mixes("the norm's weights differ from row to row")
+    kept = value.axes[: len(value.axes) - normalised]
+    axes = (*kept, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
     if node.target is aten.native_layer_norm.default:
-        kept = value.axes[: len(value.axes) - normalised] + ((),) * normalised
-        return Value(value.axes), Value(kept), Value(kept)
-    return Value(value.axes)
+        statistics = (*kept, *((),) * normalised)
+        return Value(axes), Value(statistics), Value(statistics)
+    return Value(axes)

@@ -18,11 +18,10 @@ def cumulative(node: fx.Node, layout: Layout) -> Value:
     dim = argument(node, "dim") % max(len(value.axes), 1)
     axis = value.axes[dim]
     if not has_tokens(axis):
-        return Value(
-            (*value.axes[:dim], plain_axis(shape_of(node)[dim]), *value.axes[dim + 1 :]), fact=_runs(node, value)
-        )
+        axes = (*value.axes[:dim], plain_axis(shape_of(node)[dim]), *value.axes[dim + 1 :])
+        return Value(axes, fact=_runs(node, value, dim))
     _along_sequence(value, dim, "accumulates over")
-    return Value(value.axes, full_only=True, fact=_runs(node, value))
+    return Value(value.axes, full_only=True, fact=_runs(node, value, dim))
 
 
 def _along_sequence(value: Value, dim: int, what: str) -> None:
@@ -32,9 +31,16 @@ def _along_sequence(value: Value, dim: int, what: str) -> None:
         raise Mixes("reads rows that saw no key in an earlier layer")
 
 
-def _runs(node: fx.Node, value: Value) -> PerRow | None:
-    """Counting the breaks in the positions so far numbers their runs."""
-    return PerRow(node, -1, runs_of=value.fact.source) if isinstance(value.fact, Break) else None
+def _runs(node: fx.Node, value: Value, dim: int) -> PerRow | None:
+    """Counting the breaks in the positions so far numbers their runs, in a type that does not overflow."""
+    counts = node.target is aten.cumsum.default and _counts(node)
+    if not counts or not isinstance(value.fact, Break) or dim != len(value.axes) - 1:
+        return None
+    return PerRow(node, -1, runs_of=value.fact.source)
+
+
+def _counts(node: fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.int32, torch.int64)
 
 
 @rule(aten.diff.default, any_input=True)
@@ -52,9 +58,10 @@ def diff(node: fx.Node, layout: Layout) -> Value:
     fact = value.fact
     if not value.is_constant:
         _along_sequence(value, dim, "takes differences along")
-    return Value(
-        value.axes, full_only=not value.is_constant, fact=Step(fact.source) if isinstance(fact, PerRow) else None
-    )
+    # The truth of positions, differences that wrap around or run over the batch are not steps of the positions.
+    exact = isinstance(fact, PerRow) and fact.exact and fact.dim == dim - len(value.axes) == -1
+    step = Step(fact.source) if isinstance(fact, PerRow) and exact and _counts(node) else None
+    return Value(value.axes, full_only=not value.is_constant, fact=step)
 
 
 def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> bool:

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Fact, Filled, Index, Ones, PerRow, Predicate, remap
+from radix_compile.mask_facts import Fact, Filled, Index, Ones, PerRow, Predicate, remap, stored
 from radix_compile.op_rules.table import argument, operand, rule, source_of
 from radix_compile.token_axes import (
     Atom,
@@ -58,7 +58,9 @@ def same_entries(node: fx.Node, layout: Layout) -> Value:
 
 
 def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | None:
-    if before == after or isinstance(fact, Filled) or (before.is_floating_point and after.is_floating_point):
+    if isinstance(fact, Filled):
+        return stored(fact, after)
+    if before == after or (before.is_floating_point and after.is_floating_point):
         return fact
     if isinstance(fact, Predicate) and before == torch.bool:
         return Ones(fact.formula)
@@ -68,8 +70,8 @@ def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | 
         return None
     if isinstance(fact, PerRow) and after == torch.bool:
         return replace(fact, exact=False)
-    widening = not after.is_floating_point and after.itemsize >= before.itemsize and after.is_signed
-    return fact if widening else None
+    wider = after.itemsize > before.itemsize or (after.itemsize == before.itemsize and before.is_signed)
+    return fact if after.is_signed and not after.is_floating_point and (wider or before == torch.bool) else None
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, view_like=True, shape="size")
@@ -235,7 +237,7 @@ def cat(node: fx.Node, layout: Layout) -> Value:
     # torch ignores one-dimensional empty tensors here: an empty key-value cache is one.
     tensors = [arg for arg in argument(node, "tensors") if tuple(arg.meta["val"].shape) != (0,)]
     rank = len(shape_of(node))
-    if len(tensors) == 1 and len(value_of(tensors[0]).axes) == rank:
+    if len(tensors) == 1 and tensors[0].meta["val"].dtype == node.meta["val"].dtype:
         value = value_of(tensors[0])
         return Value(value.axes, fact=value.fact, identity=tensors[0])
     dim = argument(node, "dim") % rank

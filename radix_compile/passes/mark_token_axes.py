@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import PerRow
+from radix_compile.mask_facts import PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor
 from radix_compile.token_axes import (
     BATCH,
     SEQ,
     Atom,
+    Axis,
     Feature,
     Layout,
     Marks,
@@ -170,14 +171,21 @@ def _with_row(node: fx.Node, value: Value) -> Value:
         along = [dim for dim, axis in enumerate(value.axes) if axis]
         if len(along) == 2 and value.axes[along[0]] == (BATCH,) and value.axes[along[1]] == (SEQ,):
             return value.with_fact(PerRow(node, along[1] - tensor.ndim))
-    elif value.is_constant and tensor.ndim == 2 and all(isinstance(atom, Uniform) for atom in value.axes[0]):
+    elif value.is_constant and tensor.ndim == 2 and value.axes[1] and _is_uniform(value.axes[0]):
         return value.with_fact(PerRow(node, -1))
     return value
 
 
+def _is_uniform(axis: Axis) -> bool:
+    return all(isinstance(atom, Uniform) for atom in axis)
+
+
 def _checked(value: Value, node: fx.Node) -> Value:
     """Tokens in a value come as one batch axis and one sequence axis, or two for pairs."""
-    if value.mixed is not None or value.is_constant:
+    if value.mixed is not None:
+        return value
+    value = value.with_fact(without_dims_of_size_one(value.fact, value.axes))
+    if value.is_constant:
         return value
     atoms: list[Atom] = [atom for axis in value.axes for atom in axis]
     if atoms.count(BATCH) != 1 or atoms.count(SEQ) not in (1, 2):

@@ -1,0 +1,41 @@
+"""Merge nodes that compute the same thing: layers repeat their masks, positions and views of rotary tables."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+
+def merge_duplicates(gm: fx.GraphModule) -> fx.GraphModule:
+    """Keep the first of each group of equal deterministic ops.
+
+    Not across ops with an effect (``_set_grad_enabled`` opens a region in which a value has no gradient), nor between
+    different regions of activation checkpointing.
+    """
+    first: dict[Hashable, fx.Node] = {}
+    region = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if not isinstance(node.target, OpOverload):
+            region += node.is_impure()
+        elif torch.Tag.nondeterministic_seeded not in node.target.tags:
+            key = (region, node.meta.get("ac_graph_id"), node.target, _key(node.args), _key(node.kwargs))
+            kept = first.setdefault(key, node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                gm.graph.erase_node(node)
+    return gm
+
+
+def _key(argument: Any) -> Hashable:
+    """An argument as a dictionary key; ``1``, ``1.0`` and ``True`` are three keys, ``0.0`` and ``-0.0`` two."""
+    if isinstance(argument, list | tuple):
+        return (type(argument).__name__, *map(_key, argument))
+    if isinstance(argument, dict):
+        return tuple((name, _key(value)) for name, value in sorted(argument.items()))
+    return argument if isinstance(argument, fx.Node) else (type(argument).__name__, repr(argument))

@@ -1,0 +1,31 @@
+"""The folded graph of a program, for tests of the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile.backend import rewrite
+from radix_compile.options import Options
+from radix_compile.report import GraphReport
+
+
+def folded(program: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> fx.GraphModule:
+    """The last graph that Dynamo captures of ``program(*args, **kwargs)``, through the whole pipeline."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        _, rewritten, _ = rewrite(gm, inputs, Options(), GraphReport(folded=False))
+        graphs.append(rewritten)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(program, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    return graphs[-1]
+
+
+def calls(gm: fx.GraphModule, op: Any) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="call_function", target=op))
