@@ -203,7 +203,8 @@ def stored(fact: Filled, dtype: torch.dtype) -> Filled | None:
     if dtype.is_complex:
         return None
     if dtype.is_floating_point:
-        return fact if fact.value == 0 or abs(fact.value) >= torch.finfo(dtype).tiny else None
+        known = fact.value == 0 or abs(fact.value) >= torch.finfo(dtype).tiny
+        return fact if known and fact.value <= torch.finfo(dtype).max else None
     limits = torch.iinfo(dtype)
     return fact if float(fact.value).is_integer() and limits.min <= fact.value <= limits.max else None
 

@@ -218,7 +218,7 @@ def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
     tokens = [axis for axis in varying if has_tokens(axis)]
     if not tokens:
         return plain_axis(layout.axis_size(varying[0]))
-    if all(axis == tokens[0] for axis in tokens) and tokens[0] == (SEQ,):
+    if all(axis == tokens[0] for axis in tokens):
         return tokens[0]
     raise Mixes("dimensions that line up mean different things: " + " and ".join(map(str, dict.fromkeys(varying))))
 
@@ -249,11 +249,13 @@ def broadcast(
             if has_tokens(own) or own == ():
                 continue
             uniform = all(isinstance(atom, Uniform) for atom in own)
-            if exact and len(axis) > 1:
-                raise Mixes("a constant lines up with tokens and features at once")
-            gather = axis == (SEQ,) and (exact or not uniform)
-            if not uniform and not gather:
+            if not uniform and axis != (SEQ,) and not operand.value.is_constant:
+                raise Mixes(f"dimensions that line up mean different things: {axis} and {own}")
+            if len(axis) > 1 and (exact or not uniform):
+                raise Mixes("a table lines up with tokens and something else at once")
+            if axis == (BATCH,) and not uniform:
                 raise Mixes("a table lines up with the batch axis, so equal prefixes get different values")
+            gather = axis == (SEQ,) and (exact or not uniform)
             # A value with token axes elsewhere makes pairs here, and pairs have no compact form to prepare it for.
             if operand.value.is_constant:
                 uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))

@@ -148,7 +148,7 @@ class Doubled(torch.autograd.Function):
 
 
 def test_a_custom_autograd_function_keeps_its_gradient() -> None:
-    model = Tiny(Doubled.apply)
+    model = Tiny(lambda x: Doubled.apply(x))
     compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager"})
     with pytest.warns(UserWarning, match="would lose its gradient"):
         compiled(shared_batch(4, 8, 8)).sum().backward()

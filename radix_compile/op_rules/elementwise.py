@@ -18,7 +18,6 @@ aten = torch.ops.aten
     aten.__or__.Tensor,
     aten.__or__.Scalar,
     aten.__xor__.Tensor,
-    aten.type_as.default,
     aten.softplus.default,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,

@@ -40,6 +40,12 @@ def _moved(fact: Fact | None, old_rank: int, new_rank: int, dims: Mapping[int, i
     return remap(fact, {old - old_rank: new - new_rank for old, new in dims.items()})
 
 
+@rule(aten.type_as.default)
+def type_as(node: fx.Node, layout: Layout) -> Value:
+    """A cast; of the other tensor only the dtype is read."""
+    return same_entries(node, layout)
+
+
 @rule(
     aten.alias.default,
     aten.detach.default,

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
-from radix_compile.mask_facts import PerRow, without_dims_of_size_one
+from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor
 from radix_compile.token_axes import (
@@ -113,7 +114,7 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
             return _with_row(node, Value(plain_axes(node) if is_tensor(node) else ()))
         return _with_row(node, Value(((BATCH,), (SEQ,))))
     if node.op == "get_attr":
-        return Value(plain_axes(node) if is_tensor(node) else ())
+        return Value(plain_axes(node) if is_tensor(node) else (), fact=_literal(node))
     if node.target is operator.getitem:
         source = marks_of(node.args[0])  # type: ignore[arg-type]
         return source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
@@ -122,6 +123,15 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         return tuple(_checked(value, node) for value in marks) if isinstance(marks, tuple) else _checked(marks, node)
     except Mixes as verdict:
         return Value((), mixed=refuse(node, str(verdict)))
+
+
+def _literal(node: fx.Node) -> Filled | None:
+    """A number that the program wrote as a tensor (``torch.tensor(0.0)``) is part of the program."""
+    owner = node.graph.owning_module
+    tensor = getattr(owner, str(node.target), None)
+    if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor) or tensor.numel() != 1:
+        return None
+    return Filled(float(tensor.item())) if not tensor.is_complex() else None
 
 
 def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
