@@ -15,6 +15,7 @@ from radix_compile import torch_internals as internals
 from radix_compile.capture import CaptureError, capture
 from radix_compile.options import Options
 from radix_compile.passes.mark_token_axes import CannotFold
+from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import Observer, run_pipeline
 from radix_compile.plan_inputs import PlanInputs, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
@@ -124,13 +125,13 @@ def rewrite(
         if found.folded:
             reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
         raise CannotFold(reason)
-    inputs, why_not = plan_inputs(folded.meta["source"], options.padding == "skip")
-    if why_not is not None:
-        report.notes.append(f'padding="skip" is off: {why_not}')
-        log.info(report.notes[-1])
-    if inputs.skip is not None:
-        internals.set_holes(folded)
-    return captured, folded, inputs
+    if options.padding == "skip":
+        try:
+            skip_padding(folded)
+        except PaddingIsRead as verdict:
+            report.notes.append(f'padding="skip" is off: {verdict}')
+            log.info(report.notes[-1])
+    return captured, folded, plan_inputs(folded.meta["source"])
 
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:

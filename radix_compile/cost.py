@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from radix_compile.op_rules.table import argument
+
 aten = torch.ops.aten
 _PRODUCTS = {
     aten.linear.default: ("weight", -1),
@@ -21,8 +23,6 @@ def flops(node: fx.Node) -> int:
     Attention counts all pairs of query and key, masked or not, as it runs without knowledge of the mask. Symbolic sizes
     count with their hints.
     """
-    from radix_compile.op_rules.table import argument
-
     if node.op != "call_function":
         return 0
     if node.target is aten.scaled_dot_product_attention.default:

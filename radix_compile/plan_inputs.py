@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from radix_compile.mask_facts import Blind, hides
-from radix_compile.passes.choose_cuts import Form, home, is_light, is_row, is_view, thin_source, values_of
+from radix_compile.mask_facts import Blind
+from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import Tokens
 from radix_compile.prefix_plan import PrefixPlan
@@ -78,8 +78,8 @@ def sightless(visible: BoolArray, window: int | None) -> BoolArray:
     return blind
 
 
-def plan_inputs(captured: fx.GraphModule, skip_padding: bool) -> tuple[PlanInputs, str | None]:
-    """What the plan needs, from an annotated graph and what was folded in it; and why padding is not skipped, if so."""
+def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
+    """What the plan needs, from an annotated graph and what was folded in it."""
     tokens: Tokens = captured.meta["tokens"]
     wanted: Wanted = captured.meta["wanted"]
     folded = [node for node, forms in wanted.forms.items() if Form.COMPACT in forms]
@@ -87,10 +87,10 @@ def plan_inputs(captured: fx.GraphModule, skip_padding: bool) -> tuple[PlanInput
     needed = _ancestors([*folded, *(b.source for b in blind)])
     placeholders = captured.graph.find_nodes(op="placeholder")
     keys = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys)
-    hidden, why_not = _padding(captured, wanted) if skip_padding else (None, None)
+    hidden: Blind | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
-    return PlanInputs(keys, programs, skip), why_not
+    return PlanInputs(keys, programs, skip)
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -118,57 +118,3 @@ def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[source])
     return RowProgram(fx.GraphModule(captured, graph), tuple(inputs))
-
-
-# ------------------------------------------------------------------------------------------------ padding="skip"
-
-
-def _padding(captured: fx.GraphModule, wanted: Wanted) -> tuple[Blind | None, str | None]:
-    """The rows every attention hides, if nothing else reads them; else why they cannot be left out."""
-    attentions = [value.attends for node in captured.graph.nodes if node.op != "output" for value in values_of(node)]
-    hidden: set[Blind] = set()
-    for node in captured.graph.nodes:
-        if node.op != "output":
-            for value in values_of(node):
-                hidden |= value.blind
-    sources = {(b.source, b.truth) for b in hidden}
-    if len(sources) != 1:
-        return None, "there is no padding mask that every attention applies to its keys"
-    source, truth = sources.pop()
-    padding = Blind(source, None, truth)
-    if not all(hides(weights.visible, padding, weights.key) for weights in attentions if weights is not None):
-        return None, "an attention does not hide the padding"
-    for node in wanted.forms:
-        reader = _reader_of_padding(node, wanted)
-        if reader is not None:
-            return None, f"{reader.target} ({reader.name}) may read padded rows"
-    return padding, None
-
-
-def _reader_of_padding(node: fx.Node, wanted: Wanted) -> fx.Node | None:
-    """An op that takes ``node`` in full form and would notice that the padded rows were never computed.
-
-    Attention does not (it hides them), pairs on their way to it do not, a view passes them on, and the program's
-    outputs may have them if they come straight from a scatter, which makes them zero.
-    """
-    if node.op != "call_function" or not is_row(node) or is_light(node):
-        return None
-    for user in node.users:
-        if user.op == "output":
-            if not _is_scattered(node, wanted):
-                return user
-        elif Form.FULL in wanted.runs.get(user, set()):
-            values = values_of(user)
-            harmless = any(v.attends is not None for v in values) or all(v.is_pair for v in values)
-            if not harmless and not (is_row(user) and is_view(user)):
-                return user
-    return None
-
-
-def _is_scattered(node: fx.Node, wanted: Wanted) -> bool:
-    while Form.FULL in wanted.runs[node]:
-        source = thin_source(node)
-        if source is None or home(node) is Form.FULL:
-            return False
-        node = source
-    return True

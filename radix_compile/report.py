@@ -6,14 +6,16 @@ import threading
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from radix_compile.cost import flops
-from radix_compile.op_rules.contractions import aten
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import Tokens, refuse
 from radix_compile.token_axes import Refusal
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)

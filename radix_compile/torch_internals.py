@@ -161,13 +161,6 @@ def compile_with(
     return compiled
 
 
-def set_holes(folded: fx.GraphModule) -> None:
-    """Let every scatter leave out the rows that have no node."""
-    for node in folded.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
-        node.args = (*node.args[:6], True)
-    folded.recompile()
-
-
 def without_autocast() -> contextlib.AbstractContextManager[Any]:
     """The casts of an autocast region are in the captured graph; applied twice they could differ."""
     stack = contextlib.ExitStack()

@@ -60,7 +60,7 @@ def is_light(node: fx.Node) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    if node.op != "call_function":
+    if node.op != "call_function" or all(value.is_constant for value in values_of(node)):
         return True
     if any(value.full_only for value in values_of(node)):
         return all(value.attends is None for value in values_of(node))

@@ -110,3 +110,14 @@ def test_a_sliding_window_blinds_padding_far_from_text(padding: str) -> None:
             plain = model(ids, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(ours[mask.bool()], plain[mask.bool()])
         assert radix_compile.stats().compact_tokens == real_paths(ids, mask)
+
+
+def test_off_where_attention_weights_are_an_output() -> None:
+    model = build("Qwen3", attention="eager")
+    ids, mask = padded()
+    with torch.no_grad():
+        explanation = radix_compile.explain(
+            model, ids, attention_mask=mask, use_cache=False, output_attentions=True, options={"padding": "skip"}
+        )
+    assert explanation.folded
+    assert any('padding="skip" is off: output' in note for note in explanation.graphs[0].notes)

@@ -172,6 +172,12 @@ FOLDS: dict[str, tuple[Any, ...]] = {
         ).mean(1),
         numbers(B),
     ),
+    "mask for some heads, as many as sequences": (
+        lambda x, ids: F.scaled_dot_product_attention(
+            *[x[:, None].expand(B, B, S, D)] * 3,
+            causal() & (arange(B)[:, None, None] < 3) | (columns()[0] == columns()[1]),
+        ).mean(1),
+    ),
     "packed documents": (packed(lambda breaks: breaks.cumsum(-1)), POSITIONS),
     "packed documents, one row of positions": (packed(lambda breaks: breaks.cumsum(-1)), POSITIONS[:1]),
     "padding": (lambda x, ids, padding: attention(x, causal() & seen(padding)), PADDING),
@@ -231,12 +237,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         numbers(S, D),
     ),
     "mask for some sequences": (lambda x, ids: sdpa(x, causal() & (arange(B)[:, None, None, None] < 3)),),
-    "mask for some heads, as many as sequences": (
-        lambda x, ids: F.scaled_dot_product_attention(
-            *[x[:, None].expand(B, B, S, D)] * 3,
-            causal() & (arange(B)[:, None, None] < 3) | (columns()[0] == columns()[1]),
-        ).mean(1),
-    ),
     # A dimension of size one broadcasts: its only entry is not that of the column it meets.
     "one key column": (seeing(lambda: arange(1)[None, :] <= columns()[0]),),
     "one key column, expanded": (seeing(lambda: arange(1).expand(S)[None, :] <= columns()[0]),),

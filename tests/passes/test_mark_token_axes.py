@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from radix_compile.plan_inputs import plan_inputs
 from radix_compile.token_axes import BATCH, SEQ, Feature, value_of
 from tests.graphs import calls, folded
 from tests.models import VOCABULARY, build, shared_batch
@@ -64,9 +65,6 @@ def test_only_what_is_read_is_a_row_key() -> None:
     def program(ids: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         return model(ids), other.sum()
 
-    from radix_compile.plan_inputs import plan_inputs
-
     gm = folded(program, shared_batch(4, 12, 8), torch.arange(48).view(4, 12))
     assert len(gm.meta["tokens"].keys) == 2
-    inputs, _ = plan_inputs(gm.meta["source"], skip_padding=False)
-    assert len(inputs.keys) == 1
+    assert len(plan_inputs(gm.meta["source"]).keys) == 1

@@ -1,0 +1,80 @@
+"""Leave out the rows that the attention mask hides, if it is proved that no other row reads them."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import Blind, hides
+from radix_compile.passes.choose_cuts import Form, home, is_light, is_row, is_view, thin_source, values_of
+from radix_compile.passes.fold_graph import Wanted
+
+
+class PaddingIsRead(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
+    """Padded rows cannot be left out. The message is the reason."""
+
+
+def skip_padding(gm: fx.GraphModule) -> fx.GraphModule:
+    """Let every scatter of a folded graph leave out the rows without a node, which come back as zeros.
+
+    Writes the rows to leave out to ``meta["padding"]`` of the captured graph, for the plan. Needs ``fold_graph``.
+    Raises :class:`PaddingIsRead`, and changes nothing, where the proof fails.
+    """
+    captured: fx.GraphModule = gm.meta["source"]
+    captured.meta["padding"] = _padding(captured, captured.meta["wanted"])
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
+        node.args = (*node.args[:6], True)
+    gm.recompile()
+    return gm
+
+
+def _padding(captured: fx.GraphModule, wanted: Wanted) -> Blind:
+    """The rows every attention hides, if nothing else reads them."""
+    attentions = [value.attends for node in captured.graph.nodes if node.op != "output" for value in values_of(node)]
+    hidden: set[Blind] = set()
+    for node in captured.graph.nodes:
+        if node.op != "output":
+            for value in values_of(node):
+                hidden |= value.blind
+    sources = {(b.source, b.truth) for b in hidden}
+    if len(sources) != 1:
+        raise PaddingIsRead("there is no padding mask that every attention applies to its keys")
+    source, truth = sources.pop()
+    padding = Blind(source, None, truth)
+    if not all(hides(weights.visible, padding, weights.key) for weights in attentions if weights is not None):
+        raise PaddingIsRead("an attention does not hide the padding")
+    for node in wanted.forms:
+        reader = _reader_of_padding(node, wanted)
+        if reader is not None:
+            raise PaddingIsRead(f"{reader.target} ({reader.name}) may read padded rows")
+    return padding
+
+
+def _reader_of_padding(node: fx.Node, wanted: Wanted) -> fx.Node | None:
+    """An op that takes ``node`` in full form and would notice that the padded rows were never computed.
+
+    Attention does not (it hides them), pairs on their way to it do not, a view passes them on, and the program's
+    outputs may have them if they come straight from a scatter, which makes them zero.
+    """
+    pair = all(value.is_pair for value in values_of(node))
+    if node.op != "call_function" or not (pair or is_row(node)) or is_light(node):
+        return None
+    for user in node.users:
+        if user.op == "output":
+            if pair or not _is_scattered(node, wanted):
+                return user
+        elif Form.FULL in wanted.runs.get(user, set()):
+            values = values_of(user)
+            harmless = any(v.attends is not None for v in values) or all(v.is_pair for v in values)
+            if not harmless and not (is_row(user) and is_view(user)):
+                return user
+    return None
+
+
+def _is_scattered(node: fx.Node, wanted: Wanted) -> bool:
+    while Form.FULL in wanted.runs[node]:
+        source = thin_source(node)
+        if source is None or home(node) is Form.FULL:
+            return False
+        node = source
+    return True
