@@ -51,17 +51,19 @@ def _home(node: fx.Node, layout: Layout) -> Form:
 
 def is_light(node: fx.Node) -> bool:
     """Computed from nothing but the inputs, by cheap ops: elementwise, views, running sums of keys."""
+    if all(value.is_constant for value in values_of(node)):
+        return True
     light: bool | None = node.meta.get("light")
     if light is None:
-        light = node.meta["light"] = _is_cheap(node) and all(
-            is_light(arg) for arg in node.all_input_nodes if is_row(arg)
-        )
+        light = node.meta["light"] = _is_cheap(node) and all(map(is_light, node.all_input_nodes))
     return light
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    if node.op != "call_function" or all(value.is_constant for value in values_of(node)):
+    if node.op != "call_function":
         return True
+    if any(value.mixed is not None for value in values_of(node)):
+        return False
     if any(value.full_only for value in values_of(node)):
         return all(value.attends is None for value in values_of(node))
     return is_view(node) or rule_for(node.target) is elementwise

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from radix_compile.passes.choose_cuts import Form
-from radix_compile.passes.mark_token_axes import CannotFold
 from tests.graphs import calls, folded
 from tests.models import VOCABULARY, build, shared_batch
 
@@ -88,9 +87,8 @@ def test_a_vector_of_features_is_not() -> None:
 
 
 def test_a_table_by_sequence_tells_sequences_apart() -> None:
-    with pytest.raises(Exception, match=r"tells? .*apart|mean different things") as error:
+    with pytest.raises(Exception, match="equal prefixes get different values"):
         folded(Table(lambda x, t: x * t, 4, 1, 16), shared_batch(4, 12, 8))
-    assert isinstance(error.value.__cause__ or error.value, CannotFold | Exception)
 
 
 def test_a_value_used_in_both_forms_is_computed_once() -> None:
