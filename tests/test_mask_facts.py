@@ -232,6 +232,8 @@ def test_blind_rows_of_the_usual_masks() -> None:
     assert blind_rows(CAUSAL, QUERY, KEY) is None
     assert blind_rows(conjunction(CAUSAL, shown), QUERY, KEY) == Blind(PADDING, None)
     assert blind_rows(conjunction(CAUSAL, Diff(QUERY, KEY, 2), shown), QUERY, KEY) == Blind(PADDING, 3)
+    two_windows = conjunction(CAUSAL, Diff(QUERY, KEY, 4), Diff(QUERY, KEY, 2), shown)
+    assert blind_rows(two_windows, QUERY, KEY) == Blind(PADDING, 3)
     assert blind_rows(conjunction(CAUSAL, negation(shown)), QUERY, KEY) == Blind(PADDING, None, truth=False)
     for formula in (
         Diff(KEY, QUERY, -1),
