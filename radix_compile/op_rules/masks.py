@@ -40,8 +40,6 @@ from radix_compile.token_axes import Value, value_of
 aten = torch.ops.aten
 FACTS: dict[OpOverload, Callable[[fx.Node], Fact | None]] = {}
 
-HIDDEN = -1e9
-"""A score this low has an attention weight of exactly zero next to any score of ordinary size."""
 ORDINARY = 1e4
 """A constant this small does not take a score out of the ordinary."""
 
@@ -81,8 +79,11 @@ def _derives(*ops: OpOverload) -> Callable[[Callable[[fx.Node], Fact | None]], C
 
 
 def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
-    """Is this the floor of a mask: minus infinity, or so low that the weight is exactly zero?"""
-    return isinstance(fact, Filled) and fact.value <= max(HIDDEN, torch.finfo(dtype).min)
+    """Is this the floor of a mask: minus infinity, or so near the lowest number that no score comes near it?
+
+    A floor such as -1e9 is not: there is no proof that scores are smaller than that.
+    """
+    return isinstance(fact, Filled) and fact.value <= torch.finfo(dtype).min / 2
 
 
 def is_bounded(fact: Fact | None) -> bool:

@@ -60,6 +60,9 @@ def run(trick: Trick, *rest: Tensor, dynamic: bool | None = None) -> int:
 # -------------------------------------------------------------------------------------------------------- attention
 
 
+LOWEST = torch.finfo(torch.float64).min
+
+
 def columns() -> tuple[Tensor, Tensor]:
     """Query and key columns, ``[S, 1]`` and ``[1, S]``."""
     return arange(S)[:, None], arange(S)[None, :]
@@ -70,7 +73,7 @@ def causal() -> Tensor:
     return key <= query
 
 
-def attention(x: Tensor, visible: Tensor, floor: float = -1e9) -> Tensor:
+def attention(x: Tensor, visible: Tensor, floor: float = LOWEST) -> Tensor:
     scores = x @ x.mT / math.sqrt(D)
     return torch.where(visible, scores, floor).softmax(-1) @ x
 
@@ -224,16 +227,19 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "mask after the softmax": (lambda x, ids: (x @ x.mT).softmax(-1) * causal() @ x,),
     "mask as a factor": (lambda x, ids: ((x @ x.mT) * causal()).softmax(-1) @ x,),
     "mask too high": (lambda x, ids: attention(x, causal(), -5.0),),
-    "mask made high by a factor": (lambda x, ids: (torch.where(causal(), x @ x.mT, -1e9) * 1e-9).softmax(-1) @ x,),
-    "mask made high by tanh": (lambda x, ids: torch.where(causal(), x @ x.mT, -1e9).tanh().softmax(-1) @ x,),
-    "mask made high by clamp": (lambda x, ids: torch.where(causal(), x @ x.mT, -1e9).clamp(min=-3).softmax(-1) @ x,),
-    "mask undone by an input": (
-        lambda x, ids, bias: (torch.where(causal(), x @ x.mT, -1e9) + bias).softmax(-1) @ x,
-        torch.where(causal(), 0.0, 1e9).double(),
+    "mask lower than most scores": (
+        lambda x, ids: torch.where(causal(), -(1e6 * x) @ (1e6 * x).mT, -1e9).softmax(-1) @ x,
     ),
-    "weights moved away from zero": (lambda x, ids: (torch.where(causal(), x @ x.mT, -1e9).softmax(-1) - 0.1) @ x,),
+    "mask made high by a factor": (lambda x, ids: (torch.where(causal(), x @ x.mT, LOWEST) * 1e-308).softmax(-1) @ x,),
+    "mask made high by tanh": (lambda x, ids: torch.where(causal(), x @ x.mT, LOWEST).tanh().softmax(-1) @ x,),
+    "mask made high by clamp": (lambda x, ids: torch.where(causal(), x @ x.mT, LOWEST).clamp(min=-3).softmax(-1) @ x,),
+    "mask undone by an input": (
+        lambda x, ids, bias: (torch.where(causal(), x @ x.mT, LOWEST) + bias).softmax(-1) @ x,
+        (~causal()).double() * -LOWEST,
+    ),
+    "weights moved away from zero": (lambda x, ids: (torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) - 0.1) @ x,),
     "weights times a table": (
-        lambda x, ids, table: torch.where(causal(), x @ x.mT, -1e9).softmax(-1) @ table,
+        lambda x, ids, table: torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) @ table,
         numbers(S, D),
     ),
     "mask for some sequences": (lambda x, ids: sdpa(x, causal() & (arange(B)[:, None, None, None] < 3)),),

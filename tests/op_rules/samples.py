@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from tests.op_rules.recorder import BATCH, FEATURES, HEADS, SEQ, Recorder
 
 aten = torch.ops.aten
+LOWEST = torch.finfo(torch.float64).min
 Build = Callable[[Recorder, Any], fx.Node]
 
 
@@ -538,15 +539,16 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
     aten.softmax.int: [
         compact(over_features(-1)),
         pair(lambda t, op: t(op, t.masked(t.causal), -1)),
-        pair(lambda t, op: t(op, t.masked(t.causal, -1e9), -1)),
+        pair(lambda t, op: t(op, t.masked(t.causal, LOWEST), -1)),
         refused("normalises over the sequence", over_features(1)),
         refused("without a mask", lambda t, op: t(op, t.scores, -1)),
         refused("lets a token see later ones", lambda t, op: t(op, t.masked(t.key_minus_query_at_most(1)), -1)),
         refused("lets a token see later ones", lambda t, op: t(op, t.masked(t.causal), -2)),
         refused("without a mask", lambda t, op: t(op, t.masked(t.causal, -50.0), -1)),
+        refused("without a mask", lambda t, op: t(op, t.masked(t.causal, -1e9), -1)),
         refused(
             "as large as it",
-            lambda t, op: t(op, t(aten.add.Tensor, t.masked(t.causal, -1e9), t.square), -1),
+            lambda t, op: t(op, t(aten.add.Tensor, t.masked(t.causal, LOWEST), t.square), -1),
         ),
     ],
     aten._softmax.default: [
