@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--examples",
         type=positive,
-        default=3,
+        default=2,
         help="worked examples in the shared part, 8 at most (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=positive, default=32, help="prompts in the batch (default: %(default)s)")

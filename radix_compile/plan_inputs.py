@@ -58,7 +58,8 @@ class PlanInputs:
             skip = (program(args, shape) != 0) != truth
         for program, window, truth in self.blind:
             blind = sightless((program(args, shape) != 0) == truth, window)
-            unique = blind if unique is None else unique | blind
+            if blind.any():
+                unique = blind if unique is None else unique | blind
         return PrefixPlan.from_rows(*_on_host(keys), unique=unique, skip=skip, pad_multiple_of=pad_multiple_of)
 
 

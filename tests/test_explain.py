@@ -69,6 +69,13 @@ def test_one_warning_for_one_reason(recwarn: pytest.WarningsRecorder) -> None:
     assert len([warning for warning in recwarn if "radix" in str(warning.message)]) == 1
 
 
+def test_a_graph_beside_the_model_is_no_reason_to_warn(recwarn: pytest.WarningsRecorder) -> None:
+    """After a graph break there are often a few ops with no arithmetic in them."""
+    torch.compile(lambda x: x * 2, backend=radix_compile.RadixBackend(inner="eager"))(torch.ones(4, 12))
+    assert radix_compile.stats().graphs == 1
+    assert not [warning for warning in recwarn if "radix" in str(warning.message)]
+
+
 def test_counts_of_the_process_are_left_alone() -> None:
     model = build("Qwen3", head="Model", num_hidden_layers=1)
     ids = shared_batch(4, 12, 8)

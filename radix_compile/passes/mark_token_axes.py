@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from radix_compile.cost import flops
 from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor
@@ -105,7 +106,8 @@ def _token_ids(graph: fx.Graph) -> fx.Node:
             shapes.append(tuple(node.meta["val"].shape))
     if shapes:
         raise CannotFold(f"token ids have the shape {list(shapes[0])}; expected [batch, sequence]")
-    raise CannotFold("the graph takes no token ids (no embedding is looked up by an integer input)")
+    beside_the_model = not any(flops(node) for node in graph.nodes)
+    raise CannotFold("the graph takes no token ids (no embedding is looked up by an integer input)", beside_the_model)
 
 
 def _infer(node: fx.Node, tokens: Tokens) -> Marks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import radix_compile
-from tests.models import build, compare, paths, shared_batch
+from tests.models import assert_as_exact, build, compare, in_float64, paths, shared_batch
 
 FORMS = ["no mask", "no mask, no cache", "ones", "right padding", "left padding", "positions", "restarting positions"]
 
@@ -91,3 +91,19 @@ def test_shapes_that_change_together_or_alone() -> None:
         compare(model, compiled, ids, **kwargs)
         assert radix_compile.stats().compact_tokens == nodes("right padding", ids, kwargs)
     assert radix_compile.stats().graphs == 0  # the last shapes compiled nothing
+
+
+def test_under_autocast_and_inference_mode() -> None:
+    """Casts of an autocast region around the call are captured once, and not applied again inside."""
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    ids = shared_batch(4, 12, 8)
+    mask = torch.ones_like(ids)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        ours = compiled(ids, attention_mask=mask, use_cache=False).logits
+        plain = model(ids, attention_mask=mask, use_cache=False).logits
+    with torch.inference_mode():
+        exact = in_float64(model)(ids, attention_mask=mask, use_cache=False).logits
+    assert_as_exact(ours, plain, exact)
+    assert plain.dtype == torch.bfloat16
+    assert radix_compile.stats().folded_calls == 1
