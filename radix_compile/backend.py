@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.capture import CaptureError, capture
+from radix_compile.capture import CaptureError, capture, first_line
 from radix_compile.options import Options
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
@@ -64,7 +64,7 @@ class RadixBackend:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
             folded = _compile_folded(captured, rewritten, example_inputs, options), inputs
         except (CaptureError, CannotFold) as refusal:
-            report.reason = str(refusal)
+            report.folded, report.reason = False, str(refusal)
             self._say_so(report, options, expected=getattr(refusal, "expected", False))
         self.report(report)
         plain = _compile_plain(gm, example_inputs, options)
@@ -146,10 +146,15 @@ def _compile_folded(
     ids = captured.meta["tokens"].keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
     fold, scatter = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device)
-    with internals.without_autocast(), internals.cache_unless(captured.meta["checkpointed"]):
-        return internals.compile_with(
-            options.inner, folded, [*example_inputs, fold, scatter], options.mode, dict(options.inner_options)
-        )
+    inputs = [*example_inputs, fold, scatter]
+    try:
+        with internals.without_autocast(), internals.cache_unless(captured.meta["checkpointed"]):
+            return internals.compile_with(options.inner, folded, inputs, options.mode, dict(options.inner_options))
+    except RuntimeError as error:
+        if internals.must_propagate(error):
+            raise
+        # Nothing is lost: the plain program runs, and the warning says so (with strict, it is an error).
+        raise CannotFold(f"the inner backend cannot compile the folded program: {first_line(error)}") from error
 
 
 def _choose_per_call(plain: Program, folded: Program, inputs: PlanInputs, options: Options) -> Program:

@@ -38,7 +38,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     except internals.CAPTURE_ERRORS as error:
         if internals.must_propagate(error):
             raise
-        raise CaptureError(f"lowering to ATen failed: {_first_line(error)}") from error
+        raise CaptureError(f"lowering to ATen failed: {first_line(error)}") from error
     if mutated:
         raise CaptureError(f"the program writes to its inputs ({', '.join(mutated)})")
     _copy_placeholder_facts(gm, captured, example_inputs)
@@ -47,7 +47,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     return captured
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
 

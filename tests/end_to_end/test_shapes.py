@@ -163,3 +163,18 @@ def test_importing_the_package_is_cheap() -> None:
     program = "import sys, radix_compile; print(sorted({'torch', 'triton', 'transformers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_folded_program_that_does_not_compile_leaves_the_plain_one() -> None:
+    def inner(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
+        if any(node.name == "radix_fold" for node in gm.graph.nodes):
+            raise RuntimeError("out of registers")
+        return gm.forward
+
+    model = MLP()
+    with pytest.warns(UserWarning, match="cannot compile the folded program: RuntimeError: out of registers"):
+        compare(model, torch.compile(model, backend=radix_compile.RadixBackend(inner=inner)), shared_batch(4, 12, 8))
+    assert radix_compile.stats().folded_calls == 0
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="out of registers"), torch.no_grad():
+        torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, strict=True))(shared_batch(4, 12, 8))
