@@ -16,14 +16,13 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.kernels import index_ops
+from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
 from radix_compile.passes.choose_cuts import Form, home, is_row, thin_source, values_of
 from radix_compile.token_axes import BATCH, SEQ, Axes, Axis, Layout, Token, value_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix
-assert index_ops  # importing it registers the ops
 
 
 @dataclass
