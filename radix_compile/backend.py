@@ -148,7 +148,7 @@ def _compile_folded(
     fold, scatter = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device)
     inputs = [*example_inputs, fold, scatter]
     try:
-        with internals.without_autocast(), internals.cache_unless(captured.meta["checkpointed"]):
+        with internals.cache_unless(captured.meta["checkpointed"]):
             return internals.compile_with(options.inner, folded, inputs, options.mode, dict(options.inner_options))
     except RuntimeError as error:
         if internals.must_propagate(error):

@@ -84,7 +84,11 @@ def _tag_checkpointed_regions(gm: fx.GraphModule) -> bool:
 
 
 class _Replay(fx.Interpreter):
-    """Runs the Dynamo graph with the regions it only names made real: autocast entered, checkpointing inlined."""
+    """Runs the Dynamo graph with the regions it only names made real: autocast entered, checkpointing inlined.
+
+    Entered, an autocast region is recorded and gives its ops their dtypes. The casts are not recorded, neither its own
+    nor those of a region around the call: whoever compiles the captured graph applies them, once.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)

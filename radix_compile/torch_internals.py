@@ -161,15 +161,6 @@ def compile_with(
     return compiled
 
 
-def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """The casts of an autocast region are in the captured graph; applied twice they could differ."""
-    stack = contextlib.ExitStack()
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.amp.autocast(device, enabled=False))
-    return stack
-
-
 def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
     """AOTAutograd's cache does not look at recompute tags and would serve the artefact without them."""
     if tagged:

@@ -98,13 +98,6 @@ def test_markers_of_regions() -> None:
     assert not internals.is_functorch_transform(torch.relu)
 
 
-def test_no_autocast_inside() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        with internals.without_autocast():
-            assert not torch.is_autocast_enabled("cpu")
-        assert torch.is_autocast_enabled("cpu")
-
-
 @pytest.mark.parametrize("tagged", [True, False])
 def test_the_cache_is_off_for_tagged_graphs(tagged: bool) -> None:
     with internals.cache_unless(tagged):

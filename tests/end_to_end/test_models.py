@@ -93,17 +93,30 @@ def test_shapes_that_change_together_or_alone() -> None:
     assert radix_compile.stats().graphs == 0  # the last shapes compiled nothing
 
 
-def test_under_autocast_and_inference_mode() -> None:
-    """Casts of an autocast region around the call are captured once, and not applied again inside."""
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str) -> None:
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
     ids = shared_batch(4, 12, 8)
     mask = torch.ones_like(ids)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        ours = compiled(ids, attention_mask=mask, use_cache=False).logits
-        plain = model(ids, attention_mask=mask, use_cache=False).logits
+
+    def program(autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits: torch.Tensor = model(ids, attention_mask=mask, use_cache=False).logits
+        return logits
+
+    options = {"inner": inner, "threshold": 1.0, "strict": True}
     with torch.inference_mode():
+        plain = program(True)
         exact = in_float64(model)(ids, attention_mask=mask, use_cache=False).logits
-    assert_as_exact(ours, plain, exact)
+        if inside:
+            ours = torch.compile(program, backend="radix", options=options)(True)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                compiled = torch.compile(model, backend="radix", options=options)
+                ours = compiled(ids, attention_mask=mask, use_cache=False).logits
     assert plain.dtype == torch.bfloat16
+    assert_as_exact(ours, plain, exact)
+    # Casts that were lost would make the result more exact than the plain model's, and of another dtype.
+    assert (ours.double() - exact).abs().max() > 0.1 * (plain.double() - exact).abs().max()
     assert radix_compile.stats().folded_calls == 1
