@@ -120,3 +120,21 @@ def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str) -> Non
     # Casts that were lost would make the result more exact than the plain model's, and of another dtype.
     assert (ours.double() - exact).abs().max() > 0.1 * (plain.double() - exact).abs().max()
     assert radix_compile.stats().folded_calls == 1
+
+
+def test_the_same_op_inside_and_outside_autocast_is_two() -> None:
+    embedding, linear = torch.nn.Embedding(97, 16), torch.nn.Linear(16, 16)
+
+    def program(ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = embedding(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = linear(hidden)
+        return inside, linear(hidden)
+
+    ids = shared_batch(4, 12, 8)
+    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    with torch.no_grad():
+        ours, plain = torch.compile(program, backend="radix", options=options)(ids), program(ids)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other)  # the dtype as well
+    assert radix_compile.stats().folded_calls == 1
