@@ -13,6 +13,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.capture import CaptureError, capture, first_line
+from radix_compile.kernels.index_ops import DECOMPOSITIONS
 from radix_compile.options import Options
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
@@ -145,11 +146,13 @@ def _compile_folded(
     # The fake ids, whose sizes are symbols where the real ones' are numbers: a number here would pin the batch.
     ids = captured.meta["tokens"].keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
-    fold, scatter = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device)
-    inputs = [*example_inputs, fold, scatter]
+    differentiable = captured.meta["differentiable"]
+    arrays = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device, lists=differentiable)
+    inputs = [*example_inputs, *arrays]
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):
-            return internals.compile_with(options.inner, folded, inputs, options.mode, dict(options.inner_options))
+            inner_options = dict(options.inner_options)
+            return internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, DECOMPOSITIONS)
     except RuntimeError as error:
         if internals.must_propagate(error):
             raise
@@ -172,7 +175,6 @@ def _choose_per_call(plain: Program, folded: Program, inputs: PlanInputs, option
             COUNTERS.ran_plain("too little is shared")
             return plain(*args)
         COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-        fold, scatter = (torch.from_numpy(index).to(ids.device) for index in (plan.fold, plan.scatter))
-        return folded(*args, fold, scatter)
+        return folded(*args, *inputs.arrays(plan, ids.device))
 
     return run

@@ -28,8 +28,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
     ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
     The result takes the same inputs in the same order. Its nodes carry ``val``, ``stack_trace`` and
-    ``nn_module_stack``; placeholders of parameters and buffers carry ``is_static``; ``meta["checkpointed"]`` says
-    whether activation checkpointing regions were inlined. Raises :class:`CaptureError`; ``gm`` is left as it was.
+    ``nn_module_stack``; placeholders of parameters and buffers carry ``is_static``. Of the graph, ``meta`` says whether
+    activation checkpointing regions were inlined (``checkpointed``) and whether a call may be followed by a backward
+    pass (``differentiable``). Raises :class:`CaptureError`; ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
     checkpointed = _tag_checkpointed_regions(gm)
@@ -44,6 +45,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     _copy_placeholder_facts(gm, captured, example_inputs)
     _tidy(captured)
     captured.meta["checkpointed"] = checkpointed
+    captured.meta["differentiable"] = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
     return captured
 
 

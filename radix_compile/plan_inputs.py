@@ -42,11 +42,13 @@ class PlanInputs:
     ``keys``  positions of the row-key inputs, each ``[B, S]``.
     ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
+    ``lists`` whether the folded program takes the row lists of the nodes as well, for gradients.
     """
 
     keys: tuple[int, ...]
     blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
+    lists: bool = False
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
         keys = [args[i] for i in self.keys]
@@ -61,6 +63,21 @@ class PlanInputs:
             if blind.any():
                 unique = blind if unique is None else unique | blind
         return PrefixPlan.from_rows(*_on_host(keys), unique=unique, skip=skip, pad_multiple_of=pad_multiple_of)
+
+
+    def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
+        """What the folded program takes of the plan, on its device, in one copy."""
+        arrays = [plan.fold, plan.scatter, *(plan.row_lists() if self.lists else ())]
+        if device.type == "cpu":
+            return [torch.from_numpy(array) for array in arrays]
+        # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.
+        sizes = [len(array) for array in arrays]
+        room = [-(-size // 16) * 16 for size in sizes]
+        host = torch.empty(sum(room), dtype=torch.int64, pin_memory=device.type == "cuda")
+        for array, part in zip(arrays, host.split(room), strict=True):
+            part[: len(array)].numpy()[:] = array
+        parts = host.to(device, non_blocking=True).split(room)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
@@ -91,7 +108,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     hidden: Blind | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
-    return PlanInputs(keys, programs, skip)
+    return PlanInputs(keys, programs, skip, captured.meta["differentiable"])
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -51,6 +51,31 @@ class PrefixPlan:
         """Number of nodes, padding of `fold` not counted."""
         return int(self.scatter.max(initial=-1)) + 1
 
+    def row_lists(self) -> tuple[Int64, Int64]:
+        """The rows of each node in CSR form, for sums over them: ``rows`` ``[B * S]`` and ``starts`` ``[T' + 1]``.
+
+        The rows of node ``n`` are ``rows[starts[n]:starts[n + 1]]``, those of sequences earlier in `order` first. What
+        of `rows` lies behind ``starts[T']`` is 0: rows that are left out are in no list, and padding of `fold` has an
+        empty one.
+        """
+        batch, count, nodes = len(self.order), len(self.scatter), len(self.fold)
+        length = count // max(batch, 1)
+        node = self.scatter.reshape(batch, length)[self.order]
+        starts = np.zeros(nodes + 1, np.int64)
+        np.cumsum(np.bincount(node.ravel() + 1, minlength=nodes + 1)[1:], out=starts[1:])
+        # The rows of a node lie in one column, in neighbouring sequences of the order, that of `fold` first. So a
+        # row's place in its list is how far its sequence is from that one. Rows without a node go behind the end.
+        place = np.empty(batch, np.int64)
+        place[self.order] = np.arange(batch)
+        offset = np.append(starts[:-1] - place[self.fold // max(length, 1)], 0)
+        target = offset[node]
+        target += np.arange(batch)[:, None]
+        target[node < 0] = count
+        rows = np.zeros(count + 1, np.int64)
+        rows[target] = (self.order * length)[:, None] + np.arange(length)
+        rows = rows[:-1]
+        return rows, starts
+
     @property
     def compression(self) -> float:
         """Nodes per row: 1.0 where nothing is shared (and for a batch without rows), lower is better."""

@@ -6,7 +6,7 @@ No version is asked for: a feature is looked up, and where two spellings exist b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._dynamo.exc import RestartAnalysis
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -78,18 +79,21 @@ def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]
     return graph, mutated
 
 
-def unbacked_plan_inputs(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about."""
+def unbacked_plan_inputs(rows: int, device: torch.device, lists: bool) -> list[torch.Tensor]:
+    """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about.
+
+    With ``lists``, ``rows`` ``[rows]`` and ``starts`` ``[T' + 1]`` too.
+    """
     mode = fake_mode()
     shape_env = mode.shape_env
     assert shape_env is not None, "Dynamo's fake mode has symbolic shapes"
     with mode:
         nodes = shape_env.create_unbacked_symint()
         torch._check(nodes >= 1)
-        fold = torch.empty((nodes,), dtype=torch.int64, device=device)
-        scatter = torch.empty((rows,), dtype=torch.int64, device=device)
+        sizes = [nodes, rows, rows, nodes + 1] if lists else [nodes, rows]
+        arrays = [torch.empty((size,), dtype=torch.int64, device=device) for size in sizes]
     shape_env.pending_fresh_unbacked_symbols.clear()
-    return fold, scatter
+    return arrays
 
 
 def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
@@ -139,8 +143,11 @@ def compile_with(
     example_inputs: Sequence[Any],
     mode: str | None,
     options: dict[str, Any],
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Compile with another Dynamo backend, in the tracing context we are in.
+
+    ``decompositions`` of our own ops are for inductor, which fuses what they become; others run the ops as they are.
 
     ``DynamicOutputShapeException`` and its like, raised inside a backend, make Dynamo run the frame eagerly without a
     word; they come out as a ``RuntimeError`` instead.
@@ -151,6 +158,8 @@ def compile_with(
         patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
         if patches:
             settings["config_patches"] = patches
+        if decompositions:
+            settings["decompositions"] = {**select_decomp_table(), **decompositions}
         compiler = compile_fx
     else:
         settings.update({"mode": mode} if mode else {}, **({"options": options} if options else {}))

@@ -1,66 +1,199 @@
-"""The index ops that the rewrite inserts: rows to nodes, nodes to rows, columns to nodes.
+"""The index ops that the rewrite inserts: rows to nodes, nodes to rows, and the gradients of both.
 
-They are registered as ``radix::`` ops so that a rewritten graph says what it does, and implemented in torch as
-``CompositeImplicitAutograd``: whatever traces them sees ``index_select`` and views, differentiates those, and may fuse
-the gather with its neighbours. Importing this module registers the ops.
+They are ``torch.library`` ops, so that a rewritten graph says what it does. Two pairs, each the adjoint of the other::
 
-``batch_dim`` and ``seq_dim`` are the token axes of the full tensor (``B`` sequences, ``S`` columns). In compact form
-the batch axis has size one and the sequence axis has one entry for each node (``T'``).
+    fold_rows      compact[n] = full[fold[n]]                    one row for each node
+    place_rows     full[t] = compact[scatter[t]] if fold[scatter[t]] == t else 0
+    scatter_rows   full[t] = compact[scatter[t]]                 the node of each row
+    sum_rows       compact[n] = sum of full[t] over the rows t of node n
+
+None of them uses atomics, so that equal inputs give equal bits; sums are accumulated in float32 at least.
+``foreach_scatter_rows`` and ``foreach_sum_rows`` move several tensors in one launch. ``gather_columns`` looks up a
+table with one entry for each column.
+
+In every signature ``full`` is ``[..., B, ..., S, ...]`` with the batch at ``batch_dim`` and the sequence at
+``seq_dim`` (not negative); ``compact`` has 1 and ``T'`` there. Any strides, any dtype. Results have contiguous rows,
+``[B, S, features]`` in memory. Of the plan, ``fold`` ``[T']`` has one row ``b * S + s`` for each node and ``scatter``
+``[B * S]`` the node of each row, -1 for a row that is left out (then ``holes`` says so, and the row is zero). ``rows``
+``[B * S]`` and ``starts`` ``[T' + 1]`` are the rows of each node in CSR form: those of node ``n`` are
+``rows[starts[n]:starts[n + 1]]``. Only gradients need them. All indices are int64.
+
+Triton kernels run on CUDA (``triton_rows``), torch code elsewhere (``reference``). A compiler that can fuse a gather
+with its neighbours may have plain indexing instead: ``DECOMPOSITIONS``.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from radix_compile.kernels import reference
+from radix_compile.kernels.row_layout import empty_rows
+
+radix = torch.ops.radix
+
+_FULL = "SymInt batch, SymInt seq"
+_AXES = "int batch_dim, int seq_dim"
+_EACH = "int[] batch_dims, int[] seq_dims"
+_SCHEMAS = (
+    f"fold_rows(Tensor full, Tensor fold, Tensor scatter, {_AXES}) -> Tensor",
+    f"place_rows(Tensor compact, Tensor fold, Tensor scatter, {_FULL}, {_AXES}) -> Tensor",
+    f"scatter_rows(Tensor compact, Tensor scatter, Tensor? rows, Tensor? starts, {_FULL}, {_AXES},"
+    " bool holes=False) -> Tensor",
+    f"sum_rows(Tensor full, Tensor scatter, Tensor rows, Tensor starts, {_AXES}) -> Tensor",
+    f"foreach_scatter_rows(Tensor[] compact, Tensor scatter, Tensor? rows, Tensor? starts, {_FULL}, {_EACH},"
+    " bool holes=False) -> Tensor[]",
+    f"foreach_sum_rows(Tensor[] full, Tensor scatter, Tensor rows, Tensor starts, {_EACH}) -> Tensor[]",
+    f"gather_columns(Tensor table, Tensor fold, Tensor scatter, {_FULL}, int dim) -> Tensor",
+)
+KERNELS = ("fold_rows", "place_rows", "foreach_scatter_rows", "foreach_sum_rows")
+"""The ops with a kernel of their own. The single forms of the last two are lists of one."""
+
+
+# ---------------------------------------------------------------------------------------------------------- which code
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _run(name: str, moved: Tensor | Sequence[Tensor], *args: Any) -> Any:
+    """The op by its Triton kernel, if there is one for these tensors."""
+    if isinstance(moved, Tensor) and f"foreach_{name}" in KERNELS:
+        *plan, batch_dim, seq_dim = args[: 7 if name == "scatter_rows" else 5]
+        return _run(f"foreach_{name}", [moved], *plan, [batch_dim], [seq_dim], *args[len(plan) + 2 :])[0]
+    tensors = [moved] if isinstance(moved, Tensor) else moved
+    if name in KERNELS and has_triton() and all(tensor.is_cuda for tensor in tensors):
+        from radix_compile.kernels import triton_rows
+
+        if all(tensor.dtype in triton_rows.DTYPES for tensor in tensors):
+            return getattr(triton_rows, name)(moved, *args)
+    return getattr(reference, name)(moved, *args)
+
+
+# ----------------------------------------------------------------------------------------------- shapes and strides
+
+
+def _fake_compact(full: Tensor, nodes: int, batch_dim: int, seq_dim: int) -> Tensor:
+    return empty_rows(full, 1, nodes, batch_dim, seq_dim)
+
+
+def _fake_foreach_scatter_rows(compact: Any, scatter: Any, rows: Any, starts: Any, *rest: Any) -> list[Tensor]:
+    batch, seq, batch_dims, seq_dims = rest[:4]
+    return [empty_rows(one, batch, seq, *at) for one, *at in zip(compact, batch_dims, seq_dims, strict=True)]
+
+
+def _fake_foreach_sum_rows(full: Any, scatter: Any, rows: Any, starts: Any, *axes: Any) -> list[Tensor]:
+    return [_fake_compact(one, starts.shape[0] - 1, *at) for one, *at in zip(full, *axes, strict=True)]
+
+
+def _fake_gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:
+    return table.new_empty((*table.shape[:dim], fold.shape[0], *table.shape[dim + 1 :]))
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "fold_rows": lambda full, fold, scatter, *axes: _fake_compact(full, fold.shape[0], *axes),
+    "place_rows": lambda compact, fold, scatter, *full: empty_rows(compact, *full),
+    "scatter_rows": lambda compact, scatter, rows, starts, *full: empty_rows(compact, *full[:4]),
+    "sum_rows": lambda full, scatter, rows, starts, *axes: _fake_compact(full, starts.shape[0] - 1, *axes),
+    "foreach_scatter_rows": _fake_foreach_scatter_rows,
+    "foreach_sum_rows": _fake_foreach_sum_rows,
+    "gather_columns": _fake_gather_columns,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For a gradient: the plan and sizes, never a row."""
+    first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+    plan = [value for value in inputs[1:] if value is None or isinstance(value, Tensor)]
+    ctx.save_for_backward(*plan)
+    ctx.rest = inputs[1 + len(plan) :]
+    ctx.first_shape = first.shape
+
+
+def _nothing(ctx: Any) -> list[None]:
+    """For the arguments without a gradient."""
+    return [None] * (len(ctx.saved_tensors) + len(ctx.rest))
+
+
+def _fold_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    batch_dim, seq_dim = ctx.rest
+    size = ctx.first_shape[batch_dim], ctx.first_shape[seq_dim]
+    return (radix.place_rows(grad, *ctx.saved_tensors, *size, batch_dim, seq_dim), *_nothing(ctx))
+
+
+def _place_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (radix.fold_rows(grad, *ctx.saved_tensors, *ctx.rest[2:]), *_nothing(ctx))
+
+
+def _scatter_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (radix.sum_rows(grad, *_with_lists(ctx), *ctx.rest[2:4]), *_nothing(ctx))
+
+
+def _foreach_scatter_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    return (radix.foreach_sum_rows(grads, *_with_lists(ctx), *ctx.rest[2:4]), *_nothing(ctx))
+
+
+def _with_lists(ctx: Any) -> tuple[Tensor, ...]:
+    plan: tuple[Tensor, ...] = ctx.saved_tensors
+    if any(tensor is None for tensor in plan):
+        raise RuntimeError("the gradient of scatter_rows needs the row lists: pass `rows` and `starts`")
+    return plan
+
+
+def _sum_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    batch_dim, seq_dim = ctx.rest
+    size = ctx.first_shape[batch_dim], ctx.first_shape[seq_dim]
+    return (radix.scatter_rows(grad, *ctx.saved_tensors, *size, batch_dim, seq_dim, True), *_nothing(ctx))
+
+
+def _foreach_sum_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    batch_dims, seq_dims = ctx.rest
+    size = ctx.first_shape[batch_dims[0]], ctx.first_shape[seq_dims[0]]
+    full = radix.foreach_scatter_rows(grads, *ctx.saved_tensors, *size, batch_dims, seq_dims, True)
+    return (full, *_nothing(ctx))
+
+
+def _gather_columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    batch, seq, dim = ctx.rest
+    # Each row is placed at its own column, so the sum over sequences is the sum over the nodes of a column.
+    full = radix.place_rows(grad.unsqueeze(0), *ctx.saved_tensors, batch, seq, 0, dim + 1)
+    return (full.sum(0), *_nothing(ctx))
+
+
+_BACKWARDS: dict[str, Callable[..., Any]] = {
+    "fold_rows": _fold_rows_backward,
+    "place_rows": _place_rows_backward,
+    "scatter_rows": _scatter_rows_backward,
+    "sum_rows": _sum_rows_backward,
+    "foreach_scatter_rows": _foreach_scatter_rows_backward,
+    "foreach_sum_rows": _foreach_sum_rows_backward,
+    "gather_columns": _gather_columns_backward,
+}
+
+# ------------------------------------------------------------------------------------------------------- registration
 
 _library = torch.library.Library("radix", "DEF")
-_library.define("fold_rows(Tensor full, Tensor fold, int batch_dim, int seq_dim) -> Tensor")
-_library.define(
-    "scatter_rows(Tensor compact, Tensor scatter, SymInt batch, SymInt seq, int batch_dim, int seq_dim,"
-    " bool holes=False) -> Tensor"
-)
-_library.define("gather_columns(Tensor table, Tensor fold, SymInt seq, int dim) -> Tensor")
+for _schema in _SCHEMAS:
+    _name = _schema.split("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, functools.partial(_run, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"radix::{_name}", _FAKES[_name], lib=_library)
+    torch.library.register_autograd(f"radix::{_name}", _BACKWARDS[_name], setup_context=_keep, lib=_library)
 
-
-def fold_rows(full: torch.Tensor, fold: torch.Tensor, batch_dim: int, seq_dim: int) -> torch.Tensor:
-    """One row for each node.
-
-    ``full`` ``[..., B, ..., S, ...]``, any dtype; ``fold`` ``[T']``, integer, each entry ``b * S + s``.
-    Returns ``[..., 1, ..., T', ...]``.
-    """
-    rows = full.movedim((batch_dim, seq_dim), (0, 1)).flatten(0, 1)
-    return rows.index_select(0, fold).unsqueeze(0).movedim((0, 1), (batch_dim, seq_dim))
-
-
-def scatter_rows(
-    compact: torch.Tensor,
-    scatter: torch.Tensor,
-    batch: int,
-    seq: int,
-    batch_dim: int,
-    seq_dim: int,
-    holes: bool = False,
-) -> torch.Tensor:
-    """The node of each row.
-
-    ``compact`` ``[..., 1, ..., T', ...]``, any dtype; ``scatter`` ``[B * S]``, integer, each entry a node. With
-    ``holes`` an entry of -1 is a row that was left out, and comes back as zeros.
-    Returns ``[..., B, ..., S, ...]``.
-    """
-    nodes = compact.movedim((batch_dim, seq_dim), (0, 1)).flatten(0, 1)
-    if holes:
-        rows = nodes.index_select(0, scatter.clamp(min=0))
-        left_out = (scatter < 0).view(-1, *[1] * (rows.ndim - 1))
-        rows = rows.masked_fill(left_out, 0)
-    else:
-        rows = nodes.index_select(0, scatter)
-    # view, not unflatten: the latter asks whether B * S is right and so pins their product.
-    return rows.view(batch, seq, *rows.shape[1:]).movedim((0, 1), (batch_dim, seq_dim))
-
-
-def gather_columns(table: torch.Tensor, fold: torch.Tensor, seq: int, dim: int) -> torch.Tensor:
-    """The entry for each node's column, of a table ``[..., S, ...]`` with one entry for each column (at ``dim``)."""
-    return table.index_select(dim, fold % seq)
-
-
-for _op in (fold_rows, scatter_rows, gather_columns):
-    _library.impl(_op.__name__, _op, "CompositeImplicitAutograd")
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    radix.fold_rows.default: reference.fold_rows,
+    radix.place_rows.default: reference.place_rows,
+    radix.scatter_rows.default: reference.scatter_rows,
+    radix.gather_columns.default: reference.gather_columns,
+}
+"""The gathers as plain indexing, which a compiler may fuse. Not the sums: those would be atomic additions."""

@@ -34,7 +34,11 @@ class Wanted:
 
 
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """The folded program: the same inputs, then ``fold`` ``[T']`` and ``scatter`` ``[B*S]``. Needs ``choose_cuts``."""
+    """The folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
+
+    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, and if gradients are asked for, ``rows`` ``[B*S]`` and
+    ``starts`` ``[T'+1]``: see ``kernels.index_ops``.
+    """
     wanted = what_is_wanted(gm.graph)
     folded = _Rewriter(gm, wanted).run()
     gm.meta["wanted"] = wanted
@@ -103,6 +107,9 @@ class _Rewriter:
     def _add_plan_inputs(self) -> None:
         self.fold = self.graph.placeholder("radix_fold")
         self.scatter = self.graph.placeholder("radix_scatter")
+        self.lists: tuple[fx.Node | None, fx.Node | None] = (None, None)
+        if self.gm.meta["differentiable"]:
+            self.lists = self.graph.placeholder("radix_rows"), self.graph.placeholder("radix_starts")
         ids = self.full[self.gm.meta["tokens"].keys[0]]
         self.batch = self._size(self.layout.batch, ids, 0)
         self.seq = self._size(self.layout.seq, ids, 1)
@@ -150,7 +157,8 @@ class _Rewriter:
             key = (result, dim, how)
             if key not in self.columns:
                 if how == "column":
-                    made = self.graph.call_function(radix.gather_columns.default, (result, self.fold, self.seq, dim))
+                    arguments = (result, self.fold, self.scatter, self.batch, self.seq, dim)
+                    made = self.graph.call_function(radix.gather_columns.default, arguments)
                 else:
                     made = self.graph.call_function(aten.slice.Tensor, (result, dim, 0, 1))
                 self.columns[key] = self._tagged(made, node, Form.COMPACT)
@@ -176,7 +184,8 @@ class _Rewriter:
         apart = _apart(axes)
         full = self._reshaped(self.full[node], axes, apart, compact=False)
         batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
-        made = self.graph.call_function(radix.fold_rows.default, (full, self.fold, batch_dim, seq_dim))
+        arguments = (full, self.fold, self.scatter, batch_dim, seq_dim)
+        made = self.graph.call_function(radix.fold_rows.default, arguments)
         return self._tagged(self._reshaped(made, apart, axes, compact=True), node, Form.COMPACT)
 
     def _scatter(self, node: fx.Node) -> fx.Node:
@@ -184,7 +193,7 @@ class _Rewriter:
         apart = _apart(axes)
         compact = self._reshaped(self.compact[node], axes, apart, compact=True)
         batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
-        arguments = (compact, self.scatter, self.batch, self.seq, batch_dim, seq_dim)
+        arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim)
         made = self.graph.call_function(radix.scatter_rows.default, arguments)
         return self._tagged(self._reshaped(made, apart, axes, compact=False), node, Form.FULL)
 
