@@ -5,6 +5,7 @@ The arguments are those of ``index_ops``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,16 +51,19 @@ def _looked_up(
 ) -> Tensor:
     full = _rows_of(compact, batch_dim, seq_dim).index_select(0, node)
     if keep is not None:
-        full = torch.where(keep.view(-1, *[1] * (full.ndim - 1)), full, 0)
+        full = full.masked_fill(~keep.view(-1, *[1] * (full.ndim - 1)), 0)
     # view, not unflatten: the latter asks whether B * S is right and so pins their product.
     return full.view(batch, seq, *full.shape[1:]).movedim((0, 1), (batch_dim, seq_dim))
 
 
 def sum_rows(full: Tensor, scatter: Tensor, rows: Tensor, starts: Tensor, batch_dim: int, seq_dim: int) -> Tensor:
-    # A bag of rows for each node: sums in the order of `rows`, in float32 for the half-width dtypes.
     flat = _rows_of(full, batch_dim, seq_dim)
-    sums = F.embedding_bag(rows, flat.flatten(1), starts.to(rows.dtype), mode="sum", include_last_offset=True)
-    return sums.view(-1, *flat.shape[1:]).unsqueeze(0).movedim((0, 1), (batch_dim, seq_dim))
+    features = flat.shape[1:]
+    table = flat.reshape(flat.shape[0], math.prod(features))
+    # A bag of rows for each node: added up in the order of `rows`, in float32 for the half-width dtypes.
+    listed = rows[: int(starts[-1])]
+    sums = F.embedding_bag(listed, table, starts, mode="sum", include_last_offset=True)
+    return sums.view(1, starts.shape[0] - 1, *features).movedim((0, 1), (batch_dim, seq_dim))
 
 
 def gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:

@@ -34,6 +34,7 @@ DTYPES = frozenset(
         torch.bool,
     }
 )
+WARPS = 4
 STRETCH = 64
 """Rows of one node that one program adds up at most, before the work is divided."""
 
@@ -253,7 +254,7 @@ WIDEST = 1024
 
 
 def _columns(layouts: Sequence[RowLayout]) -> int:
-    return min(triton.next_power_of_2(max(layout.width for layout in layouts)), WIDEST)
+    return min(triton.next_power_of_2(max(1, *(layout.width for layout in layouts))), WIDEST)
 
 
 def _column_blocks(layouts: Sequence[RowLayout], columns: int) -> int:
@@ -301,6 +302,7 @@ def _copied(
                 guard is not None,
                 rows,
                 columns,
+                num_warps=WARPS,
             )
     return results
 
@@ -367,7 +369,7 @@ def foreach_sum_rows(
                 for source, layout in zip(sources, layouts, strict=True)
             )
             _partial_sums[stretches, blocks](
-                partials, sources, _strides(layouts), scatter, *plan, **shapes, AHEAD=min(at_once, 8)
+                partials, sources, _strides(layouts), scatter, *plan, **shapes, AHEAD=min(at_once, 8), num_warps=WARPS
             )
         _node_sums[triton.cdiv(nodes, at_once // ahead), blocks](
             tuple(results),
@@ -379,6 +381,7 @@ def foreach_sum_rows(
             DIVIDED=divided,
             NODES=at_once // ahead,
             AHEAD=ahead,
+            num_warps=WARPS,
         )
     return results
 

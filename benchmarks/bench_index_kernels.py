@@ -1,0 +1,165 @@
+"""How fast rows move: the index ops against torch's own, and against a plain copy of as many bytes.
+
+Run as `python -m benchmarks.bench_index_kernels`. Bytes are those that must move: every input row and every output row
+once. "of a copy" is the rate at which they did, over that of `Tensor.copy_` moving as many. Two tables: one tensor at
+row widths from one number to a vocabulary, and the Q, K and V of a layer, moved one by one and in one launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import workloads
+from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, positive
+from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
+from radix_compile.prefix_plan import PrefixPlan
+
+radix = torch.ops.radix
+
+WIDTHS = {"4 B": 2, "32 B": 16, "256 B": 128, "1 KiB": 512, "2 KiB": 1024, "8 KiB": 4096, "logits": 151_936}
+"""Entries of a row, in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of ``batch`` sequences of ``seq`` tokens, of which the first ``prefix`` are the same in all of them."""
+
+    batch: int
+    seq: int
+    prefix: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.seq}, {self.prefix} shared"
+
+    def indices(self, device: torch.device) -> list[Tensor]:
+        """``fold``, ``scatter``, ``rows`` and ``starts``."""
+        ids = torch.arange(self.batch * self.seq).view(self.batch, self.seq)
+        ids[:, : self.prefix] = ids[0, : self.prefix]
+        plan = PrefixPlan.from_rows(ids)
+        return [torch.from_numpy(array).to(device) for array in (plan.fold, plan.scatter, *plan.row_lists())]
+
+
+@dataclass(frozen=True)
+class Measured:
+    op: str
+    peer: str
+    width: str
+    case: Case
+    seconds: float
+    peer_seconds: float
+    copy_seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op:<13}{self.width:>8}  {self.case!s:<24}{self.bytes / self.seconds / 1e9:>9,.0f} GB/s"
+            f"{self.copy_seconds / self.seconds:>10.0%}{self.peer_seconds / self.seconds:>12.2f}x  {self.peer}"
+        )
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, runs: int) -> float:
+    """Median seconds of one call, caches cold on a GPU."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return 1e-3 * float(do_bench(call, warmup=5, rep=runs, return_mode="median"))
+    call()
+    return sorted(workloads.interleaved({"": call}, runs, device)[""])[runs // 2]
+
+
+def copy_seconds(moved: int, device: torch.device, runs: int) -> float:
+    """Reads half of the bytes and writes the other half."""
+    source = torch.randn(max(moved // 4, 1), device=device).bfloat16()
+    target = torch.empty_like(source)
+    return seconds_of(lambda: target.copy_(source), device, runs)
+
+
+def one_tensor(case: Case, width: str, device: torch.device, runs: int) -> Iterator[Measured]:
+    fold, scatter, rows, starts = case.indices(device)
+    full = torch.randn(case.batch, case.seq, WIDTHS[width], device=device).bfloat16()
+    compact = torch.randn(1, len(fold), WIDTHS[width], device=device).bfloat16()
+    shape = case.batch, case.seq
+    flat, nodes = full.flatten(0, 1), compact[0]
+
+    def added() -> Tensor:
+        return torch.zeros_like(nodes).index_add_(0, scatter, flat)
+
+    def placed() -> Tensor:
+        return torch.zeros_like(flat).index_add_(0, fold, nodes)
+
+    both = flat.nbytes + nodes.nbytes
+    for op, peer, moved, ours, theirs in (
+        ("scatter_rows", "index_select", both, lambda: radix.scatter_rows(compact, scatter, None, None, *shape, 0, 1),
+         lambda: nodes.index_select(0, scatter)),
+        ("fold_rows", "index_select", 2 * nodes.nbytes, lambda: radix.fold_rows(full, fold, scatter, 0, 1),
+         lambda: flat.index_select(0, fold)),
+        ("sum_rows", "zeros, index_add_", both, lambda: radix.sum_rows(full, scatter, rows, starts, 0, 1), added),
+        ("place_rows", "zeros, index_add_", both, lambda: radix.place_rows(compact, fold, scatter, *shape, 0, 1),
+         placed),
+    ):  # fmt: skip
+        copied = copy_seconds(moved, device, runs)
+        yield Measured(op, peer, width, case, *(seconds_of(f, device, runs) for f in (ours, theirs)), copied, moved)
+
+
+def one_layer(case: Case, device: torch.device, runs: int) -> Iterator[Measured]:
+    """Queries of 16 heads, keys and values of 8, 128 wide, as attention takes them."""
+    fold, scatter, rows, starts = case.indices(device)
+
+    def heads(batch: int, seq: int) -> list[Tensor]:
+        return [torch.randn(batch, seq, n, 128, device=device).bfloat16().transpose(1, 2) for n in (16, 8, 8)]
+
+    full, compact = heads(case.batch, case.seq), heads(1, len(fold))
+    moved = sum(tensor.nbytes for tensor in (*full, *compact))
+    shape, each, axes = (case.batch, case.seq), ([0, 0, 0], [2, 2, 2]), (0, 2)
+    copied = copy_seconds(moved, device, runs)
+    for op, together, apart in (
+        ("scatter_rows", lambda: radix.foreach_scatter_rows(compact, scatter, None, None, *shape, *each),
+         lambda: [radix.scatter_rows(one, scatter, None, None, *shape, *axes) for one in compact]),
+        ("sum_rows", lambda: radix.foreach_sum_rows(full, scatter, rows, starts, *each),
+         lambda: [radix.sum_rows(one, scatter, rows, starts, *axes) for one in full]),
+    ):  # fmt: skip
+        times = (seconds_of(f, device, runs) for f in (together, apart))
+        yield Measured(op, "one by one", "Q, K, V", case, *times, copied, moved)
+
+
+def cases(device: torch.device, rows: int) -> list[Case]:
+    """A group of 16 that shares half, nothing shared, and one token that thousands of sequences share."""
+    many = min(4096, rows // 2)
+    return [Case(16, rows // 16, rows // 32), Case(128, rows // 128, 0), Case(many, rows // many, 1)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints as it goes and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="bench_index_kernels", description="Measure the index ops.")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--runs", type=positive, default=20, help="timed runs, on a GPU milliseconds of them")
+    parser.add_argument("--rows", type=positive, help="rows of the full tensors (default: a size for the device)")
+    options = parser.parse_args(argv)
+    try:
+        device = pick_device(options.device)
+        check_toolchain(device)
+    except UsageError as error:
+        print(f"bench_index_kernels: {error}", file=sys.stderr)
+        return 2
+    print(f"machine  {machine(device)}")
+    print(f"{'op':<13}{'row':>8}  {'batch':<24}{'moved':>14}{'of a copy':>10}{'speedup':>13}  over", flush=True)
+    least = {"cpu": 2**13, "cuda": 2**18}[device.type]
+    for width, entries in WIDTHS.items():
+        rows = options.rows or max(256, min(least * 8, least * 1024 // entries))
+        for case in cases(device, rows):
+            for result in one_tensor(case, width, device, options.runs):
+                print(result, flush=True)
+    for case in cases(device, options.rows or least // 4):
+        for result in one_layer(case, device, options.runs):
+            print(result, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The Triton kernels against the torch reference: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from radix_compile.kernels import reference, row_layout
+from tests.kernels.plans import Plan, shared, tolerance, tree, values
+
+triton_rows = pytest.importorskip("radix_compile.kernels.triton_rows", reason="needs Triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OTHERS = [torch.int64, torch.int32, torch.int8, torch.bool]
+PLANS = {
+    "one row": shared(1, 1, 0, device=DEVICE),
+    "nothing shared": shared(3, 5, 0, device=DEVICE),
+    "all equal": shared(4, 6, 6, device=DEVICE),
+    "a prefix": shared(5, 7, 4, device=DEVICE),
+    "a tree": tree(9, 11, device=DEVICE),
+    "holes": tree(6, 9, skip=torch.arange(54).view(6, 9) % 9 > 6, device=DEVICE),
+    "padded fold": tree(4, 5, pad=16, device=DEVICE),
+    "long lists": shared(150, 3, 2, device=DEVICE),  # longer than STRETCH, from places that are no multiples of it
+    "long and short lists": tree(200, 6, device=DEVICE),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+def widths() -> list[int]:
+    """Ragged around the sizes of blocks, and wide enough for several of them."""
+    return [1, 3, 17, 64, triton_rows.WIDEST, triton_rows.WIDEST * 2 + 5]
+
+
+def full(plan: Plan, *features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return values((plan.batch, plan.seq, *features), dtype, DEVICE)
+
+
+def compact(plan: Plan, *features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return values((1, plan.nodes, *features), dtype, DEVICE)
+
+
+def assert_same(ours: Tensor, expected: Tensor) -> None:
+    assert ours.stride() == expected.stride()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *OTHERS])
+@plans
+def test_gathers(plan: Plan, dtype: torch.dtype) -> None:
+    for width in (1, 24):
+        rows, nodes = full(plan, width, dtype=dtype), compact(plan, width, dtype=dtype)
+        indices = plan.fold, plan.scatter
+        size = plan.batch, plan.seq
+        assert_same(triton_rows.fold_rows(rows, *indices, 0, 1), reference.fold_rows(rows, *indices, 0, 1))
+        ours = triton_rows.place_rows(nodes, *indices, *size, 0, 1)
+        assert_same(ours, reference.place_rows(nodes, *indices, *size, 0, 1))
+        (ours,) = triton_rows.foreach_scatter_rows([nodes], plan.scatter, None, None, *size, [0], [1], True)
+        assert_same(ours, reference.scatter_rows(nodes, plan.scatter, None, None, *size, 0, 1, True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@plans
+def test_sums(plan: Plan, dtype: torch.dtype) -> None:
+    lists = plan.scatter, plan.rows, plan.starts
+    for width in (1, 24):
+        rows = full(plan, width, dtype=dtype)
+        (ours,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
+        exact = reference.sum_rows(rows.double(), *lists, 0, 1)
+        torch.testing.assert_close(ours, exact.to(dtype), **tolerance(plan.batch, dtype))
+        assert ours.stride() == exact.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths(dtype: torch.dtype) -> None:
+    plan = tree(5, 4, device=DEVICE)
+    for width in widths():
+        rows, nodes = full(plan, width, dtype=dtype), compact(plan, width, dtype=dtype)
+        lists = plan.scatter, plan.rows, plan.starts
+        (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 4, [0], [1])
+        assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 4, 0, 1))
+        (ours,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
+        exact = reference.sum_rows(rows.double(), *lists, 0, 1)
+        torch.testing.assert_close(ours, exact.to(dtype), **tolerance(5, dtype))
+
+
+STRIDED = {
+    "heads first": lambda batch, seq: (values((batch, 3, seq, 8), torch.float32, DEVICE), 0, 2),
+    "heads first, rows contiguous": lambda b, s: (values((b, s, 3, 8), torch.float32, DEVICE).transpose(1, 2), 0, 2),
+    "sequence first": lambda batch, seq: (values((seq, batch, 8), torch.float32, DEVICE), 1, 0),
+    "features first": lambda batch, seq: (values((8, batch, seq), torch.float32, DEVICE), 1, 2),
+    "every second feature": lambda batch, seq: (values((batch, seq, 16), torch.float32, DEVICE)[..., ::2], 0, 1),
+    "a slice": lambda batch, seq: (values((batch, seq + 3, 16), torch.float32, DEVICE)[:, 1 : seq + 1, 4:9], 0, 1),
+    "expanded": lambda batch, seq: (values((batch, seq, 1, 8), torch.float32, DEVICE).expand(-1, -1, 4, -1), 0, 1),
+    "three feature strides": lambda b, s: (values((b, 2, s, 3, 4), torch.float32, DEVICE).transpose(3, 4), 0, 2),
+    "no feature": lambda batch, seq: (values((batch, seq), torch.float32, DEVICE), 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", STRIDED)
+def test_strides(case: str) -> None:
+    plan = tree(5, 7, device=DEVICE)
+    rows, *axes = STRIDED[case](5, 7)
+    nodes, *_ = STRIDED[case](1, plan.nodes)
+    indices, lists = (plan.fold, plan.scatter), (plan.scatter, plan.rows, plan.starts)
+    assert_same(triton_rows.fold_rows(rows, *indices, *axes), reference.fold_rows(rows, *indices, *axes))
+    assert_same(
+        triton_rows.place_rows(nodes, *indices, 5, 7, *axes), reference.place_rows(nodes, *indices, 5, 7, *axes)
+    )
+    each = [[axis] for axis in axes]
+    (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 7, *each)
+    assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 7, *axes))
+    (ours,) = triton_rows.foreach_sum_rows([rows], *lists, *each)
+    expected = reference.sum_rows(rows, *lists, *axes)
+    torch.testing.assert_close(ours, expected, **tolerance(5, torch.float32))
+    assert ours.stride() == expected.stride()
+
+
+def test_several_tensors_in_one_launch() -> None:
+    plan = tree(6, 5, device=DEVICE)
+    lists = plan.scatter, plan.rows, plan.starts
+    narrow, wide = full(plan, 3, dtype=torch.bfloat16), full(plan, 4, triton_rows.WIDEST)
+    rows, axes = [narrow, wide.transpose(1, 2), full(plan)], ([0, 0, 0], [1, 2, 1])
+    sums = triton_rows.foreach_sum_rows(rows, *lists, *axes)
+    for one, ours, *at in zip(rows, sums, *axes, strict=True):
+        exact = reference.sum_rows(one.double(), *lists, *at)
+        torch.testing.assert_close(ours, exact.to(one.dtype), **tolerance(6, one.dtype))
+    back = triton_rows.foreach_scatter_rows(sums, *lists, 6, 5, *axes)
+    for one, ours, *at in zip(sums, back, *axes, strict=True):
+        assert_same(ours, reference.scatter_rows(one, *lists, 6, 5, *at))
+
+
+def test_nothing_to_move() -> None:
+    plan = tree(4, 5, device=DEVICE)
+    lists = plan.scatter, plan.rows, plan.starts
+    for features in [(0,), (3, 0)]:
+        assert triton_rows.fold_rows(full(plan, *features), plan.fold, plan.scatter, 0, 1).numel() == 0
+        assert triton_rows.foreach_sum_rows([full(plan, *features)], *lists, [0], [1])[0].numel() == 0
+    assert triton_rows.fold_rows(full(plan, 2), plan.fold[:0], plan.scatter, 0, 1).shape == (1, 0, 2)
+
+
+def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an output holds before the launch must not matter: it starts as NaN."""
+
+    def poisoned(like: Tensor, *shape: int) -> Tensor:
+        return row_layout.empty_rows(like, *shape).fill_(float("nan"))
+
+    monkeypatch.setattr(triton_rows, "empty_rows", poisoned)
+    for plan in PLANS.values():
+        lists = plan.scatter, plan.rows, plan.starts
+        outputs = [
+            triton_rows.fold_rows(full(plan, 5), plan.fold, plan.scatter, 0, 1),
+            triton_rows.place_rows(compact(plan, 5), plan.fold, plan.scatter, plan.batch, plan.seq, 0, 1),
+            *triton_rows.foreach_scatter_rows([compact(plan, 5)], *lists, plan.batch, plan.seq, [0], [1], True),
+            *triton_rows.foreach_sum_rows([full(plan, 5)], *lists, [0], [1]),
+        ]
+        assert not any(output.isnan().any() for output in outputs)
+
+
+def test_sums_have_the_same_bits_each_time() -> None:
+    plan = tree(150, 4, device=DEVICE)
+    rows = full(plan, 40)
+    sums = [triton_rows.foreach_sum_rows([rows], plan.scatter, plan.rows, plan.starts, [0], [1])[0] for _ in range(3)]
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offsets_beyond_32_bits() -> None:
+    """More than 2**31 entries in the full tensor, of which the last rows are looked at."""
+    plan = shared(128, 128, 4, device=DEVICE)
+    width = 2**31 // (128 * 128) + 64
+    nodes = torch.randn(1, plan.nodes, width, dtype=torch.bfloat16, device=DEVICE)
+    lists = plan.scatter, plan.rows, plan.starts
+    (rows,) = triton_rows.foreach_scatter_rows([nodes], *lists, 128, 128, [0], [1])
+    assert rows.numel() > 2**31
+    torch.testing.assert_close(rows[-1, -1], nodes[0, plan.scatter[-1]], rtol=0, atol=0)
+    back = triton_rows.fold_rows(rows, plan.fold, plan.scatter, 0, 1)
+    assert torch.equal(back, nodes)
+    (sums,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
+    assert torch.equal(sums[0, 4:], nodes[0, 4:])
+    torch.testing.assert_close(sums[0, :4], nodes[0, :4] * 128, rtol=0, atol=0)
