@@ -95,11 +95,11 @@ def one_tensor(case: Case, width: str, device: torch.device, runs: int) -> Itera
 
     both = flat.nbytes + nodes.nbytes
     for op, peer, moved, ours, theirs in (
-        ("scatter_rows", "index_select", both, lambda: radix.scatter_rows(compact, scatter, None, None, *shape, 0, 1),
+        ("scatter_rows", "index_select", both, lambda: radix.scatter_rows(compact, scatter, None, None, None, *shape, 0, 1, False),
          lambda: nodes.index_select(0, scatter)),
         ("fold_rows", "index_select", 2 * nodes.nbytes, lambda: radix.fold_rows(full, fold, scatter, 0, 1),
          lambda: flat.index_select(0, fold)),
-        ("sum_rows", "zeros, index_add_", both, lambda: radix.sum_rows(full, scatter, rows, starts, 0, 1), added),
+        ("sum_rows", "zeros, index_add_", both, lambda: radix.sum_rows(full, scatter, fold, rows, starts, 0, 1), added),
         ("place_rows", "zeros, index_add_", both, lambda: radix.place_rows(compact, fold, scatter, *shape, 0, 1),
          placed),
     ):  # fmt: skip
@@ -119,10 +119,10 @@ def one_layer(case: Case, device: torch.device, runs: int) -> Iterator[Measured]
     shape, each, axes = (case.batch, case.seq), ([0, 0, 0], [2, 2, 2]), (0, 2)
     copied = copy_seconds(moved, device, runs)
     for op, together, apart in (
-        ("scatter_rows", lambda: radix.foreach_scatter_rows(compact, scatter, None, None, *shape, *each),
-         lambda: [radix.scatter_rows(one, scatter, None, None, *shape, *axes) for one in compact]),
-        ("sum_rows", lambda: radix.foreach_sum_rows(full, scatter, rows, starts, *each),
-         lambda: [radix.sum_rows(one, scatter, rows, starts, *axes) for one in full]),
+        ("scatter_rows", lambda: radix.foreach_scatter_rows(compact, scatter, None, None, None, *shape, *each, False),
+         lambda: [radix.scatter_rows(one, scatter, None, None, None, *shape, *axes, False) for one in compact]),
+        ("sum_rows", lambda: radix.foreach_sum_rows(full, scatter, fold, rows, starts, *each),
+         lambda: [radix.sum_rows(one, scatter, fold, rows, starts, *axes) for one in full]),
     ):  # fmt: skip
         times = (seconds_of(f, device, runs) for f in (together, apart))
         yield Measured(op, "one by one", "Q, K, V", case, *times, copied, moved)

@@ -16,7 +16,8 @@ In every signature ``full`` is ``[..., B, ..., S, ...]`` with the batch at ``bat
 ``[B, S, features]`` in memory. Of the plan, ``fold`` ``[T']`` has one row ``b * S + s`` for each node and ``scatter``
 ``[B * S]`` the node of each row, -1 for a row that is left out (then ``holes`` says so, and the row is zero). ``rows``
 ``[B * S]`` and ``starts`` ``[T' + 1]`` are the rows of each node in CSR form: those of node ``n`` are
-``rows[starts[n]:starts[n + 1]]``. Only gradients need them. All indices are int64.
+``rows[starts[n]:starts[n + 1]]``, that of ``fold`` first. ``scatter_rows`` needs the lists for its gradient only. All
+indices are int64.
 
 Triton kernels run on CUDA (``triton_rows``), torch code elsewhere (``reference``). A compiler that can fuse a gather
 with its neighbours may have plain indexing instead: ``DECOMPOSITIONS``.
@@ -37,24 +38,20 @@ from radix_compile.kernels.row_layout import empty_rows
 
 radix = torch.ops.radix
 
+_LISTS = "Tensor fold, Tensor rows, Tensor starts"
+_MAYBE_LISTS = _LISTS.replace("Tensor", "Tensor?")
 _FULL = "SymInt batch, SymInt seq"
 _AXES = "int batch_dim, int seq_dim"
 _EACH = "int[] batch_dims, int[] seq_dims"
 _SCHEMAS = (
     f"fold_rows(Tensor full, Tensor fold, Tensor scatter, {_AXES}) -> Tensor",
     f"place_rows(Tensor compact, Tensor fold, Tensor scatter, {_FULL}, {_AXES}) -> Tensor",
-    f"scatter_rows(Tensor compact, Tensor scatter, Tensor? rows, Tensor? starts, {_FULL}, {_AXES},"
-    " bool holes=False) -> Tensor",
-    f"sum_rows(Tensor full, Tensor scatter, Tensor rows, Tensor starts, {_AXES}) -> Tensor",
-    f"foreach_scatter_rows(Tensor[] compact, Tensor scatter, Tensor? rows, Tensor? starts, {_FULL}, {_EACH},"
-    " bool holes=False) -> Tensor[]",
-    f"foreach_sum_rows(Tensor[] full, Tensor scatter, Tensor rows, Tensor starts, {_EACH}) -> Tensor[]",
+    f"scatter_rows(Tensor compact, Tensor scatter, {_MAYBE_LISTS}, {_FULL}, {_AXES}, bool holes) -> Tensor",
+    f"sum_rows(Tensor full, Tensor scatter, {_LISTS}, {_AXES}) -> Tensor",
+    f"foreach_scatter_rows(Tensor[] compact, Tensor scatter, {_MAYBE_LISTS}, {_FULL}, {_EACH}, bool holes) -> Tensor[]",
+    f"foreach_sum_rows(Tensor[] full, Tensor scatter, {_LISTS}, {_EACH}) -> Tensor[]",
     f"gather_columns(Tensor table, Tensor fold, Tensor scatter, {_FULL}, int dim) -> Tensor",
 )
-KERNELS = ("fold_rows", "place_rows", "foreach_scatter_rows", "foreach_sum_rows")
-"""The ops with a kernel of their own. The single forms of the last two are lists of one."""
-
-
 # ---------------------------------------------------------------------------------------------------------- which code
 
 
@@ -65,14 +62,14 @@ def has_triton() -> bool:
 
 def _run(name: str, moved: Tensor | Sequence[Tensor], *args: Any) -> Any:
     """The op by its Triton kernel, if there is one for these tensors."""
-    if isinstance(moved, Tensor) and f"foreach_{name}" in KERNELS:
-        *plan, batch_dim, seq_dim = args[: 7 if name == "scatter_rows" else 5]
+    if name in ("scatter_rows", "sum_rows"):  # a list of one
+        *plan, batch_dim, seq_dim = args[: 8 if name == "scatter_rows" else 6]
         return _run(f"foreach_{name}", [moved], *plan, [batch_dim], [seq_dim], *args[len(plan) + 2 :])[0]
     tensors = [moved] if isinstance(moved, Tensor) else moved
-    if name in KERNELS and has_triton() and all(tensor.is_cuda for tensor in tensors):
+    if name != "gather_columns" and has_triton() and all(tensor.is_cuda for tensor in tensors):
         from radix_compile.kernels import triton_rows
 
-        if all(tensor.dtype in triton_rows.DTYPES for tensor in tensors):
+        if all(tensor.dtype in triton_rows.DTYPES[name] for tensor in tensors):
             return getattr(triton_rows, name)(moved, *args)
     return getattr(reference, name)(moved, *args)
 
@@ -84,13 +81,13 @@ def _fake_compact(full: Tensor, nodes: int, batch_dim: int, seq_dim: int) -> Ten
     return empty_rows(full, 1, nodes, batch_dim, seq_dim)
 
 
-def _fake_foreach_scatter_rows(compact: Any, scatter: Any, rows: Any, starts: Any, *rest: Any) -> list[Tensor]:
-    batch, seq, batch_dims, seq_dims = rest[:4]
+def _fake_foreach_scatter_rows(compact: Any, *rest: Any) -> list[Tensor]:
+    batch, seq, batch_dims, seq_dims = rest[4:8]
     return [empty_rows(one, batch, seq, *at) for one, *at in zip(compact, batch_dims, seq_dims, strict=True)]
 
 
-def _fake_foreach_sum_rows(full: Any, scatter: Any, rows: Any, starts: Any, *axes: Any) -> list[Tensor]:
-    return [_fake_compact(one, starts.shape[0] - 1, *at) for one, *at in zip(full, *axes, strict=True)]
+def _fake_foreach_sum_rows(full: Any, scatter: Any, fold: Any, rows: Any, starts: Any, *axes: Any) -> list[Tensor]:
+    return [_fake_compact(one, fold.shape[0], *at) for one, *at in zip(full, *axes, strict=True)]
 
 
 def _fake_gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:
@@ -100,8 +97,8 @@ def _fake_gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: in
 _FAKES: dict[str, Callable[..., Any]] = {
     "fold_rows": lambda full, fold, scatter, *axes: _fake_compact(full, fold.shape[0], *axes),
     "place_rows": lambda compact, fold, scatter, *full: empty_rows(compact, *full),
-    "scatter_rows": lambda compact, scatter, rows, starts, *full: empty_rows(compact, *full[:4]),
-    "sum_rows": lambda full, scatter, rows, starts, *axes: _fake_compact(full, starts.shape[0] - 1, *axes),
+    "scatter_rows": lambda compact, *rest: empty_rows(compact, *rest[4:8]),
+    "sum_rows": lambda full, scatter, fold, rows, starts, *axes: _fake_compact(full, fold.shape[0], *axes),
     "foreach_scatter_rows": _fake_foreach_scatter_rows,
     "foreach_sum_rows": _fake_foreach_sum_rows,
     "gather_columns": _fake_gather_columns,
@@ -146,7 +143,7 @@ def _foreach_scatter_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, 
 def _with_lists(ctx: Any) -> tuple[Tensor, ...]:
     plan: tuple[Tensor, ...] = ctx.saved_tensors
     if any(tensor is None for tensor in plan):
-        raise RuntimeError("the gradient of scatter_rows needs the row lists: pass `rows` and `starts`")
+        raise RuntimeError("the gradient of scatter_rows needs the row lists: pass `fold`, `rows` and `starts`")
     return plan
 
 

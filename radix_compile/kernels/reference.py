@@ -33,13 +33,14 @@ def place_rows(
 def scatter_rows(
     compact: Tensor,
     scatter: Tensor,
+    fold: Tensor | None,
     rows: Tensor | None,
     starts: Tensor | None,
     batch: int,
     seq: int,
     batch_dim: int,
     seq_dim: int,
-    holes: bool = False,
+    holes: bool,
 ) -> Tensor:
     if holes:
         return _looked_up(compact, scatter.clamp(min=0), scatter >= 0, batch, seq, batch_dim, seq_dim)
@@ -56,7 +57,9 @@ def _looked_up(
     return full.view(batch, seq, *full.shape[1:]).movedim((0, 1), (batch_dim, seq_dim))
 
 
-def sum_rows(full: Tensor, scatter: Tensor, rows: Tensor, starts: Tensor, batch_dim: int, seq_dim: int) -> Tensor:
+def sum_rows(
+    full: Tensor, scatter: Tensor, fold: Tensor, rows: Tensor, starts: Tensor, batch_dim: int, seq_dim: int
+) -> Tensor:
     flat = _rows_of(full, batch_dim, seq_dim)
     features = flat.shape[1:]
     table = flat.reshape(flat.shape[0], math.prod(features))
@@ -74,27 +77,29 @@ def gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq
 def foreach_scatter_rows(
     compact: Sequence[Tensor],
     scatter: Tensor,
+    fold: Tensor | None,
     rows: Tensor | None,
     starts: Tensor | None,
     batch: int,
     seq: int,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
-    holes: bool = False,
+    holes: bool,
 ) -> list[Tensor]:
     axes = zip(batch_dims, seq_dims, strict=True)
     return [
-        scatter_rows(one, scatter, rows, starts, batch, seq, *at, holes) for one, at in zip(compact, axes, strict=True)
+        scatter_rows(one, scatter, fold, rows, starts, batch, seq, *at, holes) for one, at in zip(compact, axes, strict=True)
     ]
 
 
 def foreach_sum_rows(
     full: Sequence[Tensor],
     scatter: Tensor,
+    fold: Tensor,
     rows: Tensor,
     starts: Tensor,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
 ) -> list[Tensor]:
     axes = zip(batch_dims, seq_dims, strict=True)
-    return [sum_rows(one, scatter, rows, starts, *at) for one, at in zip(full, axes, strict=True)]
+    return [sum_rows(one, scatter, fold, rows, starts, *at) for one, at in zip(full, axes, strict=True)]

@@ -3,15 +3,16 @@
 A kernel is compiled for the number, widths and dtypes of the tensors it moves. Its grid is row blocks times column
 blocks, where the columns of all tensors count on after each other. Row offsets are 64-bit.
 
-Sums are those of a segmented reduction over the row lists (``rows``, ``starts``) in two launches, so that one node with
-thousands of rows does not make one program run for all of them: ``_partial_sums`` adds up those stretches of the
-list, ``STRETCH`` entries from a multiple of ``STRETCH`` on, that begin inside a long node; ``_node_sums`` adds the
-rest of each node's list, then its stretches. The order of additions depends on the plan alone.
+A sum starts with the one row that ``fold`` gives for a node, whose load waits for no list, and adds the rest of the
+node's list. So that a node with thousands of rows does not keep one program busy after all others are done, a list
+longer than ``STRETCH`` is divided at multiples of ``STRETCH``: ``_stretch_sums`` adds up each stretch, ``_long_sums``
+what is before the first of them and then the stretches. The order of additions depends on the plan alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,27 +21,28 @@ from torch import Tensor
 
 from radix_compile.kernels.row_layout import RowLayout, empty_rows, in_rows
 
-DTYPES = frozenset(
-    {
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    }
-)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OTHERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPES = {
+    "fold_rows": _FLOATS + _OTHERS,
+    "place_rows": _FLOATS + _OTHERS,
+    "foreach_scatter_rows": _FLOATS + _OTHERS,
+    "foreach_sum_rows": _FLOATS,
+}
+"""What each op moves. There are no gradients, and so no sums, of other dtypes."""
+_SUM_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+TILE = 4096
+"""Bytes that one program moves at a time."""
 WARPS = 4
 STRETCH = 64
-"""Rows of one node that one program adds up at most, before the work is divided."""
+"""Rows of one node that one program adds up at most."""
+AHEAD = 8
+"""Rows that are loaded before the first is added, where one program adds up many."""
 
 
 @triton.jit
-def _start_of(row, seq, batch_stride, seq_stride, FLAT: tl.constexpr):  # noqa: N803 - constexpr by convention
+def _start_of(row, seq, batch_stride, seq_stride, FLAT: tl.constexpr):
     """Where a row starts, in entries. 64-bit: there may be more than 2**31 of them."""
     if FLAT:
         return row * seq_stride
@@ -49,7 +51,7 @@ def _start_of(row, seq, batch_stride, seq_stride, FLAT: tl.constexpr):  # noqa: 
 
 
 @triton.jit
-def _offset_of(column, outer_stride, inner_stride, INNER: tl.constexpr, WIDTH: tl.constexpr):  # noqa: N803
+def _offset_of(column, outer_stride, inner_stride, INNER: tl.constexpr, WIDTH: tl.constexpr):
     if INNER == WIDTH:
         return column * inner_stride
     else:
@@ -63,18 +65,25 @@ def _copy_rows(
     strides,
     index,
     guard,
-    rows,
-    seq,
-    WIDTHS: tl.constexpr,  # noqa: N803
-    INNERS: tl.constexpr,  # noqa: N803
-    FLATS: tl.constexpr,  # noqa: N803
-    GUARDED: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    batch,
+    length,
+    source_seq,
+    WIDTHS: tl.constexpr,
+    INNERS: tl.constexpr,
+    FLATS: tl.constexpr,
+    GUARDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """``target[r] = source[index[r]]``, zero if that is negative, or if guarded and ``guard[index[r]] != r``."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
+    """``target[r] = source[index[r]]``, zero if that is negative, or if guarded and ``guard[index[r]] != r``.
+
+    Programs that follow each other take the same columns of the batch's sequences: their sources are often the same,
+    and then still in the cache.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    column_in_sequence = (program // batch) * ROWS + tl.arange(0, ROWS)
+    inside = column_in_sequence < length
+    row = (program % batch) * length + column_in_sequence
     origin = tl.load(index + row, mask=inside, other=-1)
     keep = origin >= 0
     if GUARDED:
@@ -86,7 +95,7 @@ def _copy_rows(
         if (block >= first_block) & (block < first_block + blocks):
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
             wanted = (column < WIDTHS[i])[None, :]
-            start = _start_of(origin, seq, strides[i][0], strides[i][1], FLATS[i])
+            start = _start_of(origin, source_seq, strides[i][0], strides[i][1], FLATS[i])
             offset = _offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
             value = tl.load(sources[i] + start[:, None] + offset[None, :], mask=keep[:, None] & wanted, other=0)
             tl.store(targets[i] + row[:, None] * WIDTHS[i] + column[None, :], value, mask=inside[:, None] & wanted)
@@ -94,303 +103,252 @@ def _copy_rows(
 
 
 @triton.jit
-def _sum_of_list(
-    source,
-    rows,
-    begin,
-    end,
-    seq,
-    strides,
-    column,
-    WIDTH: tl.constexpr,  # noqa: N803
-    INNER: tl.constexpr,  # noqa: N803
-    FLAT: tl.constexpr,  # noqa: N803
-    SUM: tl.constexpr,  # noqa: N803
-    NODES: tl.constexpr,  # noqa: N803
-    AHEAD: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-):
-    """The sum of the source rows ``rows[begin:end]``, one list for each of ``NODES``, ``AHEAD`` entries at a time."""
-    total = tl.zeros([NODES, AHEAD, COLUMNS], SUM)
-    offset = _offset_of(column, strides[2], strides[3], INNER, WIDTH)[None, None, :]
-    wanted = (column < WIDTH)[None, None, :]
+def _list_sum(
+    source, rows, begin, end, seq, batch_stride, seq_stride, offset, wanted,
+    FLAT: tl.constexpr, SUM: tl.constexpr, LISTS: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sums of the rows ``rows[begin:end]``, or ``begin:end`` without ``rows``, for each of ``LISTS``."""
+    total = tl.zeros([LISTS, AHEAD, COLUMNS], SUM)
+    ahead = tl.arange(0, AHEAD)[None, :]
     longest = tl.max(end - begin, 0)
-    ahead = tl.arange(0, AHEAD)
     done = 0
     while done < longest:
-        at = (begin + done)[:, None] + ahead[None, :]
+        at = (begin + done)[:, None] + ahead
         inside = at < end[:, None]
-        row = tl.load(rows + at, mask=inside, other=0)
-        start = _start_of(row, seq, strides[0], strides[1], FLAT)
-        total += tl.load(source + start[:, :, None] + offset, mask=inside[:, :, None] & wanted, other=0).to(SUM)
+        row = at
+        if rows is not None:
+            row = tl.load(rows + at, mask=inside, other=0)
+        start = _start_of(row, seq, batch_stride, seq_stride, FLAT)
+        at = source + start[:, :, None] + offset[None, None, :]
+        total += tl.load(at, mask=inside[:, :, None] & wanted[None, None, :], other=0).to(SUM)
         done += AHEAD
     return tl.sum(total, 1)
 
 
 @triton.jit
-def _partial_sums(
-    partials,
-    sources,
-    strides,
-    scatter,
-    rows,
-    starts,
-    nodes,
-    seq,
-    WIDTHS: tl.constexpr,  # noqa: N803
-    INNERS: tl.constexpr,  # noqa: N803
-    FLATS: tl.constexpr,  # noqa: N803
-    SUMS: tl.constexpr,  # noqa: N803
-    STRETCH: tl.constexpr,  # noqa: N803
-    AHEAD: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-):
-    """``partials[b]``: the sum over list entries ``[b * STRETCH, (b + 1) * STRETCH)`` of the node of the first."""
-    stretch = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    begin = stretch * STRETCH
-    listed = begin < tl.load(starts + nodes)
-    node = tl.load(scatter + tl.load(rows + begin, mask=listed, other=0), mask=listed, other=0)
-    first = tl.load(starts + node, mask=listed, other=0)
-    last = tl.load(starts + node + 1, mask=listed, other=0)
-    end = tl.where(last - first > STRETCH, tl.minimum(begin + STRETCH, last), begin)
-    block = tl.program_id(1)
-    first_block = 0
-    for i in tl.static_range(len(WIDTHS)):
-        blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
-        if (block >= first_block) & (block < first_block + blocks) & (tl.max(end - begin, 0) > 0):
-            column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
-            total = _sum_of_list(
-                sources[i],
-                rows,
-                begin,
-                end,
-                seq,
-                strides[i],
-                column,
-                WIDTHS[i],
-                INNERS[i],
-                FLATS[i],
-                SUMS[i],
-                1,
-                AHEAD,
-                COLUMNS,
-            )
-            at = partials[i] + stretch[:, None] * WIDTHS[i] + column[None, :]
-            tl.store(at, total, mask=(column < WIDTHS[i])[None, :])
-        first_block += blocks
-
-
-@triton.jit
 def _node_sums(
-    targets,
-    sources,
-    partials,
-    strides,
-    rows,
-    starts,
-    nodes,
-    seq,
-    WIDTHS: tl.constexpr,  # noqa: N803
-    INNERS: tl.constexpr,  # noqa: N803
-    FLATS: tl.constexpr,  # noqa: N803
-    DIVIDED: tl.constexpr,  # noqa: N803
-    SUMS: tl.constexpr,  # noqa: N803
-    STRETCH: tl.constexpr,  # noqa: N803
-    NODES: tl.constexpr,  # noqa: N803
-    AHEAD: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-):
-    """``target[n]``: the sum over the whole list of node ``n``; divided, with the help of ``partials``."""
+    targets, sources, strides, fold, rows, starts, nodes, seq,
+    WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
+    LONGEST: tl.constexpr, NODES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``target[n]``: the sum over the list of node ``n``, if that has no more than ``LONGEST`` entries."""
     node = tl.program_id(0).to(tl.int64) * NODES + tl.arange(0, NODES)
     inside = node < nodes
+    first = tl.load(fold + node, mask=inside, other=0)
     begin = tl.load(starts + node, mask=inside, other=0)
     end = tl.load(starts + node + 1, mask=inside, other=0)
-    head = end
-    if DIVIDED:
-        head = tl.where(end - begin > STRETCH, (begin + STRETCH - 1) // STRETCH * STRETCH, end)
+    empty = end == begin
+    inside = inside & (end - begin <= LONGEST)
+    end = tl.where(inside, end, begin)
     block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
         if (block >= first_block) & (block < first_block + blocks):
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
-            wanted = (column < WIDTHS[i])[None, :]
-            total = _sum_of_list(
-                sources[i],
-                rows,
-                begin,
-                head,
-                seq,
-                strides[i],
-                column,
-                WIDTHS[i],
-                INNERS[i],
-                FLATS[i],
-                SUMS[i],
-                NODES,
-                AHEAD,
-                COLUMNS,
-            )
-            if DIVIDED:
-                stretch = head // STRETCH
-                stretches = tl.where(head < end, (end + STRETCH - 1) // STRETCH - stretch, 0)
-                most = tl.max(stretches, 0)
-                done = 0
-                while done < most:
-                    at = partials[i] + (stretch + done)[:, None] * WIDTHS[i] + column[None, :]
-                    total += tl.load(at, mask=(done < stretches)[:, None] & wanted, other=0)
-                    done += 1
+            wanted = column < WIDTHS[i]
+            offset = _offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
+            start = _start_of(first, seq, strides[i][0], strides[i][1], FLATS[i])
+            total = tl.load(sources[i] + start[:, None] + offset[None, :], mask=wanted[None, :], other=0).to(SUMS[i])
+            total = tl.where(empty[:, None], 0, total)
+            total += _list_sum(
+                sources[i], rows, begin + 1, end, seq, strides[i][0], strides[i][1], offset, wanted,
+                FLATS[i], SUMS[i], NODES, AHEAD, COLUMNS,
+            )  # fmt: skip
             at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
-            tl.store(at, total.to(targets[i].dtype.element_ty), mask=inside[:, None] & wanted)
+            tl.store(at, total.to(targets[i].dtype.element_ty), mask=inside[:, None] & wanted[None, :])
+        first_block += blocks
+
+
+@triton.jit
+def _long_list(stretch, scatter, rows, starts, nodes, STRETCH: tl.constexpr):
+    """The node whose list the stretch begins in, and that list; an empty one if it is no longer than ``STRETCH``."""
+    listed = stretch * STRETCH < tl.load(starts + nodes)
+    node = tl.load(scatter + tl.load(rows + stretch * STRETCH, mask=listed, other=0), mask=listed, other=0)
+    begin = tl.load(starts + node, mask=listed, other=0)
+    end = tl.load(starts + node + 1, mask=listed, other=0)
+    return node, begin, tl.where(end - begin > STRETCH, end, begin)
+
+
+@triton.jit
+def _stretch_sums(
+    partials, sources, strides, scatter, rows, starts, nodes, seq,
+    WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
+    STRETCH: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``partials[b]``: the sum over list entries ``[b * STRETCH, (b + 1) * STRETCH)`` that are of one long list."""
+    stretch = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    node, _, end = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
+    begin = stretch * STRETCH
+    end = tl.minimum(end, begin + STRETCH)
+    block = tl.program_id(1)
+    first_block = 0
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
+        if (block >= first_block) & (block < first_block + blocks) & (tl.max(end - begin, 0) > 0):
+            column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
+            wanted = column < WIDTHS[i]
+            offset = _offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
+            total = _list_sum(
+                sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted, FLATS[i], SUMS[i], 1, AHEAD, COLUMNS
+            )
+            tl.store(partials[i] + stretch[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
+        first_block += blocks
+
+
+@triton.jit
+def _long_sums(
+    targets, partials, sources, strides, scatter, rows, starts, nodes, seq,
+    WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
+    STRETCH: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``target[n]`` for a node with a long list: by the program of the first stretch that begins in it."""
+    stretch = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    node, begin, end = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
+    mine = (begin < end) & (stretch * STRETCH - begin < STRETCH)
+    block = tl.program_id(1)
+    first_block = 0
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
+        if (block >= first_block) & (block < first_block + blocks) & (tl.max(mine.to(tl.int32), 0) > 0):
+            column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
+            wanted = column < WIDTHS[i]
+            offset = _offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
+            total = _list_sum(
+                sources[i], rows, begin, stretch * STRETCH, seq, strides[i][0], strides[i][1], offset, wanted,
+                FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
+            )  # fmt: skip
+            total += _list_sum(
+                partials[i], None, stretch, (end + STRETCH - 1) // STRETCH, 1, 0, WIDTHS[i], column, wanted,
+                True, SUMS[i], 1, AHEAD, COLUMNS,
+            )  # fmt: skip
+            at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
+            tl.store(at, total.to(targets[i].dtype.element_ty), mask=wanted[None, :])
         first_block += blocks
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
 
-TILE = 8192
-"""Bytes that one program moves: enough loads in flight for the memory, few enough registers for many programs."""
-WIDEST = 1024
-"""Columns of one program at most."""
+
+class _Moved:
+    """Tensors that move together: as rows, with the sizes and constants that their kernels take."""
+
+    def __init__(self, tensors: Sequence[Tensor], axes: Sequence[tuple[int, int]]) -> None:
+        rows = [in_rows(as_bytes(one), *at) for one, at in zip(tensors, axes, strict=True)]
+        self.sources = tuple(source for source, _ in rows)
+        layouts: list[RowLayout] = [layout for _, layout in rows]
+        self.seq = layouts[0].seq
+        self.strides = tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
+        self.widths = tuple(of.width for of in layouts)
+        itemsize = max(source.element_size() for source in self.sources)
+        columns = min(triton.next_power_of_2(max(1, *self.widths)), TILE // itemsize)
+        self.at_once = TILE // itemsize // columns
+        """Rows of the widest tensor in one tile."""
+        self.blocks = sum(triton.cdiv(width, columns) for width in self.widths)
+        self.constants: dict[str, Any] = {
+            "WIDTHS": self.widths,
+            "INNERS": tuple(of.inner for of in layouts),
+            "FLATS": tuple(of.flat for of in layouts),
+            "COLUMNS": columns,
+            "num_warps": WARPS,
+        }
 
 
-def _columns(layouts: Sequence[RowLayout]) -> int:
-    return min(triton.next_power_of_2(max(1, *(layout.width for layout in layouts))), WIDEST)
-
-
-def _column_blocks(layouts: Sequence[RowLayout], columns: int) -> int:
-    return sum(triton.cdiv(layout.width, columns) for layout in layouts)
-
-
-def _strides(layouts: Sequence[RowLayout]) -> tuple[tuple[int, int, int, int], ...]:
-    return tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def _copied(
-    moved: Sequence[Tensor],
-    batch_dims: Sequence[int],
-    seq_dims: Sequence[int],
+    tensors: Sequence[Tensor],
+    axes: Sequence[tuple[int, int]],
     index: Tensor,
     guard: Tensor | None,
     batch: int,
     seq: int,
 ) -> list[Tensor]:
     """``[..., batch, ..., seq, ...]`` tensors whose row ``r`` is the source's row ``index[r]``."""
-    axes = list(zip(batch_dims, seq_dims, strict=True))
-    results = [empty_rows(one, batch, seq, *at) for one, at in zip(moved, axes, strict=True)]
-    sources, layouts = zip(*(in_rows(_bytes(one), *at) for one, at in zip(moved, axes, strict=True)), strict=True)
-    count = index.shape[0]
-    columns = _columns(layouts)
-    blocks = _column_blocks(layouts, columns)
-    if count and blocks:
-        rows = max(1, TILE // (columns * max(source.element_size() for source in sources)))
+    results = [empty_rows(one, batch, seq, *at) for one, at in zip(tensors, axes, strict=True)]
+    moved = _Moved(tensors, axes)
+    if batch * seq and moved.blocks:
+        if seq < 4 * moved.at_once:
+            batch, seq = 1, batch * seq
         with torch.cuda.device_of(index):
-            _copy_rows[triton.cdiv(count, rows), blocks](
-                tuple(map(_bytes, results)),
-                sources,
-                _strides(layouts),
+            _copy_rows[batch * triton.cdiv(seq, moved.at_once), moved.blocks](
+                tuple(map(as_bytes, results)),
+                moved.sources,
+                moved.strides,
                 index,
                 guard,
-                count,
-                layouts[0].seq,
-                tuple(layout.width for layout in layouts),
-                tuple(layout.inner for layout in layouts),
-                tuple(layout.flat for layout in layouts),
-                guard is not None,
-                rows,
-                columns,
-                num_warps=WARPS,
+                batch,
+                seq,
+                moved.seq,
+                GUARDED=guard is not None,
+                ROWS=moved.at_once,
+                **moved.constants,
             )
     return results
 
 
 def fold_rows(full: Tensor, fold: Tensor, scatter: Tensor, batch_dim: int, seq_dim: int) -> Tensor:
-    return _copied([full], [batch_dim], [seq_dim], fold, None, 1, fold.shape[0])[0]
+    return _copied([full], [(batch_dim, seq_dim)], fold, None, 1, fold.shape[0])[0]
 
 
 def place_rows(
     compact: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, batch_dim: int, seq_dim: int
 ) -> Tensor:
-    return _copied([compact], [batch_dim], [seq_dim], scatter, fold, batch, seq)[0]
+    return _copied([compact], [(batch_dim, seq_dim)], scatter, fold, batch, seq)[0]
 
 
 def foreach_scatter_rows(
     compact: Sequence[Tensor],
     scatter: Tensor,
+    fold: Tensor | None,
     rows: Tensor | None,
     starts: Tensor | None,
     batch: int,
     seq: int,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
-    holes: bool = False,
+    holes: bool,
 ) -> list[Tensor]:
-    return _copied(compact, batch_dims, seq_dims, scatter, None, batch, seq)
+    return _copied(compact, list(zip(batch_dims, seq_dims, strict=True)), scatter, None, batch, seq)
 
 
 def foreach_sum_rows(
     full: Sequence[Tensor],
     scatter: Tensor,
+    fold: Tensor,
     rows: Tensor,
     starts: Tensor,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
 ) -> list[Tensor]:
     axes = list(zip(batch_dims, seq_dims, strict=True))
-    nodes = starts.shape[0] - 1
+    nodes, listed = fold.shape[0], scatter.shape[0]
     results = [empty_rows(one, 1, nodes, *at) for one, at in zip(full, axes, strict=True)]
-    sources, layouts = zip(*(in_rows(one, *at) for one, at in zip(full, axes, strict=True)), strict=True)
-    columns = _columns(layouts)
-    blocks = _column_blocks(layouts, columns)
-    if not (nodes and blocks):
+    moved = _Moved(full, axes)
+    if not (nodes and moved.blocks):
         return results
+    dtypes = [torch.promote_types(one.dtype, torch.float32) for one in full]
+    constants = moved.constants | {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes)}
+    targets = tuple(results)
+    plan = rows, starts, nodes, moved.seq
+    # Nodes of a program times the rows of each that it loads at once: as many as nodes have on average.
+    ahead = min(moved.at_once, AHEAD, triton.next_power_of_2(triton.cdiv(listed, nodes)))
+    each = moved.at_once // ahead
     divided = full[0].shape[batch_dims[0]] > STRETCH  # a node has no more rows than there are sequences
-    shapes = {
-        "WIDTHS": tuple(layout.width for layout in layouts),
-        "INNERS": tuple(layout.inner for layout in layouts),
-        "FLATS": tuple(layout.flat for layout in layouts),
-        "SUMS": tuple(_sum_dtype(source) for source in sources),
-        "STRETCH": STRETCH,
-        "COLUMNS": columns,
-    }
-    at_once = max(1, TILE // (columns * max(source.element_size() for source in sources)))
-    # A program reads as many rows of a node at a time as nodes have on average.
-    ahead = min(at_once, 8, triton.next_power_of_2(triton.cdiv(scatter.shape[0], nodes)))
-    stretches = triton.cdiv(scatter.shape[0], STRETCH)
-    plan = rows, starts, nodes, layouts[0].seq
     with torch.cuda.device_of(scatter):
-        partials: tuple[Tensor, ...] = tuple(results)  # not read if not divided
+        _node_sums[triton.cdiv(nodes, each), moved.blocks](
+            targets, moved.sources, moved.strides, fold, *plan,
+            LONGEST=STRETCH if divided else listed, NODES=each, AHEAD=ahead, **constants,
+        )  # fmt: skip
         if divided:
+            grid = triton.cdiv(listed, STRETCH), moved.blocks
             partials = tuple(
-                torch.empty((stretches, layout.width), dtype=_partial_dtype(source), device=source.device)
-                for source, layout in zip(sources, layouts, strict=True)
+                scatter.new_empty((grid[0], width), dtype=dtype)
+                for width, dtype in zip(moved.widths, dtypes, strict=True)
             )
-            _partial_sums[stretches, blocks](
-                partials, sources, _strides(layouts), scatter, *plan, **shapes, AHEAD=min(at_once, 8), num_warps=WARPS
-            )
-        _node_sums[triton.cdiv(nodes, at_once // ahead), blocks](
-            tuple(results),
-            sources,
-            partials,
-            _strides(layouts),
-            *plan,
-            **shapes,
-            DIVIDED=divided,
-            NODES=at_once // ahead,
-            AHEAD=ahead,
-            num_warps=WARPS,
-        )
+            constants |= {"STRETCH": STRETCH, "AHEAD": min(moved.at_once, AHEAD)}
+            _stretch_sums[grid](partials, moved.sources, moved.strides, scatter, *plan, **constants)
+            _long_sums[grid](targets, partials, moved.sources, moved.strides, scatter, *plan, **constants)
     return results
-
-
-def _partial_dtype(tensor: Tensor) -> torch.dtype:
-    if not tensor.is_floating_point():
-        return torch.int64
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _sum_dtype(tensor: Tensor) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.float64: tl.float64, torch.int64: tl.int64}[_partial_dtype(tensor)]

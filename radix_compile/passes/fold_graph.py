@@ -107,9 +107,9 @@ class _Rewriter:
     def _add_plan_inputs(self) -> None:
         self.fold = self.graph.placeholder("radix_fold")
         self.scatter = self.graph.placeholder("radix_scatter")
-        self.lists: tuple[fx.Node | None, fx.Node | None] = (None, None)
+        self.lists: tuple[fx.Node | None, ...] = (None, None, None)
         if self.gm.meta["differentiable"]:
-            self.lists = self.graph.placeholder("radix_rows"), self.graph.placeholder("radix_starts")
+            self.lists = self.fold, self.graph.placeholder("radix_rows"), self.graph.placeholder("radix_starts")
         ids = self.full[self.gm.meta["tokens"].keys[0]]
         self.batch = self._size(self.layout.batch, ids, 0)
         self.seq = self._size(self.layout.seq, ids, 1)
@@ -193,7 +193,7 @@ class _Rewriter:
         apart = _apart(axes)
         compact = self._reshaped(self.compact[node], axes, apart, compact=True)
         batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
-        arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim)
+        arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim, False)
         made = self.graph.call_function(radix.scatter_rows.default, arguments)
         return self._tagged(self._reshaped(made, apart, axes, compact=False), node, Form.FULL)
 

@@ -30,7 +30,8 @@ plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
 def widths() -> list[int]:
     """Ragged around the sizes of blocks, and wide enough for several of them."""
-    return [1, 3, 17, 64, triton_rows.WIDEST, triton_rows.WIDEST * 2 + 5]
+    widest = triton_rows.TILE // 4
+    return [1, 3, 17, 64, widest, widest * 2 + 5]
 
 
 def full(plan: Plan, *features: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,14 +57,14 @@ def test_gathers(plan: Plan, dtype: torch.dtype) -> None:
         assert_same(triton_rows.fold_rows(rows, *indices, 0, 1), reference.fold_rows(rows, *indices, 0, 1))
         ours = triton_rows.place_rows(nodes, *indices, *size, 0, 1)
         assert_same(ours, reference.place_rows(nodes, *indices, *size, 0, 1))
-        (ours,) = triton_rows.foreach_scatter_rows([nodes], plan.scatter, None, None, *size, [0], [1], True)
-        assert_same(ours, reference.scatter_rows(nodes, plan.scatter, None, None, *size, 0, 1, True))
+        (ours,) = triton_rows.foreach_scatter_rows([nodes], plan.scatter, None, None, None, *size, [0], [1], True)
+        assert_same(ours, reference.scatter_rows(nodes, plan.scatter, None, None, None, *size, 0, 1, True))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @plans
 def test_sums(plan: Plan, dtype: torch.dtype) -> None:
-    lists = plan.scatter, plan.rows, plan.starts
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
     for width in (1, 24):
         rows = full(plan, width, dtype=dtype)
         (ours,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
@@ -77,9 +78,9 @@ def test_widths(dtype: torch.dtype) -> None:
     plan = tree(5, 4, device=DEVICE)
     for width in widths():
         rows, nodes = full(plan, width, dtype=dtype), compact(plan, width, dtype=dtype)
-        lists = plan.scatter, plan.rows, plan.starts
-        (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 4, [0], [1])
-        assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 4, 0, 1))
+        lists = plan.scatter, plan.fold, plan.rows, plan.starts
+        (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 4, [0], [1], False)
+        assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 4, 0, 1, False))
         (ours,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
         exact = reference.sum_rows(rows.double(), *lists, 0, 1)
         torch.testing.assert_close(ours, exact.to(dtype), **tolerance(5, dtype))
@@ -103,14 +104,14 @@ def test_strides(case: str) -> None:
     plan = tree(5, 7, device=DEVICE)
     rows, *axes = STRIDED[case](5, 7)
     nodes, *_ = STRIDED[case](1, plan.nodes)
-    indices, lists = (plan.fold, plan.scatter), (plan.scatter, plan.rows, plan.starts)
+    indices, lists = (plan.fold, plan.scatter), (plan.scatter, plan.fold, plan.rows, plan.starts)
     assert_same(triton_rows.fold_rows(rows, *indices, *axes), reference.fold_rows(rows, *indices, *axes))
     assert_same(
         triton_rows.place_rows(nodes, *indices, 5, 7, *axes), reference.place_rows(nodes, *indices, 5, 7, *axes)
     )
     each = [[axis] for axis in axes]
-    (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 7, *each)
-    assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 7, *axes))
+    (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 7, *each, False)
+    assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 7, *axes, False))
     (ours,) = triton_rows.foreach_sum_rows([rows], *lists, *each)
     expected = reference.sum_rows(rows, *lists, *axes)
     torch.testing.assert_close(ours, expected, **tolerance(5, torch.float32))
@@ -119,21 +120,21 @@ def test_strides(case: str) -> None:
 
 def test_several_tensors_in_one_launch() -> None:
     plan = tree(6, 5, device=DEVICE)
-    lists = plan.scatter, plan.rows, plan.starts
-    narrow, wide = full(plan, 3, dtype=torch.bfloat16), full(plan, 4, triton_rows.WIDEST)
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    narrow, wide = full(plan, 3, dtype=torch.bfloat16), full(plan, 4, triton_rows.TILE // 4)
     rows, axes = [narrow, wide.transpose(1, 2), full(plan)], ([0, 0, 0], [1, 2, 1])
     sums = triton_rows.foreach_sum_rows(rows, *lists, *axes)
     for one, ours, *at in zip(rows, sums, *axes, strict=True):
         exact = reference.sum_rows(one.double(), *lists, *at)
         torch.testing.assert_close(ours, exact.to(one.dtype), **tolerance(6, one.dtype))
-    back = triton_rows.foreach_scatter_rows(sums, *lists, 6, 5, *axes)
+    back = triton_rows.foreach_scatter_rows(sums, *lists, 6, 5, *axes, False)
     for one, ours, *at in zip(sums, back, *axes, strict=True):
-        assert_same(ours, reference.scatter_rows(one, *lists, 6, 5, *at))
+        assert_same(ours, reference.scatter_rows(one, *lists, 6, 5, *at, False))
 
 
 def test_nothing_to_move() -> None:
     plan = tree(4, 5, device=DEVICE)
-    lists = plan.scatter, plan.rows, plan.starts
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
     for features in [(0,), (3, 0)]:
         assert triton_rows.fold_rows(full(plan, *features), plan.fold, plan.scatter, 0, 1).numel() == 0
         assert triton_rows.foreach_sum_rows([full(plan, *features)], *lists, [0], [1])[0].numel() == 0
@@ -148,7 +149,7 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton_rows, "empty_rows", poisoned)
     for plan in PLANS.values():
-        lists = plan.scatter, plan.rows, plan.starts
+        lists = plan.scatter, plan.fold, plan.rows, plan.starts
         outputs = [
             triton_rows.fold_rows(full(plan, 5), plan.fold, plan.scatter, 0, 1),
             triton_rows.place_rows(compact(plan, 5), plan.fold, plan.scatter, plan.batch, plan.seq, 0, 1),
@@ -161,7 +162,7 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sums_have_the_same_bits_each_time() -> None:
     plan = tree(150, 4, device=DEVICE)
     rows = full(plan, 40)
-    sums = [triton_rows.foreach_sum_rows([rows], plan.scatter, plan.rows, plan.starts, [0], [1])[0] for _ in range(3)]
+    sums = [triton_rows.foreach_sum_rows([rows], plan.scatter, plan.fold, plan.rows, plan.starts, [0], [1])[0] for _ in range(3)]
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
 
@@ -173,8 +174,8 @@ def test_offsets_beyond_32_bits() -> None:
     plan = shared(128, 128, 4, device=DEVICE)
     width = 2**31 // (128 * 128) + 64
     nodes = torch.randn(1, plan.nodes, width, dtype=torch.bfloat16, device=DEVICE)
-    lists = plan.scatter, plan.rows, plan.starts
-    (rows,) = triton_rows.foreach_scatter_rows([nodes], *lists, 128, 128, [0], [1])
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    (rows,) = triton_rows.foreach_scatter_rows([nodes], *lists, 128, 128, [0], [1], False)
     assert rows.numel() > 2**31
     torch.testing.assert_close(rows[-1, -1], nodes[0, plan.scatter[-1]], rtol=0, atol=0)
     back = triton_rows.fold_rows(rows, plan.fold, plan.scatter, 0, 1)

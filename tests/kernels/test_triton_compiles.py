@@ -1,0 +1,87 @@
+"""The kernels compile for a GPU that need not be there: the interpreter takes much that the compiler does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+PROGRAM = '''
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from radix_compile.kernels import triton_rows
+from tests.kernels.plans import tree, values
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8", torch.int64: "i64"}
+compiled = []
+
+
+def signature(value):
+    if isinstance(value, tuple):
+        return tuple(map(signature, value))
+    if isinstance(value, torch.Tensor):
+        return "*" + NAMES[value.dtype]
+    return "constexpr" if value is None or value == 1 else "i64"
+
+
+def constants(value, path):
+    if isinstance(value, tuple):
+        return {key: found for i, one in enumerate(value) for key, found in constants(one, (*path, i)).items()}
+    return {path: value} if signature(value) == "constexpr" else {}
+
+
+class Compiled:
+    """In place of a kernel: a launch compiles it for the arguments, as the first launch on a GPU would."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, num_warps, **keywords):
+        names = self.kernel.arg_names
+        types = dict.fromkeys(names, "constexpr") | {name: signature(arg) for name, arg in zip(names, args)}
+        fixed = {(names.index(name),): value for name, value in keywords.items()}
+        for i, arg in enumerate(args):
+            fixed |= constants(arg, (i,))
+        source = ASTSource(fn=self.kernel, signature=types, constexprs=fixed)
+        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        assert "ld.global" in result.asm["ptx"]
+        compiled.append(self.kernel.__name__)
+
+
+for name in ("_copy_rows", "_node_sums", "_stretch_sums", "_long_sums"):
+    setattr(triton_rows, name, Compiled(getattr(triton_rows, name)))
+
+for batch, seq in ((3, 4), (100, 5)):
+    plan = tree(batch, seq)
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        q, k = values((batch, seq, 4, 8), dtype).transpose(1, 2), values((batch, 2, seq, 8), dtype)
+        wide = values((batch, seq, 3001), dtype)
+        triton_rows.foreach_sum_rows([q, k], *lists, [0, 0], [2, 2])
+        triton_rows.foreach_sum_rows([wide], *lists, [0], [1])
+        triton_rows.fold_rows(wide, plan.fold, plan.scatter, 0, 1)
+        triton_rows.place_rows(values((1, plan.nodes, 1), dtype), plan.fold, plan.scatter, batch, seq, 0, 1)
+        nodes = [values((1, 4, plan.nodes, 8), dtype), values((1, 2, plan.nodes, 8), dtype)]
+        triton_rows.foreach_scatter_rows(nodes, *lists, batch, seq, [0, 0], [2, 2], False)
+    triton_rows.fold_rows(values((batch, seq, 3), torch.bool), plan.fold, plan.scatter, 0, 1)
+print(sorted(set(compiled)))
+'''
+
+
+def test_every_kernel_compiles() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "['_copy_rows', '_long_sums', '_node_sums', '_stretch_sums']"
