@@ -13,7 +13,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.capture import CaptureError, capture, first_line
-from radix_compile.kernels.index_ops import DECOMPOSITIONS
+from radix_compile.kernels import index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LEAST_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
+
+DECOMPOSITIONS = {**index_ops.DECOMPOSITIONS, **token_nll.DECOMPOSITIONS}
 
 Program = Callable[..., Any]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import fx
 
 from radix_compile.passes.choose_cuts import choose_cuts
+from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
 from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
@@ -23,6 +24,7 @@ PASSES: tuple[Pass, ...] = (
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
     choose_cuts,  # after mark_token_axes, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
+    fold_cross_entropy,  # after fold_graph, because it looks for logits that are scattered for the loss alone
 )
 
 

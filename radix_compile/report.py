@@ -71,6 +71,7 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
         if attention is not None:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
+    report.notes += captured.meta.get("notes", [])
     report.refusals = _that_matter(captured.graph, tokens)
     return report
 

@@ -17,6 +17,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.sizevars import SizeVarAllocator
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,6 +28,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 CAPTURE_ERRORS = (RuntimeError,)
 """What tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation limits."""
+
+UNBACKED_SIZES: dict[str, Any] = {}
+"""Settings without which inductor fails on sizes it knows nothing about, as T' is."""
+if hasattr(SizeVarAllocator, "size_hint") and hasattr(torch._inductor.config.triton, "mix_order_reduction_split_size"):
+    # Left to itself this inductor asks for a number of rows to split reductions by (seen in the gradient of a norm).
+    UNBACKED_SIZES["triton.mix_order_reduction_split_size"] = 32
 
 
 def must_propagate(error: BaseException) -> bool:
@@ -156,6 +163,8 @@ def compile_with(
     settings: dict[str, Any] = {}
     if inner == "inductor":
         patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
+        if decompositions:
+            patches = UNBACKED_SIZES | patches
         if patches:
             settings["config_patches"] = patches
         if decompositions:

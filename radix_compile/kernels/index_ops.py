@@ -179,13 +179,13 @@ _BACKWARDS: dict[str, Callable[..., Any]] = {
 
 # ------------------------------------------------------------------------------------------------------- registration
 
-_library = torch.library.Library("radix", "DEF")
+library = torch.library.Library("radix", "DEF")
 for _schema in _SCHEMAS:
     _name = _schema.split("(")[0]
-    _library.define(_schema)
-    _library.impl(_name, functools.partial(_run, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"radix::{_name}", _FAKES[_name], lib=_library)
-    torch.library.register_autograd(f"radix::{_name}", _BACKWARDS[_name], setup_context=_keep, lib=_library)
+    library.define(_schema)
+    library.impl(_name, functools.partial(_run, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"radix::{_name}", _FAKES[_name], lib=library)
+    torch.library.register_autograd(f"radix::{_name}", _BACKWARDS[_name], setup_context=_keep, lib=library)
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     radix.fold_rows.default: reference.fold_rows,

@@ -1,0 +1,116 @@
+"""Let the loss read the logits of the nodes, so that the full logits need not exist for its sake."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
+from radix_compile.op_rules.table import argument
+from radix_compile.token_axes import BATCH, SEQ, value_of
+
+aten = torch.ops.aten
+radix = torch.ops.radix
+
+ROW_MAJOR = (aten.reshape.default, aten.view.default, aten.alias.default, aten.clone.default)
+"""Ops after which the entries still follow each other as before."""
+
+
+def fold_cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Replace cross-entropy, and the look-up of log-probabilities, by ``radix.token_nll`` on nodes.
+
+    The log-sum-exp over the vocabulary is then computed once for each node, and its gradient written once for each
+    node. Needs ``fold_graph``: it looks for losses whose logits are scattered only to be read here.
+    """
+    replaced = 0
+    for node in list(gm.graph.nodes):
+        if node.target is aten.cross_entropy_loss.default:
+            replaced += _replace_cross_entropy(node)
+        elif node.target is aten.gather.default:
+            replaced += _replace_log_probability(node)
+    if replaced:
+        gm.graph.eliminate_dead_code()
+        note = "the loss reads the logits of the nodes: its softmax runs once for each node"
+        gm.meta["source"].meta.setdefault("notes", []).append(note)
+    return gm
+
+
+def _replace_cross_entropy(node: fx.Node) -> bool:
+    logits, target = node.args[:2]
+    assert isinstance(logits, fx.Node)
+    assert isinstance(target, fx.Node)
+    scattered = _scattered(logits)
+    by_index = not target.meta["val"].dtype.is_floating_point and target.meta["val"].ndim == 1
+    if scattered is None or not by_index or argument(node, "weight") is not None or argument(node, "label_smoothing"):
+        return False
+    call, dtype = node.graph.call_function, node.meta["val"].dtype
+    with node.graph.inserting_before(node):
+        ignored = call(aten.eq.Scalar, (target, argument(node, "ignore_index")))
+        nll = _token_nll(scattered, call(aten.masked_fill.Scalar, (target, ignored, 0)))
+        loss = call(aten.masked_fill.Scalar, (nll, ignored, 0))
+        reduction = argument(node, "reduction")
+        if reduction:
+            loss = call(aten.sum.default, (loss,))
+        if reduction == 1:  # the mean over what is not ignored
+            loss = call(aten.div.Tensor, (loss, call(aten.sum.default, (call(aten.logical_not.default, (ignored,)),))))
+        _put(_as(loss, dtype), node)
+    return True
+
+
+def _replace_log_probability(node: fx.Node) -> bool:
+    """``gather(log_softmax(logits), -1, target)``, with one target for each row."""
+    source, dim, index = node.args[:3]
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, fx.Node)
+    scattered = _scattered(source)
+    if scattered is None:
+        return False
+    softmax = scattered.args[0]
+    if not isinstance(softmax, fx.Node) or softmax.target is not aten.log_softmax.int:
+        return False
+    shape, rank = index.meta["val"].shape, source.meta["val"].ndim
+    one_each = shape[-1] == 1 and tuple(shape[:-1]) == tuple(source.meta["val"].shape[:-1])
+    over_features = argument(softmax, "dim") in (-1, len(value_of(softmax).axes) - 1)
+    if dim not in (-1, rank - 1) or not one_each or not over_features:
+        return False
+    call, dtype = node.graph.call_function, node.meta["val"].dtype
+    with node.graph.inserting_before(node):
+        nll = _token_nll(scattered, call(aten.reshape.default, (index, [-1])), logits=softmax.args[0])
+        _put(_as(call(aten.neg.default, (call(aten.view_as.default, (nll, index)),)), dtype), node)
+    return True
+
+
+def _scattered(node: fx.Node) -> fx.Node | None:
+    """The scatter behind ``[B, S, V]`` or ``[B * S, V]``, if the rows come in its order."""
+    if "radix" not in node.meta:
+        return None
+    axes = value_of(node).axes
+    rows_in_order = axes[:-1] in (((BATCH,), (SEQ,)), ((BATCH, SEQ),))
+    while node.target in ROW_MAJOR and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    in_order = node.target is radix.scatter_rows.default and node.args[7:9] == (0, 1)
+    return node if rows_in_order and in_order else None
+
+
+def _token_nll(scattered: fx.Node, target: fx.Node, logits: fx.Node | None = None) -> fx.Node:
+    """``[B * S]``, for a target ``[B * S]``."""
+    logits = logits or scattered.args[0]
+    assert isinstance(logits, fx.Node)
+    call = scattered.graph.call_function
+    if logits.target is aten._to_copy.default and dict(logits.kwargs) == {"dtype": torch.float32}:
+        logits = logits.args[0]  # it computes in float32 anyway
+    nodes = call(aten.squeeze.dim, (logits, 0))
+    made = call(radix.token_nll.default, (nodes, target, *scattered.args[1:5]))
+    return call(operator.getitem, (made, 0))
+
+
+def _put(result: fx.Node, node: fx.Node) -> None:
+    result.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def _as(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
