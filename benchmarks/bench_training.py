@@ -47,7 +47,7 @@ class Trained:
 
     def __init__(self, model: Any, backend: str, fused: bool) -> None:
         def loss(**batch: Tensor) -> Tensor:
-            result: Tensor = model(**batch, use_cache=False).loss
+            result: Tensor = model(**batch).loss
             return result
 
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused)

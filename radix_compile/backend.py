@@ -15,9 +15,10 @@ from radix_compile import torch_internals as internals
 from radix_compile.capture import CaptureError, capture, first_line
 from radix_compile.kernels import index_ops, token_nll
 from radix_compile.options import Options
+from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
-from radix_compile.pipeline import Observer, run_pipeline
+from radix_compile.pipeline import Observer, run_pass, run_pipeline
 from radix_compile.plan_inputs import PlanInputs, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
 
@@ -134,6 +135,7 @@ def rewrite(
         except PaddingIsRead as verdict:
             report.notes.append(f'padding="skip" is off: {verdict}')
             log.info(report.notes[-1])
+    run_pass(lower_index_ops, folded, observe)
     return captured, folded, plan_inputs(folded.meta["source"])
 
 

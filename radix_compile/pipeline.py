@@ -34,11 +34,17 @@ def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None) -> fx.Grap
     Raises ``CannotFold`` if the graph as a whole cannot be folded.
     """
     for apply in PASSES:
-        started = time.perf_counter()
-        gm = apply(gm)
-        gm.graph.lint()
-        gm.recompile()
-        log.debug("%s: %d nodes, %.1f ms", apply.__name__, len(gm.graph.nodes), 1e3 * (time.perf_counter() - started))
-        if observe is not None:
-            observe(apply.__name__, gm)
+        gm = run_pass(apply, gm, observe)
+    return gm
+
+
+def run_pass(apply: Pass, gm: fx.GraphModule, observe: Observer | None = None) -> fx.GraphModule:
+    """One pass, timed, checked and logged."""
+    started = time.perf_counter()
+    gm = apply(gm)
+    gm.graph.lint()
+    gm.recompile()
+    log.debug("%s: %d nodes, %.1f ms", apply.__name__, len(gm.graph.nodes), 1e3 * (time.perf_counter() - started))
+    if observe is not None:
+        observe(apply.__name__, gm)
     return gm

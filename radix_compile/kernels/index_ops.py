@@ -191,6 +191,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     radix.fold_rows.default: reference.fold_rows,
     radix.place_rows.default: reference.place_rows,
     radix.scatter_rows.default: reference.scatter_rows,
+    radix.foreach_scatter_rows.default: reference.foreach_scatter_rows,
     radix.gather_columns.default: reference.gather_columns,
 }
 """The gathers as plain indexing, which a compiler may fuse. Not the sums: those would be atomic additions."""
