@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 LEAST_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
 
-DECOMPOSITIONS = {**index_ops.DECOMPOSITIONS, **token_nll.DECOMPOSITIONS}
-
 Program = Callable[..., Any]
 
 
@@ -156,7 +154,8 @@ def _compile_folded(
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):
             inner_options = dict(options.inner_options)
-            return internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, DECOMPOSITIONS)
+            ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS}
+            return internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
     except RuntimeError as error:
         if internals.must_propagate(error):
             raise

@@ -6,7 +6,10 @@ No version is asked for: a feature is looked up, and where two spellings exist b
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,10 +176,27 @@ def compile_with(
     else:
         settings.update({"mode": mode} if mode else {}, **({"options": options} if options else {}))
     try:
-        compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **settings)
+        with _cache_key(decompositions):
+            compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **settings)
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise RuntimeError(f"the inner backend {inner!r} stopped at {error}") from error
     return compiled
+
+
+@functools.cache
+def _source_hash() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _cache_key(decompositions: Mapping[Any, Any] | None) -> contextlib.AbstractContextManager[Any]:
+    """Torch's compile caches look at the graph, not at what our ops decompose into or have for a gradient."""
+    if not decompositions:
+        return contextlib.nullcontext()
+    names = ",".join(sorted(map(str, decompositions)))
+    tag = f"{torch.compiler.config.cache_key_tag}radix_compile {_source_hash()} {names}"
+    patch: contextlib.AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=tag)
+    return patch
 
 
 def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:

@@ -43,11 +43,13 @@ AHEAD = 8
 
 @triton.jit
 def _start_of(row, seq, batch_stride, seq_stride, FLAT: tl.constexpr):
-    """Where a row starts, in entries. 64-bit: there may be more than 2**31 of them."""
+    """Where a row starts, in entries. 64-bit, like the row: there may be more than 2**31 of them."""
     if FLAT:
         return row * seq_stride
     else:
-        return (row // seq) * batch_stride + (row % seq) * seq_stride
+        # Rows are fewer than 2**31, and dividing 64-bit numbers takes longer than loading the row.
+        batch = row.to(tl.int32) // seq
+        return batch * batch_stride + (row - batch * seq) * seq_stride
 
 
 @triton.jit
@@ -241,9 +243,10 @@ class _Moved:
         self.strides = tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
         self.widths = tuple(of.width for of in layouts)
         itemsize = max(source.element_size() for source in self.sources)
-        columns = min(triton.next_power_of_2(max(1, *self.widths)), TILE // itemsize)
+        # A tile is as wide as the narrowest tensor, so that no part of it is idle; but at least half a KiB.
+        narrowest, widest = (triton.next_power_of_2(max(1, f(self.widths))) for f in (min, max))
+        columns = min(max(narrowest, 512 // itemsize), widest, TILE // itemsize)
         self.at_once = TILE // itemsize // columns
-        """Rows of the widest tensor in one tile."""
         self.blocks = sum(triton.cdiv(width, columns) for width in self.widths)
         self.constants: dict[str, Any] = {
             "WIDTHS": self.widths,

@@ -88,8 +88,8 @@ def _scattered(node: fx.Node) -> fx.Node | None:
         return None
     axes = value_of(node).axes
     rows_in_order = axes[:-1] in (((BATCH,), (SEQ,)), ((BATCH, SEQ),))
-    while node.target in ROW_MAJOR and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while node.target in ROW_MAJOR or _is_to_float32(node):
+        node = node.args[0]  # type: ignore[assignment]
     in_order = node.target is radix.scatter_rows.default and node.args[7:9] == (0, 1)
     return node if rows_in_order and in_order else None
 
@@ -99,11 +99,16 @@ def _token_nll(scattered: fx.Node, target: fx.Node, logits: fx.Node | None = Non
     logits = logits or scattered.args[0]
     assert isinstance(logits, fx.Node)
     call = scattered.graph.call_function
-    if logits.target is aten._to_copy.default and dict(logits.kwargs) == {"dtype": torch.float32}:
-        logits = logits.args[0]  # it computes in float32 anyway
+    if _is_to_float32(logits):
+        logits = logits.args[0]
     nodes = call(aten.squeeze.dim, (logits, 0))
     made = call(radix.token_nll.default, (nodes, target, *scattered.args[1:5]))
     return call(operator.getitem, (made, 0))
+
+
+def _is_to_float32(node: fx.Node) -> bool:
+    """A cast that makes no difference to ``token_nll``, which computes in float32 at least."""
+    return node.target is aten._to_copy.default and dict(node.kwargs) == {"dtype": torch.float32}
 
 
 def _put(result: fx.Node, node: fx.Node) -> None:

@@ -14,20 +14,17 @@ radix = torch.ops.radix
 def lower_index_ops(gm: fx.GraphModule) -> fx.GraphModule:
     """Join scatters that do not wait for each other, as those of a layer's Q, K and V, to one op for all of them.
 
-    Their gradients are then summed in one launch. (The gathers themselves become plain indexing, for a compiler to
-    fuse: ``index_ops.DECOMPOSITIONS``.) A scatter moves down to the first reader of one of those it is joined with.
-    Without gradients there is nothing to gain, and the graph is left as it is.
+    They move in one launch then, and their gradients too. A scatter moves down to the first reader of one of those it
+    is joined with.
     """
-    if not gm.meta["differentiable"]:
-        return gm
     waiting: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in list(gm.graph.nodes):
         for key, group in list(waiting.items()):
             if any(arg in group for arg in node.all_input_nodes):
                 _join(waiting.pop(key), before=node)
         if node.target is radix.scatter_rows.default:
-            plan, size, holes = node.args[1:5], node.args[5:7], node.args[9]
-            waiting.setdefault((*plan, *size, holes), []).append(node)
+            plan_and_size, holes, region = node.args[1:7], node.args[9], node.meta.get("ac_graph_id")
+            waiting.setdefault((*plan_and_size, holes, region), []).append(node)
     return gm
 
 

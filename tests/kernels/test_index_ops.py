@@ -1,82 +1,175 @@
-"""The index ops against indexing written out, in any axis order, with gradients."""
+"""The index ops against indexing written out, in any axis order, with gradients; what a compiler is told about them."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from radix_compile.kernels import index_ops
+from tests.kernels.plans import Plan, plan_of, shared, tree, values
+
+radix = torch.ops.radix
 
 BATCH, SEQ, HEADS, WIDTH = 3, 4, 2, 5
-FOLD = torch.tensor([0, 1, 5, 7, 11])
-SCATTER = torch.tensor([0, 1, 2, 2, 0, 2, 1, 3, 0, 1, 4, 4])
+PLAN = plan_of(torch.tensor([[1, 2, 3, 3], [1, 3, 2, 1], [1, 2, 3, 4]]))
+HOLES = tree(BATCH, SEQ, skip=torch.arange(12).view(BATCH, SEQ) % 4 == 3)
+LISTS = PLAN.scatter, PLAN.fold, PLAN.rows, PLAN.starts
 
 
-def laid_out(order: tuple[int, ...], batch: int, seq: int) -> torch.Tensor:
+def laid_out(order: tuple[int, ...], batch: int, seq: int) -> Tensor:
     """Random ``[batch, seq, heads, width]`` with its dimensions in that order, and strides that are not contiguous."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, seq, HEADS, WIDTH, generator=generator, dtype=torch.float64).permute(order)
+    return values((batch, seq, HEADS, WIDTH), torch.float64).permute(order)
 
 
 ORDERS = list(itertools.permutations(range(4)))
+
+
+def test_the_plan_has_something_to_share() -> None:
+    assert PLAN.nodes == 8
+    assert PLAN.starts.diff().max() == 3
+    assert (HOLES.scatter < 0).any()
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_fold_rows(order: tuple[int, ...]) -> None:
     full = laid_out(order, BATCH, SEQ)
     batch_dim, seq_dim = order.index(0), order.index(1)
-    compact = torch.ops.radix.fold_rows(full, FOLD, batch_dim, seq_dim)
+    compact = radix.fold_rows(full, PLAN.fold, PLAN.scatter, batch_dim, seq_dim)
     back = compact.permute([order.index(dim) for dim in range(4)])
-    assert back.shape == (1, len(FOLD), HEADS, WIDTH)
+    assert back.shape == (1, PLAN.nodes, HEADS, WIDTH)
     rows = full.permute([order.index(dim) for dim in range(4)]).reshape(BATCH * SEQ, HEADS, WIDTH)
-    for node, row in enumerate(FOLD.tolist()):
+    for node, row in enumerate(PLAN.fold.tolist()):
         torch.testing.assert_close(back[0, node], rows[row], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_scatter_rows(order: tuple[int, ...]) -> None:
-    compact = laid_out(order, 1, len(FOLD))
+    compact = laid_out(order, 1, PLAN.nodes)
     batch_dim, seq_dim = order.index(0), order.index(1)
-    full = torch.ops.radix.scatter_rows(compact, SCATTER, BATCH, SEQ, batch_dim, seq_dim)
+    full = radix.scatter_rows(compact, *LISTS, BATCH, SEQ, batch_dim, seq_dim, False)
     inverse = [order.index(dim) for dim in range(4)]
     rows, nodes = full.permute(inverse), compact.permute(inverse)
     assert rows.shape == (BATCH, SEQ, HEADS, WIDTH)
-    for row, node in enumerate(SCATTER.tolist()):
+    for row, node in enumerate(PLAN.scatter.tolist()):
         torch.testing.assert_close(rows[row // SEQ, row % SEQ], nodes[0, node], rtol=0, atol=0)
 
 
-def test_holes_come_back_as_zeros() -> None:
-    scatter = SCATTER.clone()
-    scatter[[3, 7]] = -1
-    full = index_ops.scatter_rows(torch.ones(1, 5, 2), scatter, BATCH, SEQ, 0, 1, holes=True)
-    assert full.view(-1, 2).sum(1).tolist() == [0 if row in (3, 7) else 2 for row in range(12)]
+@pytest.mark.parametrize("order", ORDERS)
+def test_sum_rows(order: tuple[int, ...]) -> None:
+    full = laid_out(order, BATCH, SEQ)
+    batch_dim, seq_dim = order.index(0), order.index(1)
+    inverse = [order.index(dim) for dim in range(4)]
+    sums = radix.sum_rows(full, *LISTS, batch_dim, seq_dim).permute(inverse)
+    rows = full.permute(inverse).reshape(BATCH * SEQ, HEADS, WIDTH)
+    for node in range(PLAN.nodes):
+        torch.testing.assert_close(sums[0, node], rows[PLAN.scatter == node].sum(0))
+
+
+def test_place_rows_leaves_zero_where_no_node_is_represented() -> None:
+    full = radix.place_rows(torch.ones(1, PLAN.nodes, 2), PLAN.fold, PLAN.scatter, BATCH, SEQ, 0, 1)
+    represented = full.view(-1, 2).sum(1).nonzero().flatten()
+    assert represented.tolist() == sorted(PLAN.fold.tolist())
+    assert len(represented) < BATCH * SEQ
+
+
+@pytest.mark.parametrize("op", ["scatter_rows", "place_rows"])
+def test_rows_left_out_come_back_as_zeros(op: str) -> None:
+    nodes = torch.ones(1, HOLES.nodes, 2)
+    if op == "scatter_rows":
+        full = radix.scatter_rows(nodes, HOLES.scatter, None, None, None, BATCH, SEQ, 0, 1, True)
+        assert torch.equal(full.view(-1, 2)[:, 0] == 0, HOLES.scatter < 0)
+    else:
+        full = radix.place_rows(nodes, HOLES.fold, HOLES.scatter, BATCH, SEQ, 0, 1)
+        assert not full.view(-1, 2)[HOLES.scatter < 0].any()
 
 
 def test_gather_columns() -> None:
     table = torch.arange(SEQ * 2.0).view(1, SEQ, 2)
-    assert index_ops.gather_columns(table, FOLD, SEQ, 1)[0, :, 0].tolist() == [2 * (row % SEQ) for row in FOLD.tolist()]
+    looked_up = radix.gather_columns(table, PLAN.fold, PLAN.scatter, BATCH, SEQ, 1)
+    assert looked_up[0, :, 0].tolist() == [2 * (row % SEQ) for row in PLAN.fold.tolist()]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_gradients(dtype: torch.dtype) -> None:
-    full = torch.randn(BATCH, SEQ, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: torch.ops.radix.fold_rows(x, FOLD.to(dtype), 0, 1), full)
-    compact = torch.randn(1, 5, 2, dtype=torch.float64, requires_grad=True)
-    scatter = SCATTER.to(dtype)
-    assert torch.autograd.gradcheck(lambda x: torch.ops.radix.scatter_rows(x, scatter, BATCH, SEQ, 0, 1), compact)
+def calls(plan: Plan, holes: bool) -> dict[str, tuple[Any, ...]]:
+    """For each op, arguments that are differentiable in the first."""
+    size = plan.batch, plan.seq
+    full = values((*size, 2), torch.float64).requires_grad_()
+    compact = values((1, plan.nodes, 2), torch.float64).requires_grad_()
+    heads = values((1, 2, plan.nodes), torch.float64).requires_grad_()
+    table = values((1, plan.seq, 2), torch.float64).requires_grad_()
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    return {
+        "fold_rows": (full, plan.fold, plan.scatter, 0, 1),
+        "place_rows": (compact, plan.fold, plan.scatter, *size, 0, 1),
+        "scatter_rows": (compact, *lists, *size, 0, 1, holes),
+        "sum_rows": (full, *lists, 0, 1),
+        "foreach_scatter_rows": ([compact, heads], *lists, *size, [0, 0], [1, 2], holes),
+        "foreach_sum_rows": ([full, full.detach().clone().transpose(1, 2).requires_grad_()], *lists, [0, 0], [1, 2]),
+        "gather_columns": (table, plan.fold, plan.scatter, *size, 1),
+    }
+
+
+NAMES = list(calls(PLAN, False))
+plans = pytest.mark.parametrize(("plan", "holes"), [(PLAN, False), (HOLES, True)], ids=["whole", "holes"])
+
+
+@plans
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_and_their_gradients(name: str, plan: Plan, holes: bool) -> None:
+    moved, *rest = calls(plan, holes)[name]
+    inputs = tuple(moved) if isinstance(moved, list) else (moved,)
+
+    def apply(*tensors: Tensor) -> Any:
+        result = getattr(radix, name)(list(tensors) if isinstance(moved, list) else tensors[0], *rest)
+        return tuple(result) if isinstance(result, list) else result
+
+    assert torch.autograd.gradcheck(apply, inputs)
+    assert torch.autograd.gradgradcheck(apply, inputs)
+
+
+@plans
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, plan: Plan, holes: bool) -> None:
+    torch.library.opcheck(getattr(radix, name).default, calls(plan, holes)[name])
+
+
+def test_padding_of_the_nodes_takes_no_part_in_gradients() -> None:
+    """It repeats a row whose gradient belongs to its node alone: nothing reads the padding."""
+    plan = plan_of(torch.zeros(2, 3, dtype=torch.long), pad=8)
+    assert plan.fold.tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
+    full = torch.ones(2, 3, 1, requires_grad=True)
+    folded = radix.fold_rows(full, plan.fold, plan.scatter, 0, 1)
+    folded[:, :3].sum().backward()
+    assert full.grad is not None
+    assert full.grad.flatten().tolist() == [1, 1, 1, 0, 0, 0]
+    sums = radix.sum_rows(full, plan.scatter, plan.fold, plan.rows, plan.starts, 0, 1)
+    assert sums.flatten().tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
+
+
+def test_half_width_sums_are_accumulated_in_float32() -> None:
+    plan = shared(4096, 1, 1)
+    ones = torch.ones(4096, 1, 3, dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
+    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    assert radix.sum_rows(ones, *lists, 0, 1).tolist() == [[[4096.0] * 3]]
+
+
+@pytest.mark.parametrize("name", ["scatter_rows", "foreach_scatter_rows"])
+def test_gradient_without_row_lists(name: str) -> None:
+    moved, scatter, _, _, _, *rest = calls(PLAN, False)[name]
+    result = getattr(radix, name)(moved, scatter, None, None, None, *rest)
+    with pytest.raises(RuntimeError, match="pass `fold`, `rows` and `starts`"):
+        (result[0] if isinstance(result, list) else result).sum().backward()
 
 
 def test_no_rows() -> None:
-    assert torch.ops.radix.fold_rows(torch.ones(2, 3, 4), FOLD[:0], 0, 1).shape == (1, 0, 4)
+    assert radix.fold_rows(torch.ones(2, 3, 4), PLAN.fold[:0], PLAN.scatter, 0, 1).shape == (1, 0, 4)
 
 
-@pytest.mark.parametrize("name", ["fold_rows", "scatter_rows", "gather_columns"])
-def test_opcheck(name: str) -> None:
-    arguments = {
-        "fold_rows": (torch.randn(BATCH, SEQ, 2), FOLD, 0, 1),
-        "scatter_rows": (torch.randn(1, 5, 2), SCATTER, BATCH, SEQ, 0, 1),
-        "gather_columns": (torch.randn(1, SEQ, 2), FOLD, SEQ, 1),
-    }[name]
-    torch.library.opcheck(getattr(torch.ops.radix, name).default, arguments)
+def test_the_sums_are_never_given_to_a_compiler_as_indexing() -> None:
+    for device in ("cpu", "cuda"):
+        names = {op.name() for op in index_ops.decompositions(torch.device(device))}
+        assert "radix::fold_rows" in names
+        assert not any("sum_rows" in name for name in names)
