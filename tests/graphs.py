@@ -27,5 +27,12 @@ def folded(program: Callable[..., Any], *args: Any, dynamic: bool | None = None,
     return graphs[-1]
 
 
+def scattered(gm: fx.GraphModule) -> list[fx.Node]:
+    """The compact tensors that are scattered, one by one or together."""
+    together = calls(gm, torch.ops.radix.foreach_scatter_rows.default)
+    one_by_one = calls(gm, torch.ops.radix.scatter_rows.default)
+    return [node.args[0] for node in one_by_one] + [one for node in together for one in node.args[0]]  # type: ignore
+
+
 def calls(gm: fx.GraphModule, op: Any) -> list[fx.Node]:
     return list(gm.graph.find_nodes(op="call_function", target=op))

@@ -9,7 +9,7 @@ from torch import fx
 
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
 from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import BATCH, SEQ, value_of
+from radix_compile.token_axes import BATCH, SEQ, as_size, value_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix
@@ -29,7 +29,7 @@ def fold_cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target is aten.cross_entropy_loss.default:
             replaced += _replace_cross_entropy(node)
         elif node.target is aten.gather.default:
-            replaced += _replace_log_probability(node)
+            replaced += _replace_log_probability(gm, node)
     if replaced:
         gm.graph.eliminate_dead_code()
         note = "the loss reads the logits of the nodes: its softmax runs once for each node"
@@ -42,7 +42,8 @@ def _replace_cross_entropy(node: fx.Node) -> bool:
     assert isinstance(logits, fx.Node)
     assert isinstance(target, fx.Node)
     scattered = _scattered(logits)
-    by_index = not target.meta["val"].dtype.is_floating_point and target.meta["val"].ndim == 1
+    labels = target.meta.get("val")
+    by_index = labels is not None and not labels.dtype.is_floating_point and labels.ndim == 1
     if scattered is None or not by_index or argument(node, "weight") is not None or argument(node, "label_smoothing"):
         return False
     call, dtype = node.graph.call_function, node.meta["val"].dtype
@@ -59,7 +60,7 @@ def _replace_cross_entropy(node: fx.Node) -> bool:
     return True
 
 
-def _replace_log_probability(node: fx.Node) -> bool:
+def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
     """``gather(log_softmax(logits), -1, target)``, with one target for each row."""
     source, dim, index = node.args[:3]
     assert isinstance(source, fx.Node)
@@ -67,13 +68,14 @@ def _replace_log_probability(node: fx.Node) -> bool:
     scattered = _scattered(source)
     if scattered is None:
         return False
-    softmax = scattered.args[0]
-    if not isinstance(softmax, fx.Node) or softmax.target is not aten.log_softmax.int:
+    softmax = _behind_views(scattered.args[0])  # type: ignore[arg-type]
+    if softmax.target is not aten.log_softmax.int:
         return False
-    shape, rank = index.meta["val"].shape, source.meta["val"].ndim
-    one_each = shape[-1] == 1 and tuple(shape[:-1]) == tuple(source.meta["val"].shape[:-1])
+    axes, layout = value_of(source).axes, gm.meta["tokens"].layout
+    *rows, targets = map(as_size, index.meta["val"].shape)
+    one_each = targets == 1 and rows == [layout.axis_size(axis) for axis in axes[:-1]]
     over_features = argument(softmax, "dim") in (-1, len(value_of(softmax).axes) - 1)
-    if dim not in (-1, rank - 1) or not one_each or not over_features:
+    if dim not in (-1, len(axes) - 1) or not one_each or not over_features:
         return False
     call, dtype = node.graph.call_function, node.meta["val"].dtype
     with node.graph.inserting_before(node):
@@ -88,21 +90,24 @@ def _scattered(node: fx.Node) -> fx.Node | None:
         return None
     axes = value_of(node).axes
     rows_in_order = axes[:-1] in (((BATCH,), (SEQ,)), ((BATCH, SEQ),))
-    while node.target in ROW_MAJOR or _is_to_float32(node):
-        node = node.args[0]  # type: ignore[assignment]
+    node = _behind_views(node)
     in_order = node.target is radix.scatter_rows.default and node.args[7:9] == (0, 1)
     return node if rows_in_order and in_order else None
 
 
+def _behind_views(node: fx.Node) -> fx.Node:
+    while node.target in ROW_MAJOR or _is_to_float32(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _token_nll(scattered: fx.Node, target: fx.Node, logits: fx.Node | None = None) -> fx.Node:
     """``[B * S]``, for a target ``[B * S]``."""
-    logits = logits or scattered.args[0]
-    assert isinstance(logits, fx.Node)
+    logits = _behind_views(logits or scattered.args[0])  # type: ignore[arg-type]
     call = scattered.graph.call_function
-    if _is_to_float32(logits):
-        logits = logits.args[0]
-    nodes = call(aten.squeeze.dim, (logits, 0))
-    made = call(radix.token_nll.default, (nodes, target, *scattered.args[1:5]))
+    if len(value_of(logits).axes) == 3:  # [1, T', V]
+        logits = call(aten.squeeze.dim, (logits, 0))
+    made = call(radix.token_nll.default, (logits, target, *scattered.args[1:5]))
     return call(operator.getitem, (made, 0))
 
 

@@ -216,7 +216,7 @@ class _Rewriter:
 
     def _tagged(self, made: fx.Node, origin: fx.Node, form: Form) -> fx.Node:
         """Where the node came from, for traces and reports."""
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
+        for key in ("radix", "stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
             if key in origin.meta:
                 made.meta.setdefault(key, origin.meta[key])
         made.meta["form"] = form

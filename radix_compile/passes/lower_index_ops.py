@@ -14,32 +14,58 @@ radix = torch.ops.radix
 def lower_index_ops(gm: fx.GraphModule) -> fx.GraphModule:
     """Join scatters that do not wait for each other, as those of a layer's Q, K and V, to one op for all of them.
 
-    They move in one launch then, and their gradients too. A scatter moves down to the first reader of one of those it
-    is joined with.
+    They move in one launch then, and their gradients too. To that end what reads a scatter comes as late as it can,
+    but not past an op with an effect (the border of an autocast region, say).
     """
-    waiting: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in list(gm.graph.nodes):
-        for key, group in list(waiting.items()):
-            if any(arg in group for arg in node.all_input_nodes):
-                _join(waiting.pop(key), before=node)
-        if node.target is radix.scatter_rows.default:
-            plan_and_size, holes, region = node.args[1:7], node.args[9], node.meta.get("ac_graph_id")
-            waiting.setdefault((*plan_and_size, holes, region), []).append(node)
+    order: list[fx.Node] = []
+    work = list(gm.graph.nodes)
+    while work:
+        work = _schedule(work, order)
+    previous, *rest = order
+    for node in rest:
+        previous.append(node)
+        previous = node
     return gm
 
 
-def _join(group: list[fx.Node], before: fx.Node) -> None:
+def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
+    """Append to ``order`` what waits for no scatter, then the scatters, joined. Returns what is left."""
+    waiting: dict[tuple[Any, ...], list[fx.Node]] = {}
+    blocked: dict[fx.Node, None] = {}
+    for position, node in enumerate(work):
+        has_effect = node.op == "output" or node.is_impure()
+        if has_effect and (waiting or blocked):
+            blocked |= dict.fromkeys(work[position:])
+            break
+        if any(arg in blocked for arg in node.all_input_nodes):
+            blocked[node] = None
+        elif node.target is radix.scatter_rows.default:
+            blocked[node] = None
+            plan_and_size, holes, region = node.args[1:7], node.args[9], node.meta.get("ac_graph_id")
+            waiting.setdefault((*plan_and_size, holes, region), []).append(node)
+        else:
+            order.append(node)
+    for group in waiting.values():
+        for node in group:
+            del blocked[node]
+        order.extend(_joined(group))
+    return list(blocked)
+
+
+def _joined(group: list[fx.Node]) -> list[fx.Node]:
     if len(group) == 1:
-        return
-    graph = before.graph
+        return group
+    graph = group[0].graph
     compact, batch_dims, seq_dims = ([node.args[i] for node in group] for i in (0, 7, 8))
-    plan_and_size, holes = group[0].args[1:7], group[0].args[9]
-    with graph.inserting_before(before):
-        arguments = (compact, *plan_and_size, batch_dims, seq_dims, holes)
+    arguments = (compact, *group[0].args[1:7], batch_dims, seq_dims, group[0].args[9])
+    with graph.inserting_after(group[-1]):
         together = graph.call_function(radix.foreach_scatter_rows.default, arguments)
-        together.meta.update(group[-1].meta)
-        for position, node in enumerate(group):
-            one = graph.call_function(operator.getitem, (together, position))
-            one.meta.update(node.meta)
-            node.replace_all_uses_with(one)
-            graph.erase_node(node)
+    together.meta.update(group[-1].meta)
+    results = [together]
+    for position, node in enumerate(group):
+        with graph.inserting_after(results[-1]):
+            results.append(graph.call_function(operator.getitem, (together, position)))
+        results[-1].meta.update(node.meta)
+        node.replace_all_uses_with(results[-1])
+        graph.erase_node(node)
+    return results
