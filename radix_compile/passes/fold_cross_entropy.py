@@ -69,12 +69,13 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
     if scattered is None:
         return False
     softmax = _behind_views(scattered.args[0])  # type: ignore[arg-type]
-    if softmax.target is not aten.log_softmax.int:
+    if softmax.target is not aten.log_softmax.int or not _has_rows_in_order(softmax):
         return False
     axes, layout = value_of(source).axes, gm.meta["tokens"].layout
     *rows, targets = map(as_size, index.meta["val"].shape)
     one_each = targets == 1 and rows == [layout.axis_size(axis) for axis in axes[:-1]]
-    over_features = argument(softmax, "dim") in (-1, len(value_of(softmax).axes) - 1)
+    *_, vocabulary = value_of(softmax).axes
+    over_features = argument(softmax, "dim") in (-1, len(value_of(softmax).axes) - 1) and vocabulary == axes[-1]
     if dim not in (-1, len(axes) - 1) or not one_each or not over_features:
         return False
     call, dtype = node.graph.call_function, node.meta["val"].dtype
@@ -86,13 +87,15 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _scattered(node: fx.Node) -> fx.Node | None:
     """The scatter behind ``[B, S, V]`` or ``[B * S, V]``, if the rows come in its order."""
-    if "radix" not in node.meta:
+    if "radix" not in node.meta or not _has_rows_in_order(node):
         return None
-    axes = value_of(node).axes
-    rows_in_order = axes[:-1] in (((BATCH,), (SEQ,)), ((BATCH, SEQ),))
     node = _behind_views(node)
-    in_order = node.target is radix.scatter_rows.default and node.args[7:9] == (0, 1)
-    return node if rows_in_order and in_order else None
+    return node if node.target is radix.scatter_rows.default and node.args[7:9] == (0, 1) else None
+
+
+def _has_rows_in_order(node: fx.Node) -> bool:
+    """Are its dimensions the tokens, sequence by sequence, and one of features?"""
+    return value_of(node).axes[:-1] in (((BATCH,), (SEQ,)), ((BATCH, SEQ),))
 
 
 def _behind_views(node: fx.Node) -> fx.Node:
@@ -103,9 +106,13 @@ def _behind_views(node: fx.Node) -> fx.Node:
 
 def _token_nll(scattered: fx.Node, target: fx.Node, logits: fx.Node | None = None) -> fx.Node:
     """``[B * S]``, for a target ``[B * S]``."""
-    logits = _behind_views(logits or scattered.args[0])  # type: ignore[arg-type]
+    logits = logits or scattered.args[0]  # type: ignore[assignment]
+    assert isinstance(logits, fx.Node)
+    if _is_to_float32(logits):
+        logits = logits.args[0]  # type: ignore[assignment]
     call = scattered.graph.call_function
-    if len(value_of(logits).axes) == 3:  # [1, T', V]
+    merged = "radix" in logits.meta and len(value_of(logits).axes) == 2
+    if not merged:  # [1, T', V]
         logits = call(aten.squeeze.dim, (logits, 0))
     made = call(radix.token_nll.default, (logits, target, *scattered.args[1:5]))
     return call(operator.getitem, (made, 0))

@@ -55,6 +55,13 @@ READS_NODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "log-probabilities": log_probabilities,
     "log-probabilities of rows": lambda x, y: x.flatten(0, 1).log_softmax(-1).gather(1, following(y).reshape(-1, 1)),
 }
+
+def merged(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """A program that merges batch and sequence before the head."""
+    logits = model.head(model.embedding(ids).flatten(0, 1) * 2)  # type: ignore[operator]
+    return F.cross_entropy(logits, labels.flatten())
+
+
 READS_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weighted classes": lambda x, y: entropy(x, y, weight=WEIGHT.to(x)),
     "label smoothing": lambda x, y: entropy(x, y, label_smoothing=0.1),
@@ -63,6 +70,9 @@ READS_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "the same for each feature, not row": lambda x, y: entropy(x.transpose(0, 1).contiguous(), y.T),
     "two columns each": lambda x, y: x.log_softmax(-1).gather(-1, following(y)[..., None].expand(-1, -1, 2)),
     "some of the rows": lambda x, y: x.log_softmax(-1).gather(-1, following(y)[:, :3, None]),
+    "softmax over parts": lambda x, y: (
+        x[..., 1:].unflatten(-1, (2, 48)).log_softmax(-1).flatten(-2).gather(-1, following(y)[..., None].clamp(max=95))
+    ),
     "along the sequence": lambda x, y: x.log_softmax(1).gather(-1, following(y)[..., None]),
 }
 BOTH = {**READS_NODES, **READS_ROWS}
@@ -79,6 +89,15 @@ def test_reads_the_nodes(name: str) -> None:
     assert not scattered(gm)
     assert not calls(gm, aten.cross_entropy_loss.default)
     assert "softmax runs once for each node" in gm.meta["source"].meta["notes"][0]
+
+
+def test_reads_the_nodes_of_rows_that_were_merged_before() -> None:
+    model = Model()
+    gm = folded(lambda ids, labels: merged(model, ids, labels), IDS, LABELS)
+    assert len(calls(gm, radix.token_nll.default)) == 1
+    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    compiled = torch.compile(merged, backend="radix", options=options)
+    torch.testing.assert_close(compiled(model, IDS, LABELS), merged(model, IDS, LABELS))
 
 
 @pytest.mark.parametrize("name", READS_ROWS)
