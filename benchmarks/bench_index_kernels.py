@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,11 +65,12 @@ class Measured:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, runs: int) -> float:
-    """Median seconds of one call, caches cold on a GPU."""
+    """Median seconds of one call; on a GPU of its kernels, replayed as a graph, so that launches do not count."""
     if device.type == "cuda":
-        from triton.testing import do_bench
+        from triton.testing import do_bench_cudagraph
 
-        return 1e-3 * float(do_bench(call, warmup=5, rep=runs, return_mode="median"))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return 1e-3 * float(do_bench_cudagraph(call, rep=runs, return_mode="median"))
     call()
     return sorted(workloads.interleaved({"": call}, runs, device)[""])[runs // 2]
 
@@ -128,6 +130,29 @@ def one_layer(case: Case, device: torch.device, runs: int) -> Iterator[Measured]
         yield Measured(op, "one by one", "Q, K, V", case, *times, copied, moved)
 
 
+def launch_microseconds(device: torch.device, calls: int = 200) -> str:
+    """What a call costs the CPU, which a GPU that has other work to do does not wait for."""
+    case = Case(4, 64, 32)
+    fold, scatter, rows, starts = case.indices(device)
+    compact, full = torch.randn(1, len(fold), 64, device=device), torch.randn(4, 64, 64, device=device)
+    found = []
+    for name, call in {
+        "index_select": lambda: compact.index_select(1, scatter),
+        "fold_rows": lambda: radix.fold_rows(full, fold, scatter, 0, 1),
+        "scatter_rows": lambda: radix.scatter_rows(compact, scatter, None, None, None, 4, 64, 0, 1, False),
+        "sum_rows of 3": lambda: radix.foreach_sum_rows([full] * 3, scatter, fold, rows, starts, [0] * 3, [1] * 3),
+    }.items():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append(f"{name} {(time.perf_counter() - start) / calls * 1e6:.0f} us")
+        torch.cuda.synchronize(device)
+    return ", ".join(found)
+
+
 def cases(device: torch.device, rows: int) -> list[Case]:
     """A group of 16 that shares half, nothing shared, and one token that thousands of sequences share."""
     many = min(4096, rows // 2)
@@ -151,13 +176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'op':<13}{'row':>8}  {'batch':<24}{'moved':>14}{'of a copy':>10}{'speedup':>13}  over", flush=True)
     least = {"cpu": 2**13, "cuda": 2**18}[device.type]
     for width, entries in WIDTHS.items():
-        rows = options.rows or max(256, min(least * 8, least * 1024 // entries))
+        rows = options.rows or max(256, min(least * 32, least * 1024 // entries))
         for case in cases(device, rows):
             for result in one_tensor(case, width, device, options.runs):
                 print(result, flush=True)
     for case in cases(device, options.rows or least // 4):
         for result in one_layer(case, device, options.runs):
             print(result, flush=True)
+    if device.type == "cuda":
+        print(f"calls    {launch_microseconds(device)}")
     return 0
 
 
