@@ -13,7 +13,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.capture import CaptureError, capture, first_line
-from radix_compile.kernels import index_ops, token_nll
+from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
@@ -154,7 +154,7 @@ def _compile_folded(
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):
             inner_options = dict(options.inner_options)
-            ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS}
+            ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             return internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
     except RuntimeError as error:
         if internals.must_propagate(error):

@@ -32,9 +32,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 CAPTURE_ERRORS = (RuntimeError,)
 """What tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation limits."""
 
-ATOMIC_DECOMPOSITIONS = (torch.ops.aten.embedding_dense_backward.default,)
-"""What inductor would turn into atomic additions, and what ATen's own kernel adds up in a fixed order."""
-
 UNBACKED_SIZES: dict[str, Any] = {}
 """Settings without which inductor fails on sizes it knows nothing about, as T' is."""
 if hasattr(SizeVarAllocator, "size_hint") and hasattr(torch._inductor.config.triton, "mix_order_reduction_split_size"):
@@ -174,10 +171,7 @@ def compile_with(
         if patches:
             settings["config_patches"] = patches
         if decompositions:
-            table = {**select_decomp_table(), **decompositions}
-            for op in ATOMIC_DECOMPOSITIONS:
-                table.pop(op, None)
-            settings["decompositions"] = table
+            settings["decompositions"] = {**select_decomp_table(), **decompositions}
         compiler = compile_fx
     else:
         settings.update({"mode": mode} if mode else {}, **({"options": options} if options else {}))

@@ -192,12 +192,12 @@ def decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
     """The gathers that inductor should have as plain indexing, to fuse with their neighbours; the rest are kernels.
 
     The sums never: as plain indexing they are atomic additions. For the gathers it is what was measured, by
-    ``benchmarks.bench_cuts``, in benchmarks/results: on a CPU the indexing is as fast alone and saves a pass where it
-    fuses. On a GPU the generated kernels load an index and divide 64-bit numbers for every entry; moving whole rows
-    after their neighbours have run is faster by 1.6x (norm, rotary, scatter) to 9x (the gradient of a fold), and even
-    for a fold.
+    ``benchmarks.bench_cuts``, in benchmarks/results. On a CPU indexing is faster at every cut, by 1.5x (a scatter
+    alone) to 7x (the gradient of a fold). On a GPU it is slower at every cut, by 1.7x (norm, rotary and scatter of Q,
+    K and V) to 9x (the gradient of a fold): the generated code finds the row of every entry anew. Tables by column
+    are small, and what they meet is elementwise: always indexing.
     """
-    names = ["fold_rows", "gather_columns"]
+    names = ["gather_columns"]
     if device.type == "cpu":
-        names += ["place_rows", "scatter_rows", "foreach_scatter_rows"]
+        names += ["fold_rows", "place_rows", "scatter_rows", "foreach_scatter_rows"]
     return {getattr(radix, name).default: getattr(reference, name) for name in names}

@@ -6,7 +6,8 @@ blocks, where the columns of all tensors count on after each other. Row offsets 
 A sum starts with the one row that ``fold`` gives for a node, whose load waits for no list, and adds the rest of the
 node's list. So that a node with thousands of rows does not keep one program busy after all others are done, a list
 longer than ``STRETCH`` is divided at multiples of ``STRETCH``: ``_stretch_sums`` adds up each stretch, ``_long_sums``
-what is before the first of them and then the stretches. The order of additions depends on the plan alone.
+what is before the first of them and then the stretches. The order of additions depends on the plan alone. (A node has
+no more rows than there are sequences, so batches of up to ``STRETCH`` sequences need no such thing.)
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ TILE = 4096
 WARPS = 4
 STRETCH = 64
 """Rows of one node that one program adds up at most."""
-AHEAD = 8
-"""Rows that are loaded before the first is added, where one program adds up many."""
+STRETCHES = 16
+"""Stretches that one program looks at: nearly all belong to short lists, and a program that finds that still costs."""
+AHEAD = 32
+"""Rows of a long list that are loaded before the first is added."""
+LONG_COLUMNS = 256
+"""Columns of one program for long lists. Few, so that many programs share the work of one node."""
 
 
 @triton.jit
@@ -131,7 +136,7 @@ def _list_sum(
 def _node_sums(
     targets, sources, strides, fold, rows, starts, nodes, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    LONGEST: tl.constexpr, NODES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    LONGEST: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``target[n]``: the sum over the list of node ``n``, if that has no more than ``LONGEST`` entries."""
     node = tl.program_id(0).to(tl.int64) * NODES + tl.arange(0, NODES)
@@ -155,7 +160,7 @@ def _node_sums(
             total = tl.where(empty[:, None], 0, total)
             total += _list_sum(
                 sources[i], rows, begin + 1, end, seq, strides[i][0], strides[i][1], offset, wanted,
-                FLATS[i], SUMS[i], NODES, AHEAD, COLUMNS,
+                FLATS[i], SUMS[i], NODES, 1, COLUMNS,
             )  # fmt: skip
             at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
             tl.store(at, total.to(targets[i].dtype.element_ty), mask=inside[:, None] & wanted[None, :])
@@ -176,25 +181,30 @@ def _long_list(stretch, scatter, rows, starts, nodes, STRETCH: tl.constexpr):
 def _stretch_sums(
     partials, sources, strides, scatter, rows, starts, nodes, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    STRETCH: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    STRETCH: tl.constexpr, STRETCHES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``partials[b]``: the sum over list entries ``[b * STRETCH, (b + 1) * STRETCH)`` that are of one long list."""
-    stretch = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    node, _, end = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
-    begin = stretch * STRETCH
-    end = tl.minimum(end, begin + STRETCH)
+    several = tl.program_id(0).to(tl.int64) * STRETCHES
+    any_node, begins, ends = _long_list(several + tl.arange(0, STRETCHES), scatter, rows, starts, nodes, STRETCH)
     block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
-        if (block >= first_block) & (block < first_block + blocks) & (tl.max(end - begin, 0) > 0):
+        if (block >= first_block) & (block < first_block + blocks) & (tl.max(ends - begins, 0) > 0):
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
             wanted = column < WIDTHS[i]
             offset = _offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
-            total = _list_sum(
-                sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted, FLATS[i], SUMS[i], 1, AHEAD, COLUMNS
-            )
-            tl.store(partials[i] + stretch[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
+            for k in range(STRETCHES):
+                stretch = several + k + tl.arange(0, 1)
+                node, first, last = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
+                begin = stretch * STRETCH
+                end = tl.minimum(last, begin + STRETCH)
+                if tl.max(end - begin, 0) > 0:
+                    total = _list_sum(
+                        sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted,
+                        FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
+                    )  # fmt: skip
+                    tl.store(partials[i] + stretch[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
         first_block += blocks
 
 
@@ -202,30 +212,34 @@ def _stretch_sums(
 def _long_sums(
     targets, partials, sources, strides, scatter, rows, starts, nodes, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    STRETCH: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    STRETCH: tl.constexpr, STRETCHES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``target[n]`` for a node with a long list: by the program of the first stretch that begins in it."""
-    stretch = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    node, begin, end = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
-    mine = (begin < end) & (stretch * STRETCH - begin < STRETCH)
+    several = tl.program_id(0).to(tl.int64) * STRETCHES
+    any_node, begins, ends = _long_list(several + tl.arange(0, STRETCHES), scatter, rows, starts, nodes, STRETCH)
     block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
-        if (block >= first_block) & (block < first_block + blocks) & (tl.max(mine.to(tl.int32), 0) > 0):
+        if (block >= first_block) & (block < first_block + blocks) & (tl.max(ends - begins, 0) > 0):
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
             wanted = column < WIDTHS[i]
             offset = _offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
-            total = _list_sum(
-                sources[i], rows, begin, stretch * STRETCH, seq, strides[i][0], strides[i][1], offset, wanted,
-                FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
-            )  # fmt: skip
-            total += _list_sum(
-                partials[i], None, stretch, (end + STRETCH - 1) // STRETCH, 1, 0, WIDTHS[i], column, wanted,
-                True, SUMS[i], 1, AHEAD, COLUMNS,
-            )  # fmt: skip
-            at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
-            tl.store(at, total.to(targets[i].dtype.element_ty), mask=wanted[None, :])
+            for k in range(STRETCHES):
+                stretch = several + k + tl.arange(0, 1)
+                node, begin, end = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
+                mine = (begin < end) & (stretch * STRETCH - begin < STRETCH)
+                if tl.max(mine.to(tl.int32), 0) > 0:
+                    total = _list_sum(
+                        sources[i], rows, begin, stretch * STRETCH, seq, strides[i][0], strides[i][1], offset, wanted,
+                        FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
+                    )  # fmt: skip
+                    total += _list_sum(
+                        partials[i], None, stretch, (end + STRETCH - 1) // STRETCH, 1, 0, WIDTHS[i], column, wanted,
+                        True, SUMS[i], 1, AHEAD, COLUMNS,
+                    )  # fmt: skip
+                    at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
+                    tl.store(at, total.to(targets[i].dtype.element_ty), mask=wanted[None, :])
         first_block += blocks
 
 
@@ -242,19 +256,21 @@ class _Moved:
         self.seq = layouts[0].seq
         self.strides = tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
         self.widths = tuple(of.width for of in layouts)
-        itemsize = max(source.element_size() for source in self.sources)
-        # A tile is as wide as the narrowest tensor, so that no part of it is idle; but at least half a KiB.
-        narrowest, widest = (triton.next_power_of_2(max(1, f(self.widths))) for f in (min, max))
-        columns = min(max(narrowest, 512 // itemsize), widest, TILE // itemsize)
-        self.at_once = TILE // itemsize // columns
-        self.blocks = sum(triton.cdiv(width, columns) for width in self.widths)
         self.constants: dict[str, Any] = {
             "WIDTHS": self.widths,
             "INNERS": tuple(of.inner for of in layouts),
             "FLATS": tuple(of.flat for of in layouts),
-            "COLUMNS": columns,
             "num_warps": WARPS,
         }
+        entries = TILE // max(source.element_size() for source in self.sources)
+        # A tile is as wide as the narrowest tensor, so that no part of it is idle; but at least half a KiB.
+        narrowest, widest = (triton.next_power_of_2(max(1, f(self.widths))) for f in (min, max))
+        self.columns = min(max(narrowest, entries // 8), widest, entries)
+        self.at_once = entries // self.columns
+        """Rows in one tile."""
+
+    def blocks(self, columns: int) -> int:
+        return sum(triton.cdiv(width, columns) for width in self.widths)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -272,23 +288,15 @@ def _copied(
     """``[..., batch, ..., seq, ...]`` tensors whose row ``r`` is the source's row ``index[r]``."""
     results = [empty_rows(one, batch, seq, *at) for one, at in zip(tensors, axes, strict=True)]
     moved = _Moved(tensors, axes)
-    if batch * seq and moved.blocks:
+    blocks = moved.blocks(moved.columns)
+    if batch * seq and blocks:
         if seq < 4 * moved.at_once:
             batch, seq = 1, batch * seq
         with torch.cuda.device_of(index):
-            _copy_rows[batch * triton.cdiv(seq, moved.at_once), moved.blocks](
-                tuple(map(as_bytes, results)),
-                moved.sources,
-                moved.strides,
-                index,
-                guard,
-                batch,
-                seq,
-                moved.seq,
-                GUARDED=guard is not None,
-                ROWS=moved.at_once,
-                **moved.constants,
-            )
+            _copy_rows[batch * triton.cdiv(seq, moved.at_once), blocks](
+                tuple(map(as_bytes, results)), moved.sources, moved.strides, index, guard, batch, seq, moved.seq,
+                GUARDED=guard is not None, ROWS=moved.at_once, COLUMNS=moved.columns, **moved.constants,
+            )  # fmt: skip
     return results
 
 
@@ -330,28 +338,28 @@ def foreach_sum_rows(
     nodes, listed = fold.shape[0], scatter.shape[0]
     results = [empty_rows(one, 1, nodes, *at) for one, at in zip(full, axes, strict=True)]
     moved = _Moved(full, axes)
-    if not (nodes and moved.blocks):
+    blocks = moved.blocks(moved.columns)
+    if not (nodes and blocks):
         return results
     dtypes = [torch.promote_types(one.dtype, torch.float32) for one in full]
     constants = moved.constants | {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes)}
     targets = tuple(results)
     plan = rows, starts, nodes, moved.seq
-    # Nodes of a program times the rows of each that it loads at once: as many as nodes have on average.
-    ahead = min(moved.at_once, AHEAD, triton.next_power_of_2(triton.cdiv(listed, nodes)))
-    each = moved.at_once // ahead
-    divided = full[0].shape[batch_dims[0]] > STRETCH  # a node has no more rows than there are sequences
+    divided = full[0].shape[batch_dims[0]] > STRETCH
     with torch.cuda.device_of(scatter):
-        _node_sums[triton.cdiv(nodes, each), moved.blocks](
+        _node_sums[triton.cdiv(nodes, moved.at_once), blocks](
             targets, moved.sources, moved.strides, fold, *plan,
-            LONGEST=STRETCH if divided else listed, NODES=each, AHEAD=ahead, **constants,
+            LONGEST=STRETCH if divided else listed, NODES=moved.at_once, COLUMNS=moved.columns, **constants,
         )  # fmt: skip
         if divided:
-            grid = triton.cdiv(listed, STRETCH), moved.blocks
+            columns = min(moved.columns, LONG_COLUMNS)
+            stretches = triton.cdiv(listed, STRETCH)
+            grid = triton.cdiv(stretches, STRETCHES), moved.blocks(columns)
             partials = tuple(
-                scatter.new_empty((grid[0], width), dtype=dtype)
+                scatter.new_empty((stretches, width), dtype=dtype)
                 for width, dtype in zip(moved.widths, dtypes, strict=True)
             )
-            constants |= {"STRETCH": STRETCH, "AHEAD": min(moved.at_once, AHEAD)}
+            constants |= {"STRETCH": STRETCH, "STRETCHES": STRETCHES, "AHEAD": AHEAD, "COLUMNS": columns}
             _stretch_sums[grid](partials, moved.sources, moved.strides, scatter, *plan, **constants)
             _long_sums[grid](targets, partials, moved.sources, moved.strides, scatter, *plan, **constants)
     return results

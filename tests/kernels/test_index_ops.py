@@ -171,5 +171,5 @@ def test_no_rows() -> None:
 def test_the_sums_are_never_given_to_a_compiler_as_indexing() -> None:
     for device in ("cpu", "cuda"):
         names = {op.name() for op in index_ops.decompositions(torch.device(device))}
-        assert "radix::fold_rows" in names
+        assert "radix::gather_columns" in names
         assert not any("sum_rows" in name for name in names)
