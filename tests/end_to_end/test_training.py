@@ -1,0 +1,275 @@
+"""Training through the fold: losses, every gradient, and the next step, as those of the plain model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import radix_compile
+from tests.models import assert_as_exact, build, in_float64, paths, shared_batch
+
+BATCH, SEQ = 4, 12
+FOLD = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+Loss = Callable[..., Tensor]
+
+
+def loss_of(model: nn.Module) -> Loss:
+    """With the loss in the graph: ``labels`` go into the model."""
+    return lambda **batch: model(**batch, use_cache=False).loss
+
+
+def gradients(loss: Loss, model: nn.Module, **batch: Tensor) -> list[Tensor]:
+    """The loss, and then every parameter's gradient (an empty tensor where there is none)."""
+    model.zero_grad()
+    value = loss(**batch)
+    value.backward()
+    missing = torch.empty(0)
+    return [value.detach(), *(missing if p.grad is None else p.grad.clone() for p in model.parameters())]
+
+
+def assert_equal(ours: list[Tensor], plain: list[Tensor]) -> None:
+    assert len(ours) == len(plain) > 1
+    assert any(gradient.any() for gradient in plain[1:])
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def labelled(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    mask = torch.ones_like(ids) if mask is None else mask
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def tree_of_three_levels() -> Tensor:
+    ids = shared_batch(BATCH, SEQ, 4)
+    ids[1, :8] = ids[0, :8]
+    ids[3, :9] = ids[2, :9]
+    return ids
+
+
+def padded(left: bool) -> dict[str, Tensor]:
+    ids, mask = shared_batch(BATCH, SEQ, 8), torch.ones(BATCH, SEQ, dtype=torch.long)
+    ids[1] = ids[0]
+    for row, length in enumerate((9, 9, 11, 12)):
+        mask[row, slice(None, SEQ - length) if left else slice(length, None)] = 0
+    return labelled(ids.masked_fill(mask == 0, 0), mask)
+
+
+BATCHES: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "identical sequences": lambda: labelled(shared_batch(BATCH, SEQ, SEQ)),
+    "a shared prefix": lambda: labelled(shared_batch(BATCH, SEQ, 8)),
+    "nothing shared": lambda: labelled(torch.arange(3, 3 + BATCH * SEQ).view(BATCH, SEQ)),
+    "three levels": lambda: labelled(tree_of_three_levels()),
+    "mixed lengths": lambda: padded(left=False),
+    "left padding": lambda: padded(left=True),
+}
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama", "GPT2"])
+def test_steps_are_those_of_the_plain_model(kind: str) -> None:
+    """Every batch: the loss and the gradients, an update, and both again. In float64, where they agree to rounding."""
+    dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if kind == "GPT2" else {}
+    start = build(kind, **dropout).double().train()
+    model = copy.deepcopy(start)
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    for name, batch in BATCHES.items():
+        model.load_state_dict(start.state_dict())
+        plain = copy.deepcopy(start)
+        radix_compile.reset_stats()
+        for _ in range(2):
+            assert_equal(gradients(compiled, model, **batch()), gradients(loss_of(plain), plain, **batch()))
+            for one in (model, plain):
+                torch.optim.SGD(one.parameters(), lr=0.1).step()
+        stats = radix_compile.stats()
+        assert stats.folded_calls == 2, name
+        keys = batch()["input_ids"], batch()["attention_mask"]
+        sees_nothing = keys[1].cumsum(1) == 0
+        assert stats.compact_tokens == 2 * paths(*keys, unique=sees_nothing), name
+
+
+def test_a_single_sequence_runs_plain() -> None:
+    model = build("Qwen3", num_hidden_layers=1).double().train()
+    plain = copy.deepcopy(model)
+    batch = labelled(shared_batch(1, SEQ, 0))
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    assert_equal(gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch))
+    assert radix_compile.stats().folded_calls == 0
+
+
+def test_through_inductor() -> None:
+    """The decompositions, fused and compiled: also with the loss outside the graph, and with the same bits twice."""
+    model = build("Qwen3", num_hidden_layers=1).double().train()
+    plain = copy.deepcopy(model)
+    batch = BATCHES["three levels"]()
+    labels = batch.pop("labels")
+
+    def outside(run: Callable[..., Any]) -> Loss:
+        return lambda **inputs: F.cross_entropy(
+            run(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
+
+    options = {"threshold": 1.0, "strict": True}
+    compiled = torch.compile(model, backend="radix", options=options)
+    ours = gradients(outside(compiled), model, **batch)
+    assert_equal(ours, gradients(outside(plain), plain, **batch))
+    for one, other in zip(ours, gradients(outside(compiled), model, **batch), strict=True):
+        assert torch.equal(one, other)
+    inside = torch.compile(loss_of(model), backend="radix", options=options)
+    batch["labels"] = labels
+    ours = gradients(inside, model, **batch)
+    assert_equal(ours, gradients(loss_of(plain), plain, **batch))
+    for one, other in zip(ours, gradients(inside, model, **batch), strict=True):
+        assert torch.equal(one, other)
+    assert radix_compile.stats().folded_calls == 4
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
+def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool) -> None:
+    """Every gradient against float64: at most twice the error of the plain model's, which sums more roundings."""
+    model = build("Qwen3").train()
+    exact_model = in_float64(model)
+    if not autocast:
+        model = model.bfloat16()
+        exact_model = in_float64(model)
+    plain = copy.deepcopy(model)
+    batch = BATCHES["three levels"]()
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch)
+    exact = gradients(loss_of(exact_model), exact_model, **batch)
+    assert radix_compile.stats().folded_calls == 1
+    for one, other, reference in zip(ours, theirs, exact, strict=True):
+        assert_as_exact(one, other, reference.double(), factor=2.0)
+
+
+def test_accumulated_gradients() -> None:
+    model = build("Qwen3", num_hidden_layers=1).double().train()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    for run in (compiled, loss_of(plain)):
+        for name in ("a shared prefix", "three levels"):
+            run(**BATCHES[name]()).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert radix_compile.stats().folded_calls == 2
+
+
+def saved_bytes(loss: Loss, **batch: Tensor) -> int:
+    """What autograd keeps until the backward pass, parameters not counted, each storage once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss(**batch).backward()
+    return sum(kept.values())
+
+
+def test_saved_activations_shrink_with_compression() -> None:
+    """All but what attention keeps in full form, Q, K, V and its output: here a fifth."""
+    model = build("Qwen3", intermediate_size=256, vocab_size=1000).train()
+    plain = torch.compile(loss_of(model), backend="aot_eager")
+    folded = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    sizes = {}
+    for shared in (0, 16, 31):
+        ids = shared_batch(8, 32, shared)
+        before, after = saved_bytes(plain, **labelled(ids)), saved_bytes(folded, **labelled(ids))
+        compression = len(radix_compile.prefix_plan.PrefixPlan.from_rows(ids).fold) / ids.numel()
+        sizes[shared] = after / before
+        assert sizes[shared] <= 0.2 + compression
+    assert sizes[31] < sizes[16] < sizes[0]
+    assert sizes[31] < 0.35
+
+
+def test_checkpointed_layers_fold_and_save_less() -> None:
+    model = build("Qwen3").double().train()
+    plain = copy.deepcopy(model)
+    kept_all = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    batch = BATCHES["a shared prefix"]()
+    without = saved_bytes(kept_all, **batch)
+    model.gradient_checkpointing_enable()
+    plain.gradient_checkpointing_enable()
+    torch._dynamo.reset()
+    radix_compile.reset_stats()
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    assert_equal(gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch))
+    assert radix_compile.stats().folded_calls == 1
+    assert saved_bytes(compiled, **batch) < 0.7 * without
+
+
+def test_frozen_parameters() -> None:
+    model = build("Qwen3").double().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layers.1." in name
+    plain = copy.deepcopy(model)
+    batch = BATCHES["three levels"]()
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    ours = gradients(compiled, model, **batch)
+    assert_equal(ours, gradients(loss_of(plain), plain, **batch))
+    assert 0 < sum(gradient.numel() == 0 for gradient in ours) < len(ours)
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_tied_embeddings() -> None:
+    model = build("Qwen3", num_hidden_layers=1, tie_word_embeddings=True).double().train()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    plain = copy.deepcopy(model)
+    batch = BATCHES["three levels"]()
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    assert_equal(gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch))
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_learned_positions_get_their_gradient() -> None:
+    """A table by column meets every node of the column."""
+    model = build("GPT2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0).double().train()
+    plain = copy.deepcopy(model)
+    batch = BATCHES["three levels"]()
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    assert_equal(gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch))
+    assert plain.transformer.wpe.weight.grad[:SEQ].abs().sum() > 0
+
+
+def test_lora_adapters_on_attention_and_mlp() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+        lora_dropout=0.0,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(build("Qwen3").double(), config).double().train()
+    plain = copy.deepcopy(model)
+    batch = BATCHES["three levels"]()
+    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    ours = gradients(compiled, model, **batch)
+    assert_equal(ours, gradients(loss_of(plain), plain, **batch))
+    trained = [name for (name, _), gradient in zip(model.named_parameters(), ours[1:], strict=True) if gradient.numel()]
+    assert len(trained) == 2 * 4 * 2
+    assert all("lora_" in name for name in trained)
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_dropout_folds_what_stays_right_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Up to the first dropout. Rows of one prefix get different masks, so that nothing after it is shared."""
+    embedding, first, second = nn.Embedding(97, 32), nn.Linear(32, 256), nn.Linear(256, 32)
+
+    def program(ids: Tensor) -> Tensor:
+        return second(F.dropout(first(embedding(ids)).relu(), 0.5)).sum()
+
+    explanation = radix_compile.explain(program, shared_batch(BATCH, SEQ, 8))
+    assert explanation.folded
+    assert "dropout is on" in explanation.refusals[0].reason
+    assert "dropout is on" in capsys.readouterr().out
+    assert 0 < explanation.graphs[0].flops_compact == explanation.graphs[0].flops_full
