@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -112,7 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"machine  {machine(device)}")
     print(f"model    {describe(model)}, {model.config.num_hidden_layers} layers")
     print(f"batch    {options.sequences} sequences of {length} tokens")
-    heads = ("G", "prompt", "tokens", "compact", "plain", "radix", "speedup", "bound", "saved", "radix", "peak", "radix")
+    heads = (
+        "G",
+        "prompt",
+        "tokens",
+        "compact",
+        "plain",
+        "radix",
+        "speedup",
+        "bound",
+        "saved",
+        "radix",
+        "peak",
+        "radix",
+    )
     print(("{:>4}{:>8}{:>8}{:>9}" + "{:>11}" * 2 + "{:>9}{:>8}" + "{:>12}" * 4).format(*heads), flush=True)
 
     trained = {name: Trained(copy.deepcopy(model), name, device.type == "cuda") for name in (PLAIN, RADIX)}
@@ -121,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch = group_batch(options.sequences, length, group, share, model.config.vocab_size)
             distinct = len(radix_compile.prefix_plan.PrefixPlan.from_rows(batch["input_ids"]).fold)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            steps = {name: lambda one=one, batch=batch: one.step(batch) for name, one in trained.items()}
+            steps: dict[str, Callable[[], object]] = {
+                name: functools.partial(one.step, batch) for name, one in trained.items()
+            }
             workloads.interleaved(steps, 2, device)  # compiles, then warms up
             seconds = workloads.interleaved(steps, options.runs, device)
             plain, radix = (statistics.median(seconds[name]) for name in (PLAIN, RADIX))

@@ -64,7 +64,6 @@ class PlanInputs:
                 unique = blind if unique is None else unique | blind
         return PrefixPlan.from_rows(*_on_host(keys), unique=unique, skip=skip, pad_multiple_of=pad_multiple_of)
 
-
     def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
         arrays = [plan.fold, plan.scatter, *(plan.row_lists() if self.lists else ())]

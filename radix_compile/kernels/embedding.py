@@ -6,6 +6,7 @@ order changes from run to run. As an op of its own the gradient stays whole. Imp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,4 +32,6 @@ library.define(
 library.impl("embedding_gradient", embedding_gradient, "CompositeExplicitAutograd")
 torch.library.register_fake("radix::embedding_gradient", _fake, lib=library)
 
-DECOMPOSITIONS = {aten.embedding_dense_backward.default: radix.embedding_gradient.default}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.embedding_dense_backward.default: radix.embedding_gradient.default
+}

@@ -19,8 +19,8 @@ In every signature ``full`` is ``[..., B, ..., S, ...]`` with the batch at ``bat
 ``rows[starts[n]:starts[n + 1]]``, that of ``fold`` first. ``scatter_rows`` needs the lists for its gradient only. All
 indices are int64.
 
-Triton kernels run on CUDA (``triton_rows``), torch code elsewhere (``reference``). Inductor is given some as plain
-indexing instead: ``decompositions``.
+Triton kernels run on CUDA (``triton_rows``, ``triton_sums``), torch code elsewhere (``reference``). Inductor is given
+some as plain indexing instead: ``decompositions``.
 """
 
 from __future__ import annotations
@@ -60,17 +60,18 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _run(name: str, moved: Tensor | Sequence[Tensor], *args: Any) -> Any:
+def _run(name: str, moved: Any, *args: Any) -> Any:
     """The op by its Triton kernel, if there is one for these tensors."""
     if name in ("scatter_rows", "sum_rows"):  # a list of one
         *plan, batch_dim, seq_dim = args[: 8 if name == "scatter_rows" else 6]
         return _run(f"foreach_{name}", [moved], *plan, [batch_dim], [seq_dim], *args[len(plan) + 2 :])[0]
-    tensors = [moved] if isinstance(moved, Tensor) else moved
+    tensors: Sequence[Tensor] = [moved] if isinstance(moved, Tensor) else moved
     if name != "gather_columns" and has_triton() and all(tensor.is_cuda for tensor in tensors):
-        from radix_compile.kernels import triton_rows
+        from radix_compile.kernels import triton_rows, triton_sums
 
-        if all(tensor.dtype in triton_rows.DTYPES[name] for tensor in tensors):
-            return getattr(triton_rows, name)(moved, *args)
+        sums = name == "foreach_sum_rows"
+        if all(tensor.dtype in (triton_rows.FLOATS if sums else triton_rows.DTYPES) for tensor in tensors):
+            return getattr(triton_sums if sums else triton_rows, name)(moved, *args)
     return getattr(reference, name)(moved, *args)
 
 

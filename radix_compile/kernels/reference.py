@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 def _rows_of(tensor: Tensor, batch_dim: int, seq_dim: int) -> Tensor:
     """``[B * S, features]``: a view where the strides permit."""
     return tensor.movedim((batch_dim, seq_dim), (0, 1)).flatten(0, 1)
@@ -88,7 +89,8 @@ def foreach_scatter_rows(
 ) -> list[Tensor]:
     axes = zip(batch_dims, seq_dims, strict=True)
     return [
-        scatter_rows(one, scatter, fold, rows, starts, batch, seq, *at, holes) for one, at in zip(compact, axes, strict=True)
+        scatter_rows(one, scatter, fold, rows, starts, batch, seq, *at, holes)
+        for one, at in zip(compact, axes, strict=True)
     ]
 
 

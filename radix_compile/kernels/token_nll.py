@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,14 +91,12 @@ library.define(
     "token_nll(Tensor logits, Tensor target, Tensor scatter, Tensor? fold, Tensor? rows, Tensor? starts)"
     " -> (Tensor nll, Tensor lse)"
 )
-library.define(
-    "sum_same_target(Tensor values, Tensor target, Tensor scatter, Tensor rows, Tensor starts) -> Tensor"
-)
+library.define("sum_same_target(Tensor values, Tensor target, Tensor scatter, Tensor rows, Tensor starts) -> Tensor")
 library.impl("token_nll", token_nll, "CompositeExplicitAutograd")
 library.impl("sum_same_target", _sum_same_target, "CompositeExplicitAutograd")
 torch.library.register_fake("radix::token_nll", _fake, lib=library)
 torch.library.register_fake("radix::sum_same_target", lambda values, *_: torch.empty_like(values), lib=library)
 torch.library.register_autograd("radix::token_nll", _backward, setup_context=_keep, lib=library)
 
-DECOMPOSITIONS = {radix.token_nll.default: token_nll}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {radix.token_nll.default: token_nll}
 """A reduction and two gathers, which a compiler makes one pass over the logits."""

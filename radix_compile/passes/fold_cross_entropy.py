@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
-from radix_compile.op_rules.table import argument
+from radix_compile.op_rules.table import argument, source_of
 from radix_compile.token_axes import BATCH, SEQ, as_size, value_of
 
 aten = torch.ops.aten
@@ -80,7 +80,7 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     call, dtype = node.graph.call_function, node.meta["val"].dtype
     with node.graph.inserting_before(node):
-        nll = _token_nll(scattered, call(aten.reshape.default, (index, [-1])), logits=softmax.args[0])
+        nll = _token_nll(scattered, call(aten.reshape.default, (index, [-1])), logits=source_of(softmax))
         _put(_as(call(aten.neg.default, (call(aten.view_as.default, (nll, index)),)), dtype), node)
     return True
 

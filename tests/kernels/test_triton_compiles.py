@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from radix_compile.kernels import triton_rows
+from radix_compile.kernels import triton_nll, triton_rows, triton_sums
 from tests.kernels.plans import tree, values
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8", torch.int64: "i64"}
@@ -48,7 +48,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps, **keywords):
+    def compile(self, *args, num_warps=4, **keywords):
         names = self.kernel.arg_names
         types = dict.fromkeys(names, "constexpr") | {name: signature(arg) for name, arg in zip(names, args)}
         fixed = {(names.index(name),): value for name, value in keywords.items()}
@@ -60,8 +60,10 @@ class Compiled:
         compiled.append(self.kernel.__name__)
 
 
-for name in ("_copy_rows", "_node_sums", "_stretch_sums", "_long_sums"):
-    setattr(triton_rows, name, Compiled(getattr(triton_rows, name)))
+for module in (triton_rows, triton_sums, triton_nll):
+    for name, kernel in list(vars(module).items()):
+        if isinstance(kernel, triton.JITFunction) and name.startswith("_") and name not in ("_list_sum", "_long_list"):
+            setattr(module, name, Compiled(kernel))
 
 for batch, seq in ((3, 4), (100, 5)):
     plan = tree(batch, seq)
@@ -69,13 +71,15 @@ for batch, seq in ((3, 4), (100, 5)):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         q, k = values((batch, seq, 4, 8), dtype).transpose(1, 2), values((batch, 2, seq, 8), dtype)
         wide = values((batch, seq, 3001), dtype)
-        triton_rows.foreach_sum_rows([q, k], *lists, [0, 0], [2, 2])
-        triton_rows.foreach_sum_rows([wide], *lists, [0], [1])
+        triton_sums.foreach_sum_rows([q, k], *lists, [0, 0], [2, 2])
+        triton_sums.foreach_sum_rows([wide], *lists, [0], [1])
         triton_rows.fold_rows(wide, plan.fold, plan.scatter, 0, 1)
         triton_rows.place_rows(values((1, plan.nodes, 1), dtype), plan.fold, plan.scatter, batch, seq, 0, 1)
         nodes = [values((1, 4, plan.nodes, 8), dtype), values((1, 2, plan.nodes, 8), dtype)]
         triton_rows.foreach_scatter_rows(nodes, *lists, batch, seq, [0, 0], [2, 2], False)
     triton_rows.fold_rows(values((batch, seq, 3), torch.bool), plan.fold, plan.scatter, 0, 1)
+    grad = values((batch * seq,), torch.float32)
+    triton_nll.sum_same_target(grad, plan.scatter, plan.scatter, plan.rows, plan.starts)
 print(sorted(set(compiled)))
 '''
 
@@ -84,4 +88,4 @@ def test_every_kernel_compiles() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "['_copy_rows', '_long_sums', '_node_sums', '_stretch_sums']"
+    assert done.stdout.strip() == "['_copy_rows', '_long_sums', '_node_sums', '_stretch_sums', '_sum_same_target']"

@@ -10,6 +10,7 @@ from radix_compile.kernels import reference, row_layout
 from tests.kernels.plans import Plan, shared, tolerance, tree, values
 
 triton_rows = pytest.importorskip("radix_compile.kernels.triton_rows", reason="needs Triton")
+triton_sums = pytest.importorskip("radix_compile.kernels.triton_sums", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -67,7 +68,7 @@ def test_sums(plan: Plan, dtype: torch.dtype) -> None:
     lists = plan.scatter, plan.fold, plan.rows, plan.starts
     for width in (1, 24):
         rows = full(plan, width, dtype=dtype)
-        (ours,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
+        (ours,) = triton_sums.foreach_sum_rows([rows], *lists, [0], [1])
         exact = reference.sum_rows(rows.double(), *lists, 0, 1)
         torch.testing.assert_close(ours, exact.to(dtype), **tolerance(plan.batch, dtype))
         assert ours.stride() == exact.stride()
@@ -81,7 +82,7 @@ def test_widths(dtype: torch.dtype) -> None:
         lists = plan.scatter, plan.fold, plan.rows, plan.starts
         (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 4, [0], [1], False)
         assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 4, 0, 1, False))
-        (ours,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
+        (ours,) = triton_sums.foreach_sum_rows([rows], *lists, [0], [1])
         exact = reference.sum_rows(rows.double(), *lists, 0, 1)
         torch.testing.assert_close(ours, exact.to(dtype), **tolerance(5, dtype))
 
@@ -112,7 +113,7 @@ def test_strides(case: str) -> None:
     each = [[axis] for axis in axes]
     (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 7, *each, False)
     assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 7, *axes, False))
-    (ours,) = triton_rows.foreach_sum_rows([rows], *lists, *each)
+    (ours,) = triton_sums.foreach_sum_rows([rows], *lists, *each)
     expected = reference.sum_rows(rows, *lists, *axes)
     torch.testing.assert_close(ours, expected, **tolerance(5, torch.float32))
     assert ours.stride() == expected.stride()
@@ -123,7 +124,7 @@ def test_several_tensors_in_one_launch() -> None:
     lists = plan.scatter, plan.fold, plan.rows, plan.starts
     narrow, wide = full(plan, 3, dtype=torch.bfloat16), full(plan, 4, triton_rows.TILE // 4)
     rows, axes = [narrow, wide.transpose(1, 2), full(plan)], ([0, 0, 0], [1, 2, 1])
-    sums = triton_rows.foreach_sum_rows(rows, *lists, *axes)
+    sums = triton_sums.foreach_sum_rows(rows, *lists, *axes)
     for one, ours, *at in zip(rows, sums, *axes, strict=True):
         exact = reference.sum_rows(one.double(), *lists, *at)
         torch.testing.assert_close(ours, exact.to(one.dtype), **tolerance(6, one.dtype))
@@ -137,7 +138,7 @@ def test_nothing_to_move() -> None:
     lists = plan.scatter, plan.fold, plan.rows, plan.starts
     for features in [(0,), (3, 0)]:
         assert triton_rows.fold_rows(full(plan, *features), plan.fold, plan.scatter, 0, 1).numel() == 0
-        assert triton_rows.foreach_sum_rows([full(plan, *features)], *lists, [0], [1])[0].numel() == 0
+        assert triton_sums.foreach_sum_rows([full(plan, *features)], *lists, [0], [1])[0].numel() == 0
     assert triton_rows.fold_rows(full(plan, 2), plan.fold[:0], plan.scatter, 0, 1).shape == (1, 0, 2)
 
 
@@ -148,13 +149,14 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         return row_layout.empty_rows(like, *shape).fill_(float("nan"))
 
     monkeypatch.setattr(triton_rows, "empty_rows", poisoned)
+    monkeypatch.setattr(triton_sums, "empty_rows", poisoned)
     for plan in PLANS.values():
         lists = plan.scatter, plan.fold, plan.rows, plan.starts
         outputs = [
             triton_rows.fold_rows(full(plan, 5), plan.fold, plan.scatter, 0, 1),
             triton_rows.place_rows(compact(plan, 5), plan.fold, plan.scatter, plan.batch, plan.seq, 0, 1),
             *triton_rows.foreach_scatter_rows([compact(plan, 5)], *lists, plan.batch, plan.seq, [0], [1], True),
-            *triton_rows.foreach_sum_rows([full(plan, 5)], *lists, [0], [1]),
+            *triton_sums.foreach_sum_rows([full(plan, 5)], *lists, [0], [1]),
         ]
         assert not any(output.isnan().any() for output in outputs)
 
@@ -162,7 +164,10 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sums_have_the_same_bits_each_time() -> None:
     plan = tree(150, 4, device=DEVICE)
     rows = full(plan, 40)
-    sums = [triton_rows.foreach_sum_rows([rows], plan.scatter, plan.fold, plan.rows, plan.starts, [0], [1])[0] for _ in range(3)]
+    sums = [
+        triton_sums.foreach_sum_rows([rows], plan.scatter, plan.fold, plan.rows, plan.starts, [0], [1])[0]
+        for _ in range(3)
+    ]
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
 
@@ -180,6 +185,6 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(rows[-1, -1], nodes[0, plan.scatter[-1]], rtol=0, atol=0)
     back = triton_rows.fold_rows(rows, plan.fold, plan.scatter, 0, 1)
     assert torch.equal(back, nodes)
-    (sums,) = triton_rows.foreach_sum_rows([rows], *lists, [0], [1])
+    (sums,) = triton_sums.foreach_sum_rows([rows], *lists, [0], [1])
     assert torch.equal(sums[0, 4:], nodes[0, 4:])
     torch.testing.assert_close(sums[0, :4], nodes[0, :4] * 128, rtol=0, atol=0)

@@ -56,6 +56,7 @@ READS_NODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "log-probabilities of rows": lambda x, y: x.flatten(0, 1).log_softmax(-1).gather(1, following(y).reshape(-1, 1)),
 }
 
+
 def merged(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     """A program that merges batch and sequence before the head."""
     logits = model.head(model.embedding(ids).flatten(0, 1) * 2)  # type: ignore[operator]
