@@ -100,7 +100,7 @@ def unbacked_plan_inputs(rows: int, device: torch.device, lists: bool) -> list[t
     with mode:
         nodes = shape_env.create_unbacked_symint()
         torch._check(nodes >= 1)
-        sizes = [nodes, rows, rows, nodes + 1] if lists else [nodes, rows]
+        sizes: list[int | torch.SymInt] = [nodes, rows, rows, nodes + 1] if lists else [nodes, rows]
         arrays = [torch.empty((size,), dtype=torch.int64, device=device) for size in sizes]
     shape_env.pending_fresh_unbacked_symbols.clear()
     return arrays
@@ -195,7 +195,7 @@ def _cache_key(decompositions: Mapping[Any, Any] | None) -> contextlib.AbstractC
         return contextlib.nullcontext()
     names = ",".join(sorted(map(str, decompositions)))
     tag = f"{torch.compiler.config.cache_key_tag}radix_compile {_source_hash()} {names}"
-    patch: contextlib.AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=tag)
+    patch: contextlib.AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
     return patch
 
 

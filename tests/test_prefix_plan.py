@@ -112,6 +112,24 @@ def test_from_rows_is_the_prefix_tree(
     check_plan(plan, keys, none if unique is None else unique, none if skip is None else skip)
 
 
+@given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.integers(1, 5))
+def test_row_lists_hold_the_rows_of_each_node(
+    columns: list, salt: int, unique_share: int | None, skip_share: int | None, pad: int
+) -> None:
+    keys = [column for column, _ in columns]
+    unique = None if unique_share is None else path_mask(keys, salt, unique_share)
+    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share)
+    plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, pad_multiple_of=pad)
+    rows, starts = plan.row_lists()
+    assert rows.dtype == starts.dtype == np.int64
+    assert (rows.shape, starts.shape) == (plan.scatter.shape, (len(plan.fold) + 1,))
+    for node in range(len(plan.fold)):
+        listed = rows[starts[node] : starts[node + 1]].tolist()
+        assert sorted(listed) == np.flatnonzero(plan.scatter == node).tolist()
+        assert not listed or listed[0] == plan.fold[node]
+    assert not rows[starts[-1] :].any()
+
+
 @pytest.mark.parametrize("block_bytes", [1, 40, 1 << 18])
 def test_from_rows_in_blocks(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_sort, "BLOCK_BYTES", block_bytes)

@@ -51,9 +51,12 @@ def test_fake_inputs_are_those_of_the_guards() -> None:
 
 def test_the_number_of_nodes_is_unbacked() -> None:
     def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
-        fold, scatter = internals.unbacked_plan_inputs(24, torch.device("cpu"))
+        fold, scatter = internals.unbacked_plan_inputs(24, torch.device("cpu"), lists=False)
         assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
         assert scatter.shape == (24,)
+        fold, scatter, rows, starts = internals.unbacked_plan_inputs(24, torch.device("cpu"), lists=True)
+        assert scatter.shape == rows.shape == (24,)
+        assert str(starts.shape[0] - 1) == str(fold.shape[0])
         assert not internals.fake_mode().shape_env.pending_fresh_unbacked_symbols
 
     in_a_backend(check)
@@ -102,3 +105,29 @@ def test_markers_of_regions() -> None:
 def test_the_cache_is_off_for_tagged_graphs(tagged: bool) -> None:
     with internals.cache_unless(tagged):
         assert torch._functorch.config.enable_autograd_cache is (not tagged)
+
+
+def test_caches_tell_decompositions_apart() -> None:
+    """Torch's own keys do not: without ours a program would be served that was compiled with other decompositions."""
+    keys: list[str] = []
+
+    def inner(gm: fx.GraphModule, inputs: list[Any], **settings: Any) -> Callable[..., Any]:
+        keys.append(torch.compiler.config.cache_key_tag)
+        return gm.forward
+
+    one, other = {torch.ops.aten.relu.default: torch.relu}, {torch.ops.aten.silu.default: torch.relu}
+    gm = fx.symbolic_trace(nn.ReLU())
+    for decompositions in (None, one, other, one):
+        internals.compile_with(inner, gm, [torch.ones(2)], None, {}, decompositions)
+    before = torch.compiler.config.cache_key_tag
+    assert keys[0] == before
+    assert keys[1] == keys[3] != keys[2]
+    assert before not in keys[1:]
+    assert "radix_compile" in keys[1]
+
+
+def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:
+    """The settings for that exist in this torch, or none is needed."""
+    for name in internals.UNBACKED_SIZES:
+        owner, setting = name.split(".")
+        assert hasattr(getattr(torch._inductor.config, owner), setting)

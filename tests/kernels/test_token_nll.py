@@ -1,0 +1,90 @@
+"""The loss on nodes against cross-entropy on rows, with its gradient; its kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radix_compile.kernels import token_nll
+from tests.kernels.plans import Plan, shared, tolerance, tree, values
+
+radix = torch.ops.radix
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLANS = {
+    "one row": shared(1, 1, 0, device=DEVICE),
+    "all equal": shared(4, 6, 6, device=DEVICE),
+    "a tree": tree(9, 11, device=DEVICE),
+    "padded fold": tree(4, 5, pad=16, device=DEVICE),
+    "long lists": shared(150, 3, 2, device=DEVICE),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+def lists(plan: Plan) -> tuple[Tensor, ...]:
+    return plan.scatter, plan.fold, plan.rows, plan.starts
+
+
+def targets(plan: Plan, classes: int) -> Tensor:
+    """Few classes, so that rows of one node often have the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, min(classes, 3), (plan.batch * plan.seq,), generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 7, 300])
+@plans
+def test_loss_and_gradient(plan: Plan, classes: int, dtype: torch.dtype) -> None:
+    logits = values((plan.nodes, classes), dtype, DEVICE).requires_grad_()
+    target = targets(plan, classes)
+    nll, lse = radix.token_nll(logits, target, *lists(plan))
+    assert nll.dtype == lse.dtype == torch.promote_types(dtype, torch.float32)
+    assert not lse.requires_grad
+    weight = torch.linspace(-1, 2, len(nll), dtype=nll.dtype, device=DEVICE)
+    (gradient,) = torch.autograd.grad(nll, logits, weight)
+
+    wide = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(wide[plan.scatter], target, reduction="none")
+    (exact,) = torch.autograd.grad(expected, wide, weight.double())
+    torch.testing.assert_close(nll.double(), expected, **tolerance(classes, nll.dtype))
+    # One rounding to the dtype of the logits, of numbers that were added up in float32.
+    limits = tolerance(plan.batch, nll.dtype)
+    limits["rtol"] += torch.finfo(dtype).eps
+    limits["atol"] *= 4  # a difference of terms up to twice as large, each of them rounded
+    torch.testing.assert_close(gradient.double(), exact, **limits)
+
+
+def test_opcheck() -> None:
+    plan = PLANS["a tree"]
+    logits = values((plan.nodes, 5), torch.float64, DEVICE).requires_grad_()
+    target = targets(plan, 5)
+    torch.library.opcheck(radix.token_nll.default, (logits, target, *lists(plan)))
+    arguments = (values(tuple(target.shape), torch.float64, DEVICE), target, plan.scatter, plan.rows, plan.starts)
+    torch.library.opcheck(radix.sum_same_target.default, arguments)
+
+
+def test_gradient_without_row_lists() -> None:
+    plan = PLANS["a tree"]
+    logits = values((plan.nodes, 5), torch.float64, DEVICE).requires_grad_()
+    nll, _ = radix.token_nll(logits, targets(plan, 5), plan.scatter, None, None, None)
+    with pytest.raises(RuntimeError, match="pass `fold`, `rows` and `starts`"):
+        nll.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@plans
+def test_kernel_of_the_sums_over_equal_targets(plan: Plan, dtype: torch.dtype) -> None:
+    triton_nll = pytest.importorskip("radix_compile.kernels.triton_nll", reason="needs Triton")
+    target = targets(plan, 300)
+    numbers = values((len(target),), dtype, DEVICE)
+    arguments = (target, plan.scatter, plan.rows, plan.starts)
+    ours = triton_nll.sum_same_target(numbers, *arguments)
+    exact = torch.stack(
+        [numbers.double()[(plan.scatter == plan.scatter[t]) & (target == target[t])].sum() for t in range(len(target))]
+    )
+    torch.testing.assert_close(ours, exact.to(dtype), **tolerance(plan.batch, dtype))
+    reference = token_nll.sum_same_target(numbers, *arguments)
+    torch.testing.assert_close(reference, exact.to(dtype), **tolerance(plan.batch, dtype))
+    if len(target) > 1:
+        assert not torch.equal(ours, numbers)  # some rows of a node do have the same target
