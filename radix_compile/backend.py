@@ -172,11 +172,13 @@ def _choose_per_call(plain: Program, folded: Program, inputs: PlanInputs, option
             return plain(*args)
         started = time.perf_counter()
         plan = inputs.plan(args, options.pad_multiple_of)
+        pays = 0 < plan.compact_tokens <= options.threshold * ids.numel()
+        arrays = inputs.arrays(plan, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)
-        if plan.compact_tokens > options.threshold * ids.numel() or plan.compact_tokens == 0:
+        if not pays:
             COUNTERS.ran_plain("too little is shared")
             return plain(*args)
         COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-        return folded(*args, *inputs.arrays(plan, ids.device))
+        return folded(*args, *arrays)
 
     return run

@@ -35,3 +35,25 @@ def test_what_waits_for_another_scatter_is_apart() -> None:
     assert len(moved) == 2  # the second is computed from a running sum over the rows of the first
     for node in moved:
         assert all(positions[user] > positions[node] for user in node.users)
+
+
+def test_nothing_moves_over_the_border_of_a_region() -> None:
+    """What is computed under autocast is computed there, though a scatter outside could wait for it."""
+    embedding, linear = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
+
+    def program(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = embedding(ids)
+        before = linear(hidden).flip(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = linear(hidden).flip(1)
+        return before, inside, (linear(hidden) * 2).flip(1)
+
+    ids = shared_batch(4, 12, 8)
+    gm = folded(program, ids)
+    assert len(scattered(gm)) == 3
+    assert len(calls(gm, radix.scatter_rows.default)) == 3  # each in its own region
+    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    with torch.no_grad():
+        ours, plain = torch.compile(program, backend="radix", options=options)(ids), program(ids)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other)
