@@ -86,7 +86,9 @@ class Recorder:
 
     def finish(self, *results: fx.Node) -> fx.GraphModule:
         self.graph.output(results)
-        return fx.GraphModule({}, self.graph)
+        gm = fx.GraphModule({}, self.graph)
+        gm.meta["differentiable"] = True
+        return gm
 
     # ------------------------------------------------------------------------------- values to start from
 
