@@ -193,10 +193,10 @@ def decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
     """The gathers that inductor should have as plain indexing, to fuse with their neighbours; the rest are kernels.
 
     The sums never: as plain indexing they are atomic additions. For the gathers it is what was measured, by
-    ``benchmarks.bench_cuts``, in benchmarks/results. On a CPU indexing is faster at every cut, by 1.5x (a scatter
-    alone) to 7x (the gradient of a fold). On a GPU it is slower at every cut, by 1.7x (norm, rotary and scatter of Q,
-    K and V) to 9x (the gradient of a fold): the generated code finds the row of every entry anew. Tables by column
-    are small, and what they meet is elementwise: always indexing.
+    ``benchmarks.bench_cuts``, in benchmarks/results. On a CPU indexing is 0.9x to 1.8x as fast for the
+    scatter of Q, K and V, and faster at every other cut, by up to 11x (the gradient of a fold). On a GPU it is slower
+    at every cut, by 1.7x (norm, rotary and scatter of Q, K and V) to 11x (the gradient of a fold): the generated code
+    finds the row of every entry anew. Tables by column are small, and what they meet is elementwise: always indexing.
     """
     names = ["gather_columns"]
     if device.type == "cpu":
