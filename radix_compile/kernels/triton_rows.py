@@ -20,7 +20,6 @@ FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}
 DTYPES = FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 """What is moved as it is. Anything else goes the way of the reference."""
 
-
 TILE = 4096
 """Bytes that one program moves at a time."""
 WARPS = 4
@@ -33,16 +32,17 @@ def start_of(row, seq, batch_stride, seq_stride, FLAT: tl.constexpr):
         return row * seq_stride
     else:
         # Rows are fewer than 2**31, and dividing 64-bit numbers takes longer than loading the row.
-        batch = row.to(tl.int32) // seq
+        batch = (row.to(tl.int32) // seq).to(tl.int64)
         return batch * batch_stride + (row - batch * seq) * seq_stride
 
 
 @triton.jit
 def offset_of(column, outer_stride, inner_stride, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """Where an entry of a row is. 64-bit too: the features may be the outermost dimensions."""
     if INNER == WIDTH:
-        return column * inner_stride
+        return column.to(tl.int64) * inner_stride
     else:
-        return (column // INNER) * outer_stride + (column % INNER) * inner_stride
+        return (column // INNER).to(tl.int64) * outer_stride + (column % INNER).to(tl.int64) * inner_stride
 
 
 @triton.jit

@@ -174,17 +174,26 @@ def test_sums_have_the_same_bits_each_time() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_offsets_beyond_32_bits() -> None:
-    """More than 2**31 entries in the full tensor, of which the last rows are looked at."""
-    plan = shared(128, 128, 4, device=DEVICE)
-    width = 2**31 // (128 * 128) + 64
-    nodes = torch.randn(1, plan.nodes, width, dtype=torch.bfloat16, device=DEVICE)
+@pytest.mark.parametrize("layout", ["rows contiguous", "heads first", "features first"])
+def test_offsets_beyond_32_bits(layout: str) -> None:
+    """More than 2**31 entries in the full tensor, of which the last are looked at as well."""
+    batch = seq = 128
+    plan = shared(batch, seq, 4, device=DEVICE)
+    heads, width = 4, 2**31 // (batch * seq * 4) + 64
+    nodes = torch.randn(1, plan.nodes, heads, width, dtype=torch.bfloat16, device=DEVICE)
     lists = plan.scatter, plan.fold, plan.rows, plan.starts
-    (rows,) = triton_rows.foreach_scatter_rows([nodes], *lists, 128, 128, [0], [1], False)
+    (rows,) = triton_rows.foreach_scatter_rows([nodes], *lists, batch, seq, [0], [1], False)
     assert rows.numel() > 2**31
     torch.testing.assert_close(rows[-1, -1], nodes[0, plan.scatter[-1]], rtol=0, atol=0)
-    back = triton_rows.fold_rows(rows, plan.fold, plan.scatter, 0, 1)
+    axes = [0, 1]
+    if layout == "heads first":
+        rows, nodes, axes = rows.transpose(1, 2).contiguous(), nodes.transpose(1, 2), [0, 2]
+    elif layout == "features first":
+        order = (2, 3, 0, 1)
+        rows, nodes, axes = rows.permute(order).contiguous(), nodes.permute(order), [2, 3]
+    back = triton_rows.fold_rows(rows, plan.fold, plan.scatter, *axes)
     assert torch.equal(back, nodes)
-    (sums,) = triton_sums.foreach_sum_rows([rows], *lists, [0], [1])
-    assert torch.equal(sums[0, 4:], nodes[0, 4:])
-    torch.testing.assert_close(sums[0, :4], nodes[0, :4] * 128, rtol=0, atol=0)
+    (sums,) = triton_sums.foreach_sum_rows([rows], *lists, *[[axis] for axis in axes])
+    expected = nodes.clone()
+    expected.narrow(axes[1], 0, 4).mul_(batch)
+    assert torch.equal(sums, expected)
