@@ -36,7 +36,9 @@ def token_nll(
 ) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(logits.dtype, torch.float32)
     lse = torch.logsumexp(logits.to(exact), -1)
-    return lse.index_select(0, scatter) - logits[scatter, target].to(exact), lse
+    # A negative target is out of range, as for cross-entropy, and does not count from the end.
+    column = torch.where(target < 0, logits.shape[1], target)
+    return lse.index_select(0, scatter) - logits[scatter, column].to(exact), lse
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

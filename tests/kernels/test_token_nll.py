@@ -64,6 +64,16 @@ def test_opcheck() -> None:
     torch.library.opcheck(radix.sum_same_target.default, arguments)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a failed assertion on a GPU ends the process")
+@pytest.mark.parametrize("wrong", [-1, -100, 5])
+def test_targets_out_of_range_are_errors(wrong: int) -> None:
+    plan = PLANS["a tree"]
+    target = targets(plan, 5)
+    target[3] = wrong
+    with pytest.raises(IndexError, match="out of bounds"):
+        radix.token_nll(values((plan.nodes, 5), torch.float64), target, *lists(plan))
+
+
 def test_gradient_without_row_lists() -> None:
     plan = PLANS["a tree"]
     logits = values((plan.nodes, 5), torch.float64, DEVICE).requires_grad_()

@@ -146,3 +146,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_program(name: str, inn
         floor = torch.finfo(one.dtype).eps * reference.abs().max()
         allowed = (other.double() - reference).abs().max() + floor
         assert (one.double() - reference).abs().max() <= 2 * allowed
+
+
+def test_a_label_out_of_range_is_an_error() -> None:
+    """(In inductor's C++ it is one too, but that ends the process.)"""
+    model = Model()
+    options = {"inner": "aot_eager", "strict": True}
+    compiled = torch.compile(program(model, entropy), backend="radix", options=options)
+    labels = LABELS.clone()
+    labels[1, 7] = -1
+    with pytest.raises(IndexError, match="out of bounds"):
+        compiled(IDS, labels)
