@@ -54,12 +54,12 @@ def cuts(case: Case, device: torch.device, dtype: torch.dtype, width: int, heads
         q, k, v = (one.transpose(1, 2) for one in (rms_norm(q, weight), rms_norm(k, weight), v))
         moved = [rotated(q, cos, sin), rotated(k, cos, sin), v]
         result: list[Tensor] = radix.foreach_scatter_rows(
-            moved, scatter, None, None, None, batch, seq, [0] * 3, [2] * 3, False
+            moved, scatter, *[None] * 4, batch, seq, [0] * 3, [2] * 3, False
         )
         return result
 
     def scattered(x: Tensor) -> Tensor:
-        return radix.scatter_rows(x, scatter, None, None, None, batch, seq, 0, 1, False)  # type: ignore[no-any-return]
+        return radix.scatter_rows(x, scatter, *[None] * 4, batch, seq, 0, 1, False)  # type: ignore[no-any-return]
 
     qkv = (random(1, nodes, many * 128), random(1, nodes, few * 128), random(1, nodes, few * 128))
     tables = (random(128), random(1, 1, nodes, 128), random(1, 1, nodes, 128))

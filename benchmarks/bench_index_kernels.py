@@ -39,7 +39,7 @@ class Case:
         return f"{self.batch} x {self.seq}, {self.prefix} shared"
 
     def indices(self, device: torch.device) -> list[Tensor]:
-        """``fold``, ``scatter``, ``rows`` and ``starts``."""
+        """``fold``, ``scatter``, ``rows``, ``starts`` and ``pieces``."""
         ids = torch.arange(self.batch * self.seq).view(self.batch, self.seq)
         ids[:, : self.prefix] = ids[0, : self.prefix]
         plan = PrefixPlan.from_rows(ids)
@@ -84,7 +84,7 @@ def copy_seconds(moved: int, device: torch.device, runs: int) -> float:
 
 
 def one_tensor(case: Case, width: str, device: torch.device, runs: int) -> Iterator[Measured]:
-    fold, scatter, rows, starts = case.indices(device)
+    fold, scatter, *lists = case.indices(device)
     full = torch.randn(case.batch, case.seq, WIDTHS[width], device=device).bfloat16()
     compact = torch.randn(1, len(fold), WIDTHS[width], device=device).bfloat16()
     shape = case.batch, case.seq
@@ -99,11 +99,11 @@ def one_tensor(case: Case, width: str, device: torch.device, runs: int) -> Itera
     both = flat.nbytes + nodes.nbytes
     for op, peer, moved, ours, theirs in (
         ("scatter_rows", "index_select", both,
-         lambda: radix.scatter_rows(compact, scatter, None, None, None, *shape, 0, 1, False),
+         lambda: radix.scatter_rows(compact, scatter, *[None] * 4, *shape, 0, 1, False),
          lambda: nodes.index_select(0, scatter)),
         ("fold_rows", "index_select", 2 * nodes.nbytes, lambda: radix.fold_rows(full, fold, scatter, 0, 1),
          lambda: flat.index_select(0, fold)),
-        ("sum_rows", "zeros, index_add_", both, lambda: radix.sum_rows(full, scatter, fold, rows, starts, 0, 1), added),
+        ("sum_rows", "zeros, index_add_", both, lambda: radix.sum_rows(full, scatter, fold, *lists, 0, 1), added),
         ("place_rows", "zeros, index_add_", both, lambda: radix.place_rows(compact, fold, scatter, *shape, 0, 1),
          placed),
     ):  # fmt: skip
@@ -114,7 +114,7 @@ def one_tensor(case: Case, width: str, device: torch.device, runs: int) -> Itera
 
 def one_layer(case: Case, device: torch.device, runs: int) -> Iterator[Measured]:
     """Queries of 16 heads, keys and values of 8, 128 wide, as attention takes them."""
-    fold, scatter, rows, starts = case.indices(device)
+    fold, scatter, *lists = case.indices(device)
 
     def heads(batch: int, seq: int) -> list[Tensor]:
         return [torch.randn(batch, seq, n, 128, device=device).bfloat16().transpose(1, 2) for n in (16, 8, 8)]
@@ -124,10 +124,10 @@ def one_layer(case: Case, device: torch.device, runs: int) -> Iterator[Measured]
     shape, each, axes = (case.batch, case.seq), ([0, 0, 0], [2, 2, 2]), (0, 2)
     copied = copy_seconds(moved, device, runs)
     for op, together, apart in (
-        ("scatter_rows", lambda: radix.foreach_scatter_rows(compact, scatter, None, None, None, *shape, *each, False),
-         lambda: [radix.scatter_rows(one, scatter, None, None, None, *shape, *axes, False) for one in compact]),
-        ("sum_rows", lambda: radix.foreach_sum_rows(full, scatter, fold, rows, starts, *each),
-         lambda: [radix.sum_rows(one, scatter, fold, rows, starts, *axes) for one in full]),
+        ("scatter_rows", lambda: radix.foreach_scatter_rows(compact, scatter, *[None] * 4, *shape, *each, False),
+         lambda: [radix.scatter_rows(one, scatter, *[None] * 4, *shape, *axes, False) for one in compact]),
+        ("sum_rows", lambda: radix.foreach_sum_rows(full, scatter, fold, *lists, *each),
+         lambda: [radix.sum_rows(one, scatter, fold, *lists, *axes) for one in full]),
     ):  # fmt: skip
         times = seconds_of(together, device, runs), seconds_of(apart, device, runs)
         yield Measured(op, "one by one", "Q, K, V", case, *times, copied, moved)
@@ -136,14 +136,14 @@ def one_layer(case: Case, device: torch.device, runs: int) -> Iterator[Measured]
 def launch_microseconds(device: torch.device, calls: int = 200) -> str:
     """What a call costs the CPU, which a GPU that has other work to do does not wait for."""
     case = Case(4, 64, 32)
-    fold, scatter, rows, starts = case.indices(device)
+    fold, scatter, *lists = case.indices(device)
     compact, full = torch.randn(1, len(fold), 64, device=device), torch.randn(4, 64, 64, device=device)
     found = []
     timed: dict[str, Callable[[], object]] = {
         "index_select": lambda: compact.index_select(1, scatter),
         "fold_rows": lambda: radix.fold_rows(full, fold, scatter, 0, 1),
-        "scatter_rows": lambda: radix.scatter_rows(compact, scatter, None, None, None, 4, 64, 0, 1, False),
-        "sum_rows of 3": lambda: radix.foreach_sum_rows([full] * 3, scatter, fold, rows, starts, [0] * 3, [1] * 3),
+        "scatter_rows": lambda: radix.scatter_rows(compact, scatter, *[None] * 4, 4, 64, 0, 1, False),
+        "sum_rows of 3": lambda: radix.foreach_sum_rows([full] * 3, scatter, fold, *lists, [0] * 3, [1] * 3),
     }
     for name, call in timed.items():
         for _ in range(20):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from radix_compile import torch_internals as internals
+from radix_compile.arrays import as_multiple
 from radix_compile.capture import CaptureError, capture, first_line
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
@@ -148,7 +149,10 @@ def _compile_folded(
     ids = captured.meta["tokens"].keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
     differentiable = captured.meta["differentiable"]
-    arrays = internals.unbacked_plan_inputs(ids.shape[0] * ids.shape[1], ids.device, lists=differentiable)
+    rows = ids.shape[0] * ids.shape[1]
+    multiple = as_multiple(options.pad_multiple_of)
+    most = -(-internals.upper_bound(rows) // multiple) * multiple
+    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, lists=differentiable)
     inputs = [*example_inputs, *arrays]
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):

@@ -23,6 +23,9 @@ from radix_compile.prefix_sort import sort_equal_lengths
 
 __all__ = ["PrefixPlan", "compute_fold_and_scatter", "compute_fold_and_scatter_torch"]
 
+PIECE = 64
+"""Rows that one worker adds up at most, in sums over the rows of a node: longer lists are done in pieces."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixPlan:
@@ -51,12 +54,13 @@ class PrefixPlan:
         """Number of nodes, padding of `fold` not counted."""
         return int(self.scatter.max(initial=-1)) + 1
 
-    def row_lists(self) -> tuple[Int64, Int64]:
-        """The rows of each node in CSR form, for sums over them: ``rows`` ``[B * S]`` and ``starts`` ``[T' + 1]``.
+    def row_lists(self) -> tuple[Int64, Int64, Int64]:
+        """The rows of each node in CSR form, for sums over them: ``rows``, ``starts`` and ``pieces``.
 
-        The rows of node ``n`` are ``rows[starts[n]:starts[n + 1]]``, those of sequences earlier in `order` first. What
-        of `rows` lies behind ``starts[T']`` is 0: rows that are left out are in no list, and padding of `fold` has an
-        empty one.
+        ``rows`` is ``[B * S]``, ``starts`` ``[T' + 1]``. The rows of node ``n`` are ``rows[starts[n]:starts[n + 1]]``,
+        those of sequences earlier in `order` first. What of `rows` lies behind ``starts[T']`` is 0: rows that are left
+        out are in no list, and padding of `fold` has an empty one. ``pieces`` ``[P]`` are the places in `rows` where
+        the pieces of `PIECE` entries start, of lists that are longer than one; often there are none.
         """
         batch, count, nodes = len(self.order), len(self.scatter), len(self.fold)
         length = count // max(batch, 1)
@@ -73,8 +77,7 @@ class PrefixPlan:
         target[node < 0] = count
         rows = np.zeros(count + 1, np.int64)
         rows[target] = (self.order * length)[:, None] + np.arange(length)
-        rows = rows[:-1]
-        return rows, starts
+        return rows[:-1], starts, _pieces(starts) if batch > PIECE else np.empty(0, np.int64)
 
     @property
     def compression(self) -> float:
@@ -145,3 +148,12 @@ class PrefixPlan:
         if extra := -fold.size % multiple if fold.size else 0:
             fold = np.concatenate([fold, np.full(extra, fold[0])])
         return cls(fold, scatter.ravel(), order, shared)
+
+
+def _pieces(starts: Int64) -> Int64:
+    sizes = np.diff(starts)
+    long = np.flatnonzero(sizes > PIECE)
+    counts = -(-sizes[long] // PIECE)
+    nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    pieces: Int64 = np.repeat(starts[long], counts) + nth * PIECE
+    return pieces

@@ -120,14 +120,18 @@ def test_row_lists_hold_the_rows_of_each_node(
     unique = None if unique_share is None else path_mask(keys, salt, unique_share)
     skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share)
     plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, pad_multiple_of=pad)
-    rows, starts = plan.row_lists()
-    assert rows.dtype == starts.dtype == np.int64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_plan, "PIECE", 2)
+        rows, starts, pieces = plan.row_lists()
+    assert rows.dtype == starts.dtype == pieces.dtype == np.int64
     assert (rows.shape, starts.shape) == (plan.scatter.shape, (len(plan.fold) + 1,))
     for node in range(len(plan.fold)):
         listed = rows[starts[node] : starts[node + 1]].tolist()
         assert sorted(listed) == np.flatnonzero(plan.scatter == node).tolist()
         assert not listed or listed[0] == plan.fold[node]
     assert not rows[starts[-1] :].any()
+    long = [(a, b) for a, b in pairwise(starts.tolist()) if b - a > 2]
+    assert pieces.tolist() == [place for a, b in long for place in range(a, b, 2)]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 40, 1 << 18])

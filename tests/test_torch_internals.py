@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from radix_compile import torch_internals as internals
 from tests.models import shared_batch
@@ -51,15 +52,33 @@ def test_fake_inputs_are_those_of_the_guards() -> None:
 
 def test_the_number_of_nodes_is_unbacked() -> None:
     def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
-        fold, scatter = internals.unbacked_plan_inputs(24, torch.device("cpu"), lists=False)
+        fold, scatter = internals.unbacked_plan_inputs(24, 32, torch.device("cpu"), lists=False)
         assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
         assert scatter.shape == (24,)
-        fold, scatter, rows, starts = internals.unbacked_plan_inputs(24, torch.device("cpu"), lists=True)
+        assert statically_known_true(fold.shape[0] <= 32)
+        assert not statically_known_true(fold.shape[0] <= 31)
+        fold, scatter, rows, starts, pieces = internals.unbacked_plan_inputs(24, 32, torch.device("cpu"), lists=True)
+        assert pieces.shape[0].node.hint is None or not pieces.shape[0].node.has_hint()
         assert scatter.shape == rows.shape == (24,)
         assert str(starts.shape[0] - 1) == str(fold.shape[0])
         assert not internals.fake_mode().shape_env.pending_fresh_unbacked_symbols
 
     in_a_backend(check)
+
+
+def test_the_bound_of_a_symbol_is_a_guard() -> None:
+    bounds: list[int] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        (x,) = [fake for fake in internals.fake_inputs(inputs) if isinstance(fake, torch.Tensor)]
+        bounds.append(internals.upper_bound(x.shape[0]))
+        assert internals.upper_bound(1000) == 1000
+        return gm.forward
+
+    function = torch.compile(lambda x: x.sum(), backend=backend, dynamic=True)
+    for size in (4, 2**16, 2**16 + 1, 2**17):
+        function(torch.ones(size))
+    assert bounds == [2**16, 2**18]
 
 
 def test_equal_sizes_of_two_symbols_become_a_guard() -> None:

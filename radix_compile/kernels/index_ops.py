@@ -16,8 +16,8 @@ In every signature ``full`` is ``[..., B, ..., S, ...]`` with the batch at ``bat
 ``[B, S, features]`` in memory. Of the plan, ``fold`` ``[T']`` has one row ``b * S + s`` for each node and ``scatter``
 ``[B * S]`` the node of each row, -1 for a row that is left out (then ``holes`` says so, and the row is zero). ``rows``
 ``[B * S]`` and ``starts`` ``[T' + 1]`` are the rows of each node in CSR form: those of node ``n`` are
-``rows[starts[n]:starts[n + 1]]``, that of ``fold`` first. ``scatter_rows`` needs the lists for its gradient only. All
-indices are int64.
+``rows[starts[n]:starts[n + 1]]``, that of ``fold`` first; ``pieces`` ``[P]`` is how long lists are divided, see
+``PrefixPlan.row_lists``. ``scatter_rows`` needs the lists for its gradient only. All indices are int64.
 
 Triton kernels run on CUDA (``triton_rows``, ``triton_sums``), torch code elsewhere (``reference``). Inductor is given
 some as plain indexing instead: ``decompositions``.
@@ -38,7 +38,7 @@ from radix_compile.kernels.row_layout import empty_rows
 
 radix = torch.ops.radix
 
-_LISTS = "Tensor fold, Tensor rows, Tensor starts"
+_LISTS = "Tensor fold, Tensor rows, Tensor starts, Tensor pieces"
 _MAYBE_LISTS = _LISTS.replace("Tensor", "Tensor?")
 _FULL = "SymInt batch, SymInt seq"
 _AXES = "int batch_dim, int seq_dim"
@@ -52,6 +52,7 @@ _SCHEMAS = (
     f"foreach_sum_rows(Tensor[] full, Tensor scatter, {_LISTS}, {_EACH}) -> Tensor[]",
     f"gather_columns(Tensor table, Tensor fold, Tensor scatter, {_FULL}, int dim) -> Tensor",
 )
+
 # ---------------------------------------------------------------------------------------------------------- which code
 
 
@@ -63,10 +64,10 @@ def has_triton() -> bool:
 def _run(name: str, moved: Any, *args: Any) -> Any:
     """The op by its Triton kernel, if there is one for these tensors."""
     if name in ("scatter_rows", "sum_rows"):  # a list of one
-        *plan, batch_dim, seq_dim = args[: 8 if name == "scatter_rows" else 6]
+        *plan, batch_dim, seq_dim = args[: 9 if name == "scatter_rows" else 7]
         return _run(f"foreach_{name}", [moved], *plan, [batch_dim], [seq_dim], *args[len(plan) + 2 :])[0]
     tensors: Sequence[Tensor] = [moved] if isinstance(moved, Tensor) else moved
-    if name != "gather_columns" and has_triton() and all(tensor.is_cuda for tensor in tensors):
+    if has_triton() and all(tensor.is_cuda for tensor in tensors):
         from radix_compile.kernels import triton_rows, triton_sums
 
         sums = name == "foreach_sum_rows"
@@ -83,23 +84,24 @@ def _fake_compact(full: Tensor, nodes: int, batch_dim: int, seq_dim: int) -> Ten
 
 
 def _fake_foreach_scatter_rows(compact: Any, *rest: Any) -> list[Tensor]:
-    batch, seq, batch_dims, seq_dims = rest[4:8]
+    batch, seq, batch_dims, seq_dims = rest[5:9]
     return [empty_rows(one, batch, seq, *at) for one, *at in zip(compact, batch_dims, seq_dims, strict=True)]
 
 
-def _fake_foreach_sum_rows(full: Any, scatter: Any, fold: Any, rows: Any, starts: Any, *axes: Any) -> list[Tensor]:
+def _fake_foreach_sum_rows(full: Any, scatter: Any, fold: Any, *rest: Any) -> list[Tensor]:
+    axes = rest[3:]
     return [_fake_compact(one, fold.shape[0], *at) for one, *at in zip(full, *axes, strict=True)]
 
 
 def _fake_gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:
-    return table.new_empty((*table.shape[:dim], fold.shape[0], *table.shape[dim + 1 :]))
+    return empty_rows(table.unsqueeze(0), 1, fold.shape[0], 0, dim + 1).squeeze(0)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "fold_rows": lambda full, fold, scatter, *axes: _fake_compact(full, fold.shape[0], *axes),
     "place_rows": lambda compact, fold, scatter, *full: empty_rows(compact, *full),
-    "scatter_rows": lambda compact, *rest: empty_rows(compact, *rest[4:8]),
-    "sum_rows": lambda full, scatter, fold, rows, starts, *axes: _fake_compact(full, fold.shape[0], *axes),
+    "scatter_rows": lambda compact, *rest: empty_rows(compact, *rest[5:9]),
+    "sum_rows": lambda full, scatter, fold, rows, starts, pieces, *axes: _fake_compact(full, fold.shape[0], *axes),
     "foreach_scatter_rows": _fake_foreach_scatter_rows,
     "foreach_sum_rows": _fake_foreach_sum_rows,
     "gather_columns": _fake_gather_columns,
@@ -144,7 +146,7 @@ def _foreach_scatter_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, 
 def _with_lists(ctx: Any) -> tuple[Tensor, ...]:
     plan: tuple[Tensor, ...] = ctx.saved_tensors
     if any(tensor is None for tensor in plan):
-        raise RuntimeError("the gradient of scatter_rows needs the row lists: pass `fold`, `rows` and `starts`")
+        raise RuntimeError("the gradient of scatter_rows needs lists: pass `fold`, `rows`, `starts` and `pieces`")
     return plan
 
 
@@ -196,9 +198,7 @@ def decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
     ``benchmarks.bench_cuts``, in benchmarks/results. On a CPU indexing is 0.9x to 1.8x as fast for the
     scatter of Q, K and V, and faster at every other cut, by up to 11x (the gradient of a fold). On a GPU it is slower
     at every cut, by 1.7x (norm, rotary and scatter of Q, K and V) to 11x (the gradient of a fold): the generated code
-    finds the row of every entry anew. Tables by column are small, and what they meet is elementwise: always indexing.
+    finds the row of every entry anew, and the column of a table's entry in every layer.
     """
-    names = ["gather_columns"]
-    if device.type == "cpu":
-        names += ["fold_rows", "place_rows", "scatter_rows", "foreach_scatter_rows"]
-    return {getattr(radix, name).default: getattr(reference, name) for name in names}
+    names = ("fold_rows", "place_rows", "scatter_rows", "foreach_scatter_rows", "gather_columns")
+    return {getattr(radix, name).default: getattr(reference, name) for name in names if device.type == "cpu"}

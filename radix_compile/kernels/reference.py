@@ -37,6 +37,7 @@ def scatter_rows(
     fold: Tensor | None,
     rows: Tensor | None,
     starts: Tensor | None,
+    pieces: Tensor | None,
     batch: int,
     seq: int,
     batch_dim: int,
@@ -59,7 +60,14 @@ def _looked_up(
 
 
 def sum_rows(
-    full: Tensor, scatter: Tensor, fold: Tensor, rows: Tensor, starts: Tensor, batch_dim: int, seq_dim: int
+    full: Tensor,
+    scatter: Tensor,
+    fold: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    pieces: Tensor,
+    batch_dim: int,
+    seq_dim: int,
 ) -> Tensor:
     flat = _rows_of(full, batch_dim, seq_dim)
     features = flat.shape[1:]
@@ -72,7 +80,7 @@ def sum_rows(
 
 def gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:
     """``table`` ``[..., S, ...]`` (``S`` at ``dim``), the entry for the column of each node: ``[..., T', ...]``."""
-    return table.index_select(dim, fold % seq)
+    return table.movedim(dim, 0).index_select(0, fold % seq).movedim(0, dim)
 
 
 def foreach_scatter_rows(
@@ -81,6 +89,7 @@ def foreach_scatter_rows(
     fold: Tensor | None,
     rows: Tensor | None,
     starts: Tensor | None,
+    pieces: Tensor | None,
     batch: int,
     seq: int,
     batch_dims: Sequence[int],
@@ -89,7 +98,7 @@ def foreach_scatter_rows(
 ) -> list[Tensor]:
     axes = zip(batch_dims, seq_dims, strict=True)
     return [
-        scatter_rows(one, scatter, fold, rows, starts, batch, seq, *at, holes)
+        scatter_rows(one, scatter, fold, rows, starts, pieces, batch, seq, *at, holes)
         for one, at in zip(compact, axes, strict=True)
     ]
 
@@ -100,8 +109,9 @@ def foreach_sum_rows(
     fold: Tensor,
     rows: Tensor,
     starts: Tensor,
+    pieces: Tensor,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
 ) -> list[Tensor]:
     axes = zip(batch_dims, seq_dims, strict=True)
-    return [sum_rows(one, scatter, fold, rows, starts, *at) for one, at in zip(full, axes, strict=True)]
+    return [sum_rows(one, scatter, fold, rows, starts, pieces, *at) for one, at in zip(full, axes, strict=True)]

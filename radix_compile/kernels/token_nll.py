@@ -4,9 +4,9 @@
 ``[T, vocabulary]`` tensor, neither here nor for the gradient, which for node ``n`` with rows ``t`` is
 ``softmax(logits[n]) * sum(grad[t])`` less ``grad[t]`` at each ``target[t]``. Importing this module registers the ops:
 
-``token_nll(logits, target, scatter, fold, rows, starts) -> (nll, lse)``
+``token_nll(logits, target, scatter, fold, rows, starts, pieces) -> (nll, lse)``
     ``logits`` ``[T', V]`` of any floating dtype, ``target`` ``[T]`` in ``[0, V)``, the plan as in ``index_ops`` (the
-    last three are for the gradient only). ``nll`` ``[T]`` and ``lse`` ``[T']``, both float32, float64 for such logits.
+    last four are for the gradient only). ``nll`` ``[T]`` and ``lse`` ``[T']``, both float32, float64 for such logits.
     ``lse`` is there to be saved and has no gradient.
 ``sum_same_target(values, target, scatter, rows, starts) -> Tensor``
     For each row the sum of ``values`` ``[T]`` over the rows of its node with its target: ``[T]``, without atomics.
@@ -33,6 +33,7 @@ def token_nll(
     fold: Tensor | None = None,
     rows: Tensor | None = None,
     starts: Tensor | None = None,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(logits.dtype, torch.float32)
     lse = torch.logsumexp(logits.to(exact), -1)
@@ -43,25 +44,25 @@ def token_nll(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, *rest = inputs
-    ctx.save_for_backward(logits, output[1], *rest)
+    ctx.save_for_backward(logits, *output, *rest)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    """In ops that a compiler makes one pass over the logits, in place, and a look at one entry for each row.
+    """In ops that a compiler makes one pass over the logits, and a look at one entry for each row.
 
-    The entries at the targets are computed apart and written over: rounded to the dtype of the logits once, as all
-    others are. Rows of one node with the same target write the same number.
+    That pass is the only reader of the logits, so that it can be in place: the probability of a target is taken from
+    ``nll``. The entries at the targets are computed apart and written over: rounded to the dtype of the logits once,
+    as all others are. Rows of one node with the same target write the same number.
     """
-    logits, lse, target, scatter, fold, rows, starts = ctx.saved_tensors
-    if fold is None or rows is None or starts is None:
-        raise RuntimeError("the gradient of token_nll needs the row lists: pass `fold`, `rows` and `starts`")
-    total = radix.sum_rows(grad.unsqueeze(0), scatter, fold, rows, starts, 0, 1).squeeze(0)
+    logits, nll, lse, target, scatter, fold, rows, starts, pieces = ctx.saved_tensors
+    if fold is None or rows is None or starts is None or pieces is None:
+        raise RuntimeError("the gradient of token_nll needs lists: pass `fold`, `rows`, `starts` and `pieces`")
+    total = radix.sum_rows(grad.unsqueeze(0), scatter, fold, rows, starts, pieces, 0, 1).squeeze(0)
     slope = torch.exp(logits.to(lse.dtype) - lse.unsqueeze(1)) * total.unsqueeze(1)
-    at_target = torch.exp(logits[scatter, target].to(lse.dtype) - lse[scatter]) * total[scatter]
-    at_target = at_target - radix.sum_same_target(grad, target, scatter, rows, starts)
+    at_target = torch.exp(-nll) * total[scatter] - radix.sum_same_target(grad, target, scatter, rows, starts)
     result = slope.to(logits.dtype).index_put((scatter, target), at_target.to(logits.dtype))
-    return result, None, None, None, None, None
+    return result, None, None, None, None, None, None
 
 
 def _sum_same_target(values: Tensor, target: Tensor, scatter: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
@@ -90,8 +91,8 @@ def _fake(logits: Tensor, target: Tensor, *plan: Tensor) -> tuple[Tensor, Tensor
 
 
 library.define(
-    "token_nll(Tensor logits, Tensor target, Tensor scatter, Tensor? fold, Tensor? rows, Tensor? starts)"
-    " -> (Tensor nll, Tensor lse)"
+    "token_nll(Tensor logits, Tensor target, Tensor scatter, Tensor? fold, Tensor? rows, Tensor? starts,"
+    " Tensor? pieces) -> (Tensor nll, Tensor lse)"
 )
 library.define("sum_same_target(Tensor values, Tensor target, Tensor scatter, Tensor rows, Tensor starts) -> Tensor")
 library.impl("token_nll", token_nll, "CompositeExplicitAutograd")

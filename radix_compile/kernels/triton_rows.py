@@ -6,7 +6,9 @@ blocks, where the columns of all tensors count on after each other. Row offsets 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.row_layout import RowLayout, empty_rows, in_rows
+from radix_compile.kernels.row_layout import RowLayout, row_layout, rows_geometry
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 DTYPES = FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
@@ -92,31 +94,63 @@ def _copy_rows(
 # ----------------------------------------------------------------------------------------------------------- launches
 
 
+@dataclass(frozen=True, slots=True)
 class Moved:
-    """Tensors that move together: as rows, with the sizes and constants that their kernels take."""
+    """How tensors of given shapes, strides and dtypes move together: the constants that their kernels take."""
 
-    def __init__(self, tensors: Sequence[Tensor], axes: Sequence[tuple[int, int]]) -> None:
-        rows = [in_rows(as_bytes(one), *at) for one, at in zip(tensors, axes, strict=True)]
-        self.sources = tuple(source for source, _ in rows)
-        layouts: list[RowLayout] = [layout for _, layout in rows]
-        self.seq = layouts[0].seq
-        self.strides = tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
-        self.widths = tuple(of.width for of in layouts)
-        self.constants: dict[str, Any] = {
-            "WIDTHS": self.widths,
-            "INNERS": tuple(of.inner for of in layouts),
-            "FLATS": tuple(of.flat for of in layouts),
-            "num_warps": WARPS,
-        }
-        entries = TILE // max(source.element_size() for source in self.sources)
-        # A tile is as wide as the narrowest tensor, so that no part of it is idle; but at least half a KiB.
-        narrowest, widest = (triton.next_power_of_2(max(1, f(self.widths))) for f in (min, max))
-        self.columns = min(max(narrowest, entries // 8), widest, entries)
-        self.at_once = entries // self.columns
-        """Rows in one tile."""
+    layouts: tuple[RowLayout, ...]
+    axes: tuple[tuple[int, int], ...]
+    columns: int
+    """Columns of one tile."""
+    at_once: int
+    """Rows of one tile."""
+    strides: tuple[tuple[int, int, int, int], ...]
+    widths: tuple[int, ...]
+    constants: dict[str, Any]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], batch_dims: Sequence[int], seq_dims: Sequence[int]) -> Moved:
+        geometry = tuple([(one.shape, one.stride(), one.element_size()) for one in tensors])
+        return _moved(geometry, tuple(batch_dims), tuple(seq_dims))
+
+    @property
+    def seq(self) -> int:
+        return self.layouts[0].seq
 
     def blocks(self, columns: int) -> int:
-        return sum(triton.cdiv(width, columns) for width in self.widths)
+        return sum(-(-width // columns) for width in self.widths)
+
+    def sources(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the strides are those of: the tensors, as a rule."""
+        moved = zip(tensors, self.layouts, self.axes, strict=True)
+        return tuple([as_bytes(layout.applied(one, *at)) for one, layout, at in moved])
+
+    def empty(self, tensors: Sequence[Tensor], batch: int, seq: int) -> list[Tensor]:
+        """Uninitialised results: the features of the tensors, with contiguous rows."""
+        return [
+            one.new_empty_strided(*rows_geometry(one.shape, batch, seq, *at))
+            for one, at in zip(tensors, self.axes, strict=True)
+        ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _moved(
+    geometry: tuple[tuple[torch.Size, tuple[int, ...], int], ...],
+    batch_dims: tuple[int, ...],
+    seq_dims: tuple[int, ...],
+) -> Moved:
+    """The same sizes come again for each layer, and working all this out takes longer than a launch."""
+    axes = tuple(zip(batch_dims, seq_dims, strict=True))
+    layouts = tuple(row_layout(shape, stride, *at) for (shape, stride, _), at in zip(geometry, axes, strict=True))
+    strides = tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
+    widths = tuple(of.width for of in layouts)
+    entries = TILE // max(size for *_, size in geometry)
+    # A tile is as wide as the narrowest tensor, so that no part of it is idle; but at least half a KiB.
+    narrowest, widest = (triton.next_power_of_2(max(1, f(widths))) for f in (min, max))
+    columns = min(max(narrowest, entries // 8), widest, entries)
+    inners, flats = tuple(of.inner for of in layouts), tuple(of.flat for of in layouts)
+    constants = {"WIDTHS": widths, "INNERS": inners, "FLATS": flats}
+    return Moved(layouts, axes, columns, entries // columns, strides, widths, constants)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -125,35 +159,37 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def _copied(
     tensors: Sequence[Tensor],
-    axes: Sequence[tuple[int, int]],
+    batch_dims: Sequence[int],
+    seq_dims: Sequence[int],
     index: Tensor,
     guard: Tensor | None,
     batch: int,
     seq: int,
 ) -> list[Tensor]:
     """``[..., batch, ..., seq, ...]`` tensors whose row ``r`` is the source's row ``index[r]``."""
-    results = [empty_rows(one, batch, seq, *at) for one, at in zip(tensors, axes, strict=True)]
-    moved = Moved(tensors, axes)
+    moved = Moved.of(tensors, batch_dims, seq_dims)
+    results = moved.empty(tensors, batch, seq)
     blocks = moved.blocks(moved.columns)
     if batch * seq and blocks:
         if seq < 4 * moved.at_once:
             batch, seq = 1, batch * seq
         with torch.cuda.device_of(index):
-            _copy_rows[batch * triton.cdiv(seq, moved.at_once), blocks](
-                tuple(map(as_bytes, results)), moved.sources, moved.strides, index, guard, batch, seq, moved.seq,
-                GUARDED=guard is not None, ROWS=moved.at_once, COLUMNS=moved.columns, **moved.constants,
+            _copy_rows[batch * -(-seq // moved.at_once), blocks](
+                tuple(map(as_bytes, results)), moved.sources(tensors), moved.strides, index, guard, batch, seq,
+                moved.seq, GUARDED=guard is not None, ROWS=moved.at_once, COLUMNS=moved.columns, num_warps=WARPS,
+                **moved.constants,
             )  # fmt: skip
     return results
 
 
 def fold_rows(full: Tensor, fold: Tensor, scatter: Tensor, batch_dim: int, seq_dim: int) -> Tensor:
-    return _copied([full], [(batch_dim, seq_dim)], fold, None, 1, fold.shape[0])[0]
+    return _copied([full], [batch_dim], [seq_dim], fold, None, 1, fold.shape[0])[0]
 
 
 def place_rows(
     compact: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, batch_dim: int, seq_dim: int
 ) -> Tensor:
-    return _copied([compact], [(batch_dim, seq_dim)], scatter, fold, batch, seq)[0]
+    return _copied([compact], [batch_dim], [seq_dim], scatter, fold, batch, seq)[0]
 
 
 def foreach_scatter_rows(
@@ -162,10 +198,16 @@ def foreach_scatter_rows(
     fold: Tensor | None,
     rows: Tensor | None,
     starts: Tensor | None,
+    pieces: Tensor | None,
     batch: int,
     seq: int,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
     holes: bool,
 ) -> list[Tensor]:
-    return _copied(compact, list(zip(batch_dims, seq_dims, strict=True)), scatter, None, batch, seq)
+    return _copied(compact, batch_dims, seq_dims, scatter, None, batch, seq)
+
+
+def gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:
+    """A fold of the table repeated for each sequence, which takes no memory."""
+    return fold_rows(table.expand(batch, *table.shape), fold, scatter, 0, dim + 1).squeeze(0)

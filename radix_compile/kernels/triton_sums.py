@@ -1,10 +1,8 @@
 """The segment sums as Triton kernels: no atomics, and an order of additions that depends on the plan alone.
 
 A sum starts with the one row that ``fold`` gives for a node, whose load waits for no list, and adds the rest of the
-node's list. So that a node with thousands of rows does not keep one program busy after all others are done, a list
-longer than ``STRETCH`` is divided at multiples of ``STRETCH``: ``_stretch_sums`` adds up each stretch, ``_long_sums``
-what is before the first of them and then the stretches. (A node has no more rows than there are sequences, so batches
-of up to ``STRETCH`` sequences need no such thing.)
+node's list. So that a node with thousands of rows does not keep one program busy after all others are done, the plan
+divides lists longer than ``PIECE``: ``_piece_sums`` adds up each piece, ``_long_sums`` the pieces of each such list.
 """
 
 from __future__ import annotations
@@ -16,13 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.row_layout import empty_rows
-from radix_compile.kernels.triton_rows import Moved, offset_of, start_of
+from radix_compile.kernels.triton_rows import WARPS, Moved, offset_of, start_of
+from radix_compile.prefix_plan import PIECE
 
-STRETCH = 64
-"""Rows of one node that one program adds up at most."""
-STRETCHES = 16
-"""Stretches that one program looks at: nearly all belong to short lists, and a program that finds that still costs."""
 AHEAD = 32
 """Rows of a long list that are loaded before the first is added."""
 LONG_COLUMNS = 256
@@ -90,78 +84,56 @@ def _node_sums(
 
 
 @triton.jit
-def _long_list(stretch, scatter, rows, starts, nodes, STRETCH: tl.constexpr):
-    """The node whose list the stretch begins in, and that list; an empty one if it is no longer than ``STRETCH``."""
-    listed = stretch * STRETCH < tl.load(starts + nodes)
-    node = tl.load(scatter + tl.load(rows + stretch * STRETCH, mask=listed, other=0), mask=listed, other=0)
-    begin = tl.load(starts + node, mask=listed, other=0)
-    end = tl.load(starts + node + 1, mask=listed, other=0)
-    return node, begin, tl.where(end - begin > STRETCH, end, begin)
-
-
-@triton.jit
-def _stretch_sums(
-    partials, sources, strides, scatter, rows, starts, nodes, seq,
+def _piece_sums(
+    partials, sources, strides, scatter, rows, starts, pieces, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    STRETCH: tl.constexpr, STRETCHES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``partials[b]``: the sum over list entries ``[b * STRETCH, (b + 1) * STRETCH)`` that are of one long list."""
-    several = tl.program_id(0).to(tl.int64) * STRETCHES
-    _any_node, begins, ends = _long_list(several + tl.arange(0, STRETCHES), scatter, rows, starts, nodes, STRETCH)
+    """``partials[p]``: the sum over piece ``p`` of a long list."""
+    piece = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    begin = tl.load(pieces + piece)
+    node = tl.load(scatter + tl.load(rows + begin))
+    end = tl.minimum(begin + PIECE, tl.load(starts + node + 1))
     block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
-        if (block >= first_block) & (block < first_block + blocks) & (tl.max(ends - begins, 0) > 0):
+        if (block >= first_block) & (block < first_block + blocks):
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
             wanted = column < WIDTHS[i]
             offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
-            for k in range(STRETCHES):
-                stretch = several + k + tl.arange(0, 1)
-                _node, _first, last = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
-                begin = stretch * STRETCH
-                end = tl.minimum(last, begin + STRETCH)
-                if tl.max(end - begin, 0) > 0:
-                    total = _list_sum(
-                        sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted,
-                        FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
-                    )  # fmt: skip
-                    tl.store(partials[i] + stretch[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
+            total = _list_sum(
+                sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted,
+                FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
+            )  # fmt: skip
+            tl.store(partials[i] + piece[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
         first_block += blocks
 
 
 @triton.jit
 def _long_sums(
-    targets, partials, sources, strides, scatter, rows, starts, nodes, seq,
-    WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    STRETCH: tl.constexpr, STRETCHES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    targets, partials, scatter, rows, starts, pieces,
+    WIDTHS: tl.constexpr, SUMS: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``target[n]`` for a node with a long list: by the program of the first stretch that begins in it."""
-    several = tl.program_id(0).to(tl.int64) * STRETCHES
-    _any_node, begins, ends = _long_list(several + tl.arange(0, STRETCHES), scatter, rows, starts, nodes, STRETCH)
+    """``target[n]`` for a node with a long list: by the program of its first piece."""
+    piece = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    position = tl.load(pieces + piece)
+    node = tl.load(scatter + tl.load(rows + position))
+    begin = tl.load(starts + node)
+    last = piece + (tl.load(starts + node + 1) - begin + PIECE - 1) // PIECE
     block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
-        if (block >= first_block) & (block < first_block + blocks) & (tl.max(ends - begins, 0) > 0):
+        mine = (position == begin) & (block >= first_block) & (block < first_block + blocks)
+        if tl.max(mine.to(tl.int32), 0) > 0:
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
             wanted = column < WIDTHS[i]
-            offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
-            for k in range(STRETCHES):
-                stretch = several + k + tl.arange(0, 1)
-                node, begin, end = _long_list(stretch, scatter, rows, starts, nodes, STRETCH)
-                mine = (begin < end) & (stretch * STRETCH - begin < STRETCH)
-                if tl.max(mine.to(tl.int32), 0) > 0:
-                    total = _list_sum(
-                        sources[i], rows, begin, stretch * STRETCH, seq, strides[i][0], strides[i][1], offset, wanted,
-                        FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
-                    )  # fmt: skip
-                    total += _list_sum(
-                        partials[i], None, stretch, (end + STRETCH - 1) // STRETCH, 1, 0, WIDTHS[i], column, wanted,
-                        True, SUMS[i], 1, AHEAD, COLUMNS,
-                    )  # fmt: skip
-                    at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
-                    tl.store(at, total.to(targets[i].dtype.element_ty), mask=wanted[None, :])
+            total = _list_sum(
+                partials[i], None, piece, last, 1, 0, WIDTHS[i], column, wanted, True, SUMS[i], 1, AHEAD, COLUMNS
+            )
+            at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
+            tl.store(at, total.to(targets[i].dtype.element_ty), mask=wanted[None, :])
         first_block += blocks
 
 
@@ -174,35 +146,33 @@ def foreach_sum_rows(
     fold: Tensor,
     rows: Tensor,
     starts: Tensor,
+    pieces: Tensor,
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
 ) -> list[Tensor]:
-    axes = list(zip(batch_dims, seq_dims, strict=True))
-    nodes, listed = fold.shape[0], scatter.shape[0]
-    results = [empty_rows(one, 1, nodes, *at) for one, at in zip(full, axes, strict=True)]
-    moved = Moved(full, axes)
+    nodes = fold.shape[0]
+    moved = Moved.of(full, batch_dims, seq_dims)
+    results = moved.empty(full, 1, nodes)
     blocks = moved.blocks(moved.columns)
     if not (nodes and blocks):
         return results
+    targets, sources = tuple(results), moved.sources(full)
     dtypes = [torch.promote_types(one.dtype, torch.float32) for one in full]
-    constants = moved.constants | {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes)}
-    targets = tuple(results)
-    plan = rows, starts, nodes, moved.seq
-    divided = full[0].shape[batch_dims[0]] > STRETCH
+    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "num_warps": WARPS}
     with torch.cuda.device_of(scatter):
-        _node_sums[triton.cdiv(nodes, moved.at_once), blocks](
-            targets, moved.sources, moved.strides, fold, *plan,
-            LONGEST=STRETCH if divided else listed, NODES=moved.at_once, COLUMNS=moved.columns, **constants,
+        _node_sums[-(-nodes // moved.at_once), blocks](
+            targets, sources, moved.strides, fold, rows, starts, nodes, moved.seq,
+            LONGEST=PIECE, NODES=moved.at_once, COLUMNS=moved.columns, **moved.constants, **sums,
         )  # fmt: skip
-        if divided:
+        if count := pieces.shape[0]:
             columns = min(moved.columns, LONG_COLUMNS)
-            stretches = triton.cdiv(listed, STRETCH)
-            grid = triton.cdiv(stretches, STRETCHES), moved.blocks(columns)
+            grid = count, moved.blocks(columns)
             partials = tuple(
-                scatter.new_empty((stretches, width), dtype=dtype)
+                scatter.new_empty((count, width), dtype=dtype)
                 for width, dtype in zip(moved.widths, dtypes, strict=True)
             )
-            constants |= {"STRETCH": STRETCH, "STRETCHES": STRETCHES, "AHEAD": AHEAD, "COLUMNS": columns}
-            _stretch_sums[grid](partials, moved.sources, moved.strides, scatter, *plan, **constants)
-            _long_sums[grid](targets, partials, moved.sources, moved.strides, scatter, *plan, **constants)
+            lists = scatter, rows, starts, pieces
+            sums |= {"PIECE": PIECE, "AHEAD": AHEAD, "COLUMNS": columns}
+            _piece_sums[grid](partials, sources, moved.strides, *lists, moved.seq, **moved.constants, **sums)
+            _long_sums[grid](targets, partials, *lists, WIDTHS=moved.widths, **sums)
     return results

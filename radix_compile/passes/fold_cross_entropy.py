@@ -90,7 +90,7 @@ def _scattered(node: fx.Node) -> fx.Node | None:
     if "radix" not in node.meta or not _has_rows_in_order(node):
         return None
     node = _behind_views(node)
-    return node if node.target is radix.scatter_rows.default and node.args[7:9] == (0, 1) else None
+    return node if node.target is radix.scatter_rows.default and node.args[-3:-1] == (0, 1) else None
 
 
 def _has_rows_in_order(node: fx.Node) -> bool:
@@ -114,7 +114,7 @@ def _token_nll(scattered: fx.Node, target: fx.Node, logits: fx.Node | None = Non
     merged = "radix" in logits.meta and len(value_of(logits).axes) == 2
     if not merged:  # [1, T', V]
         logits = call(aten.squeeze.dim, (logits, 0))
-    made = call(radix.token_nll.default, (logits, target, *scattered.args[1:5]))
+    made = call(radix.token_nll.default, (logits, target, *scattered.args[1:6]))
     return call(operator.getitem, (made, 0))
 
 

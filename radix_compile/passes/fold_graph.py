@@ -36,8 +36,8 @@ class Wanted:
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
 
-    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, and if gradients are asked for, ``rows`` ``[B*S]`` and
-    ``starts`` ``[T'+1]``: see ``kernels.index_ops``.
+    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, and if gradients are asked for, ``rows`` ``[B*S]``,
+    ``starts`` ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
     """
     wanted = what_is_wanted(gm.graph)
     folded = _Rewriter(gm, wanted).run()
@@ -107,9 +107,9 @@ class _Rewriter:
     def _add_plan_inputs(self) -> None:
         self.fold = self.graph.placeholder("radix_fold")
         self.scatter = self.graph.placeholder("radix_scatter")
-        self.lists: tuple[fx.Node | None, ...] = (None, None, None)
+        self.lists: tuple[fx.Node | None, ...] = (None, None, None, None)
         if self.gm.meta["differentiable"]:
-            self.lists = self.fold, self.graph.placeholder("radix_rows"), self.graph.placeholder("radix_starts")
+            self.lists = self.fold, *(self.graph.placeholder(f"radix_{name}") for name in ("rows", "starts", "pieces"))
         ids = self.full[self.gm.meta["tokens"].keys[0]]
         self.batch = self._size(self.layout.batch, ids, 0)
         self.seq = self._size(self.layout.seq, ids, 1)

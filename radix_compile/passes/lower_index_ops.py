@@ -41,7 +41,7 @@ def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
             blocked[node] = None
         elif node.target is radix.scatter_rows.default:
             blocked[node] = None
-            plan_and_size, holes, region = node.args[1:7], node.args[9], node.meta.get("ac_graph_id")
+            plan_and_size, holes, region = node.args[1:-3], node.args[-1], node.meta.get("ac_graph_id")
             waiting.setdefault((*plan_and_size, holes, region), []).append(node)
         else:
             order.append(node)
@@ -56,8 +56,8 @@ def _joined(group: list[fx.Node]) -> list[fx.Node]:
     if len(group) == 1:
         return group
     graph = group[0].graph
-    compact, batch_dims, seq_dims = ([node.args[i] for node in group] for i in (0, 7, 8))
-    arguments = (compact, *group[0].args[1:7], batch_dims, seq_dims, group[0].args[9])
+    compact, batch_dims, seq_dims = ([node.args[i] for node in group] for i in (0, -3, -2))
+    arguments = (compact, *group[0].args[1:-3], batch_dims, seq_dims, group[0].args[-1])
     with graph.inserting_after(group[-1]):
         together = graph.call_function(radix.foreach_scatter_rows.default, arguments)
     together.meta.update(group[-1].meta)

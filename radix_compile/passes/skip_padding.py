@@ -23,7 +23,7 @@ def skip_padding(gm: fx.GraphModule) -> fx.GraphModule:
     captured: fx.GraphModule = gm.meta["source"]
     captured.meta["padding"] = _padding(captured, captured.meta["wanted"])
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
-        node.args = (*node.args[:9], True)
+        node.args = (*node.args[:-1], True)
     gm.recompile()
     return gm
 

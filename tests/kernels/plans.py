@@ -19,6 +19,12 @@ class Plan(NamedTuple):
     scatter: Tensor
     rows: Tensor
     starts: Tensor
+    pieces: Tensor
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        """As the sums take them."""
+        return self.scatter, self.fold, self.rows, self.starts, self.pieces
 
     @property
     def nodes(self) -> int:

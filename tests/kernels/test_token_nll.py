@@ -23,7 +23,7 @@ plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
 
 def lists(plan: Plan) -> tuple[Tensor, ...]:
-    return plan.scatter, plan.fold, plan.rows, plan.starts
+    return plan.lists
 
 
 def targets(plan: Plan, classes: int) -> Tensor:
@@ -77,8 +77,8 @@ def test_targets_out_of_range_are_errors(wrong: int) -> None:
 def test_gradient_without_row_lists() -> None:
     plan = PLANS["a tree"]
     logits = values((plan.nodes, 5), torch.float64, DEVICE).requires_grad_()
-    nll, _ = radix.token_nll(logits, targets(plan, 5), plan.scatter, None, None, None)
-    with pytest.raises(RuntimeError, match="pass `fold`, `rows` and `starts`"):
+    nll, _ = radix.token_nll(logits, targets(plan, 5), plan.scatter, *[None] * 4)
+    with pytest.raises(RuntimeError, match="pass `fold`, `rows`, `starts` and `pieces`"):
         nll.sum().backward()
 
 

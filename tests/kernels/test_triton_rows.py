@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from radix_compile.kernels import reference, row_layout
+from radix_compile.kernels import reference
 from tests.kernels.plans import Plan, shared, tolerance, tree, values
 
 triton_rows = pytest.importorskip("radix_compile.kernels.triton_rows", reason="needs Triton")
@@ -23,7 +25,7 @@ PLANS = {
     "a tree": tree(9, 11, device=DEVICE),
     "holes": tree(6, 9, skip=torch.arange(54).view(6, 9) % 9 > 6, device=DEVICE),
     "padded fold": tree(4, 5, pad=16, device=DEVICE),
-    "long lists": shared(150, 3, 2, device=DEVICE),  # longer than STRETCH, from places that are no multiples of it
+    "long lists": shared(150, 3, 2, device=DEVICE),
     "long and short lists": tree(200, 6, device=DEVICE),
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -58,14 +60,28 @@ def test_gathers(plan: Plan, dtype: torch.dtype) -> None:
         assert_same(triton_rows.fold_rows(rows, *indices, 0, 1), reference.fold_rows(rows, *indices, 0, 1))
         ours = triton_rows.place_rows(nodes, *indices, *size, 0, 1)
         assert_same(ours, reference.place_rows(nodes, *indices, *size, 0, 1))
-        (ours,) = triton_rows.foreach_scatter_rows([nodes], plan.scatter, None, None, None, *size, [0], [1], True)
-        assert_same(ours, reference.scatter_rows(nodes, plan.scatter, None, None, None, *size, 0, 1, True))
+        (ours,) = triton_rows.foreach_scatter_rows([nodes], plan.scatter, *[None] * 4, *size, [0], [1], True)
+        assert_same(ours, reference.scatter_rows(nodes, plan.scatter, *[None] * 4, *size, 0, 1, True))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@plans
+def test_tables_by_column(plan: Plan, dim: int) -> None:
+    table = values((3, 4, plan.seq), torch.float32, DEVICE).movedim(2, dim)
+    arguments = table, plan.fold, plan.scatter, plan.batch, plan.seq, dim
+    assert_same(triton_rows.gather_columns(*arguments), reference.gather_columns(*arguments))
+
+
+def test_lists_come_in_pieces_and_whole() -> None:
+    assert PLANS["long lists"].pieces.tolist() == [0, 64, 128, 150, 214, 278]
+    assert 0 < len(PLANS["long and short lists"].pieces) < len(PLANS["long and short lists"].fold)
+    assert not len(PLANS["a tree"].pieces)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @plans
 def test_sums(plan: Plan, dtype: torch.dtype) -> None:
-    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    lists = plan.lists
     for width in (1, 24):
         rows = full(plan, width, dtype=dtype)
         (ours,) = triton_sums.foreach_sum_rows([rows], *lists, [0], [1])
@@ -79,7 +95,7 @@ def test_widths(dtype: torch.dtype) -> None:
     plan = tree(5, 4, device=DEVICE)
     for width in widths():
         rows, nodes = full(plan, width, dtype=dtype), compact(plan, width, dtype=dtype)
-        lists = plan.scatter, plan.fold, plan.rows, plan.starts
+        lists = plan.lists
         (ours,) = triton_rows.foreach_scatter_rows([nodes], *lists, 5, 4, [0], [1], False)
         assert_same(ours, reference.scatter_rows(nodes, *lists, 5, 4, 0, 1, False))
         (ours,) = triton_sums.foreach_sum_rows([rows], *lists, [0], [1])
@@ -105,7 +121,7 @@ def test_strides(case: str) -> None:
     plan = tree(5, 7, device=DEVICE)
     rows, *axes = STRIDED[case](5, 7)
     nodes, *_ = STRIDED[case](1, plan.nodes)
-    indices, lists = (plan.fold, plan.scatter), (plan.scatter, plan.fold, plan.rows, plan.starts)
+    indices, lists = (plan.fold, plan.scatter), plan.lists
     assert_same(triton_rows.fold_rows(rows, *indices, *axes), reference.fold_rows(rows, *indices, *axes))
     assert_same(
         triton_rows.place_rows(nodes, *indices, 5, 7, *axes), reference.place_rows(nodes, *indices, 5, 7, *axes)
@@ -121,7 +137,7 @@ def test_strides(case: str) -> None:
 
 def test_several_tensors_in_one_launch() -> None:
     plan = tree(6, 5, device=DEVICE)
-    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    lists = plan.lists
     narrow, wide = full(plan, 3, dtype=torch.bfloat16), full(plan, 4, triton_rows.TILE // 4)
     rows, axes = [narrow, wide.transpose(1, 2), full(plan)], ([0, 0, 0], [1, 2, 1])
     sums = triton_sums.foreach_sum_rows(rows, *lists, *axes)
@@ -135,7 +151,7 @@ def test_several_tensors_in_one_launch() -> None:
 
 def test_nothing_to_move() -> None:
     plan = tree(4, 5, device=DEVICE)
-    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    lists = plan.lists
     for features in [(0,), (3, 0)]:
         assert triton_rows.fold_rows(full(plan, *features), plan.fold, plan.scatter, 0, 1).numel() == 0
         assert triton_sums.foreach_sum_rows([full(plan, *features)], *lists, [0], [1])[0].numel() == 0
@@ -144,14 +160,14 @@ def test_nothing_to_move() -> None:
 
 def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an output holds before the launch must not matter: it starts as NaN."""
+    empty = triton_rows.Moved.empty
 
-    def poisoned(like: Tensor, *shape: int) -> Tensor:
-        return row_layout.empty_rows(like, *shape).fill_(float("nan"))
+    def poisoned(*args: Any) -> list[Tensor]:
+        return [one.fill_(float("nan")) for one in empty(*args)]
 
-    monkeypatch.setattr(triton_rows, "empty_rows", poisoned)
-    monkeypatch.setattr(triton_sums, "empty_rows", poisoned)
+    monkeypatch.setattr(triton_rows.Moved, "empty", poisoned)
     for plan in PLANS.values():
-        lists = plan.scatter, plan.fold, plan.rows, plan.starts
+        lists = plan.lists
         outputs = [
             triton_rows.fold_rows(full(plan, 5), plan.fold, plan.scatter, 0, 1),
             triton_rows.place_rows(compact(plan, 5), plan.fold, plan.scatter, plan.batch, plan.seq, 0, 1),
@@ -164,10 +180,7 @@ def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sums_have_the_same_bits_each_time() -> None:
     plan = tree(150, 4, device=DEVICE)
     rows = full(plan, 40)
-    sums = [
-        triton_sums.foreach_sum_rows([rows], plan.scatter, plan.fold, plan.rows, plan.starts, [0], [1])[0]
-        for _ in range(3)
-    ]
+    sums = [triton_sums.foreach_sum_rows([rows], *plan.lists, [0], [1])[0] for _ in range(3)]
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
 
@@ -181,7 +194,7 @@ def test_offsets_beyond_32_bits(layout: str) -> None:
     plan = shared(batch, seq, 4, device=DEVICE)
     heads, width = 4, 2**31 // (batch * seq * 4) + 64
     nodes = torch.randn(1, plan.nodes, heads, width, dtype=torch.bfloat16, device=DEVICE)
-    lists = plan.scatter, plan.fold, plan.rows, plan.starts
+    lists = plan.lists
     (rows,) = triton_rows.foreach_scatter_rows([nodes], *lists, batch, seq, [0], [1], False)
     assert rows.numel() > 2**31
     torch.testing.assert_close(rows[-1, -1], nodes[0, plan.scatter[-1]], rtol=0, atol=0)
