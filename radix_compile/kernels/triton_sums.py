@@ -2,7 +2,7 @@
 
 A sum starts with the one row that ``fold`` gives for a node, whose load waits for no list, and adds the rest of the
 node's list. So that a node with thousands of rows does not keep one program busy after all others are done, the plan
-divides lists longer than ``PIECE``: ``_piece_sums`` adds up each piece, ``_long_sums`` the pieces of each such list.
+divides lists longer than ``PIECE``: each piece is added up on its own, and ``_long_sums`` adds up the pieces of a list.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor
 from radix_compile.kernels.triton_rows import WARPS, Moved, offset_of, start_of
 from radix_compile.prefix_plan import PIECE
 
-AHEAD = 32
-"""Rows of a long list that are loaded before the first is added."""
+LEAST_AHEAD = 4
+"""Rows of a piece that are loaded before the first is added, at least."""
+LONG_AHEAD = 32
+"""Pieces of a list that are loaded before the first is added."""
 LONG_COLUMNS = 256
-"""Columns of one program for long lists. Few, so that many programs share the work of one node."""
+"""Columns of one program that adds up pieces. Few, so that many programs share the work of one node."""
 
 _SUM_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -49,13 +51,39 @@ def _list_sum(
 
 
 @triton.jit
+def _piece_sum(
+    partials, sources, strides, scatter, rows, starts, pieces, seq, piece,
+    WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
+    PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``partials[piece]``: the sum over that piece of a long list."""
+    piece = piece + tl.arange(0, 1)
+    begin = tl.load(pieces + piece)
+    end = tl.minimum(begin + PIECE, tl.load(starts + tl.load(scatter + tl.load(rows + begin)) + 1))
+    block = tl.program_id(1)
+    first_block = 0
+    for i in tl.static_range(len(WIDTHS)):
+        blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
+        if (block >= first_block) & (block < first_block + blocks):
+            column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
+            wanted = column < WIDTHS[i]
+            offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
+            total = _list_sum(
+                sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted,
+                FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
+            )  # fmt: skip
+            tl.store(partials[i] + piece[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
+        first_block += blocks
+
+
+@triton.jit
 def _node_sums(
-    targets, sources, strides, fold, rows, starts, nodes, seq,
+    targets, sources, strides, fold, rows, starts, nodes, seq, first_node,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
     LONGEST: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``target[n]``: the sum over the list of node ``n``, if that has no more than ``LONGEST`` entries."""
-    node = tl.program_id(0).to(tl.int64) * NODES + tl.arange(0, NODES)
+    """``target[n]``: the sum over the list of node ``n``, if that is not a long one, for ``NODES`` nodes."""
+    node = first_node + tl.arange(0, NODES)
     inside = node < nodes
     first = tl.load(fold + node, mask=inside, other=0)
     begin = tl.load(starts + node, mask=inside, other=0)
@@ -72,8 +100,8 @@ def _node_sums(
             wanted = column < WIDTHS[i]
             offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
             start = start_of(first, seq, strides[i][0], strides[i][1], FLATS[i])
-            total = tl.load(sources[i] + start[:, None] + offset[None, :], mask=wanted[None, :], other=0).to(SUMS[i])
-            total = tl.where(empty[:, None], 0, total)
+            total = tl.load(sources[i] + start[:, None] + offset[None, :], mask=wanted[None, :], other=0)
+            total = tl.where(empty[:, None], 0, total.to(SUMS[i]))
             total += _list_sum(
                 sources[i], rows, begin + 1, end, seq, strides[i][0], strides[i][1], offset, wanted,
                 FLATS[i], SUMS[i], NODES, 1, COLUMNS,
@@ -83,31 +111,24 @@ def _node_sums(
         first_block += blocks
 
 
-@triton.jit
-def _piece_sums(
-    partials, sources, strides, scatter, rows, starts, pieces, seq,
+@triton.jit(do_not_specialize=["nodes", "count"])
+def _sum_rows(
+    targets, partials, sources, strides, fold, scatter, rows, starts, pieces, nodes, count, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr, NODES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``partials[p]``: the sum over piece ``p`` of a long list."""
-    piece = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    begin = tl.load(pieces + piece)
-    node = tl.load(scatter + tl.load(rows + begin))
-    end = tl.minimum(begin + PIECE, tl.load(starts + node + 1))
-    block = tl.program_id(1)
-    first_block = 0
-    for i in tl.static_range(len(WIDTHS)):
-        blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
-        if (block >= first_block) & (block < first_block + blocks):
-            column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
-            wanted = column < WIDTHS[i]
-            offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
-            total = _list_sum(
-                sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted,
-                FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
-            )  # fmt: skip
-            tl.store(partials[i] + piece[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
-        first_block += blocks
+    """The first ``count`` programs take a piece each, which takes longest, the others ``NODES`` nodes."""
+    program = tl.program_id(0).to(tl.int64)
+    if program < count:
+        _piece_sum(
+            partials, sources, strides, scatter, rows, starts, pieces, seq, program,
+            WIDTHS, INNERS, FLATS, SUMS, PIECE, AHEAD, COLUMNS,
+        )  # fmt: skip
+    else:
+        _node_sums(
+            targets, sources, strides, fold, rows, starts, nodes, seq, (program - count) * NODES,
+            WIDTHS, INNERS, FLATS, SUMS, PIECE, NODES, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -150,29 +171,28 @@ def foreach_sum_rows(
     batch_dims: Sequence[int],
     seq_dims: Sequence[int],
 ) -> list[Tensor]:
-    nodes = fold.shape[0]
+    nodes, count = fold.shape[0], pieces.shape[0]
     moved = Moved.of(full, batch_dims, seq_dims)
     results = moved.empty(full, 1, nodes)
     blocks = moved.blocks(moved.columns)
     if not (nodes and blocks):
         return results
-    targets, sources = tuple(results), moved.sources(full)
+    targets = tuple(results)
     dtypes = [torch.promote_types(one.dtype, torch.float32) for one in full]
-    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "num_warps": WARPS}
+    partials = tuple(
+        [scatter.new_empty((count, width), dtype=of) for width, of in zip(moved.widths, dtypes, strict=True)]
+    )
+    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "PIECE": PIECE, "num_warps": WARPS}
     with torch.cuda.device_of(scatter):
-        _node_sums[-(-nodes // moved.at_once), blocks](
-            targets, sources, moved.strides, fold, rows, starts, nodes, moved.seq,
-            LONGEST=PIECE, NODES=moved.at_once, COLUMNS=moved.columns, **moved.constants, **sums,
+        _sum_rows[count - (-nodes // moved.at_once), blocks](
+            targets, partials, moved.sources(full), moved.strides, fold, scatter, rows, starts, pieces, nodes, count,
+            moved.seq, NODES=moved.at_once, AHEAD=max(moved.at_once, LEAST_AHEAD), COLUMNS=moved.columns,
+            **moved.constants, **sums,
         )  # fmt: skip
-        if count := pieces.shape[0]:
+        if count:
             columns = min(moved.columns, LONG_COLUMNS)
-            grid = count, moved.blocks(columns)
-            partials = tuple(
-                scatter.new_empty((count, width), dtype=dtype)
-                for width, dtype in zip(moved.widths, dtypes, strict=True)
-            )
-            lists = scatter, rows, starts, pieces
-            sums |= {"PIECE": PIECE, "AHEAD": AHEAD, "COLUMNS": columns}
-            _piece_sums[grid](partials, sources, moved.strides, *lists, moved.seq, **moved.constants, **sums)
-            _long_sums[grid](targets, partials, *lists, WIDTHS=moved.widths, **sums)
+            _long_sums[count, moved.blocks(columns)](
+                targets, partials, scatter, rows, starts, pieces,
+                WIDTHS=moved.widths, AHEAD=LONG_AHEAD, COLUMNS=columns, **sums,
+            )  # fmt: skip
     return results
