@@ -17,8 +17,6 @@ from torch import Tensor
 from radix_compile.kernels.triton_rows import WARPS, Moved, offset_of, start_of
 from radix_compile.prefix_plan import PIECE
 
-LEAST_AHEAD = 4
-"""Rows of a piece that are loaded before the first is added, at least."""
 LONG_AHEAD = 32
 """Pieces of a list that are loaded before the first is added."""
 LONG_COLUMNS = 256
@@ -115,14 +113,17 @@ def _node_sums(
 def _sum_rows(
     targets, partials, sources, strides, fold, scatter, rows, starts, pieces, nodes, count, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    PIECE: tl.constexpr, NODES: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first ``count`` programs take a piece each, which takes longest, the others ``NODES`` nodes."""
+    """The first ``count`` programs take a piece each, which takes longest, the others ``NODES`` nodes.
+
+    Both load ``NODES`` rows at a time: more, and the registers that takes slow down the others too.
+    """
     program = tl.program_id(0).to(tl.int64)
     if program < count:
         _piece_sum(
             partials, sources, strides, scatter, rows, starts, pieces, seq, program,
-            WIDTHS, INNERS, FLATS, SUMS, PIECE, AHEAD, COLUMNS,
+            WIDTHS, INNERS, FLATS, SUMS, PIECE, NODES, COLUMNS,
         )  # fmt: skip
     else:
         _node_sums(
@@ -186,7 +187,7 @@ def foreach_sum_rows(
     with torch.cuda.device_of(scatter):
         _sum_rows[count - (-nodes // moved.at_once), blocks](
             targets, partials, moved.sources(full), moved.strides, fold, scatter, rows, starts, pieces, nodes, count,
-            moved.seq, NODES=moved.at_once, AHEAD=max(moved.at_once, LEAST_AHEAD), COLUMNS=moved.columns,
+            moved.seq, NODES=moved.at_once, COLUMNS=moved.columns,
             **moved.constants, **sums,
         )  # fmt: skip
         if count:
