@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from radix_compile.kernels import token_nll
 from tests.kernels.plans import Plan, shared, tolerance, tree, values
@@ -22,10 +26,6 @@ PLANS = {
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
 
-def lists(plan: Plan) -> tuple[Tensor, ...]:
-    return plan.lists
-
-
 def targets(plan: Plan, classes: int) -> Tensor:
     """Few classes, so that rows of one node often have the same."""
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def targets(plan: Plan, classes: int) -> Tensor:
 def test_loss_and_gradient(plan: Plan, classes: int, dtype: torch.dtype) -> None:
     logits = values((plan.nodes, classes), dtype, DEVICE).requires_grad_()
     target = targets(plan, classes)
-    nll, lse = radix.token_nll(logits, target, *lists(plan))
+    nll, lse = radix.token_nll(logits, target, *plan.lists)
     assert nll.dtype == lse.dtype == torch.promote_types(dtype, torch.float32)
     assert not lse.requires_grad
     weight = torch.linspace(-1, 2, len(nll), dtype=nll.dtype, device=DEVICE)
@@ -59,7 +59,7 @@ def test_opcheck() -> None:
     plan = PLANS["a tree"]
     logits = values((plan.nodes, 5), torch.float64, DEVICE).requires_grad_()
     target = targets(plan, 5)
-    torch.library.opcheck(radix.token_nll.default, (logits, target, *lists(plan)))
+    torch.library.opcheck(radix.token_nll.default, (logits, target, *plan.lists))
     arguments = (values(tuple(target.shape), torch.float64, DEVICE), target, plan.scatter, plan.rows, plan.starts)
     torch.library.opcheck(radix.sum_same_target.default, arguments)
 
@@ -71,7 +71,28 @@ def test_targets_out_of_range_are_errors(wrong: int) -> None:
     target = targets(plan, 5)
     target[3] = wrong
     with pytest.raises(IndexError, match="out of bounds"):
-        radix.token_nll(values((plan.nodes, 5), torch.float64), target, *lists(plan))
+        radix.token_nll(values((plan.nodes, 5), torch.float64), target, *plan.lists)
+
+
+def test_the_gradient_reads_the_logits_once() -> None:
+    """Only then can a compiler write it where they were, and no second tensor as wide is needed."""
+    plan = PLANS["a tree"]
+    backward: list[torch.fx.Graph] = []
+
+    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
+        backward.append(gm.graph)
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda gm, _: make_boxed_func(gm.forward), bw_compiler=keep, decompositions=token_nll.DECOMPOSITIONS
+    )
+    weight = torch.randn(4, 300, device=DEVICE, requires_grad=True)
+    hidden = values((plan.nodes, 4), torch.float32, DEVICE)
+    target = targets(plan, 300)
+    torch.compile(lambda: radix.token_nll(hidden @ weight, target, *plan.lists)[0].sum(), backend=backend)().backward()
+    (graph,) = backward
+    wide = [node for node in graph.find_nodes(op="placeholder") if node.meta["val"].shape == (plan.nodes, 300)]
+    assert [len(node.users) for node in wide] == [1]
 
 
 def test_gradient_without_row_lists() -> None:
