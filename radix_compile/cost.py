@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
+from radix_compile.op_rules.sorting import GROUPED_PRODUCTS
 from radix_compile.op_rules.table import argument
 
 aten = torch.ops.aten
@@ -30,10 +32,13 @@ def flops(node: fx.Node) -> int:
         return 2 * _numel(query) * _hint(key.shape[-2]) + 2 * _numel(query) // _hint(query.shape[-1]) * _hint(
             key.shape[-2]
         ) * _hint(value.shape[-1])
-    if node.target not in _PRODUCTS:
+    if isinstance(node.target, OpOverload) and node.target.name() in GROUPED_PRODUCTS:
+        weight, dim = node.args[1].meta["val"], -2  # type: ignore[union-attr]
+    elif node.target in _PRODUCTS:
+        name, dim = _PRODUCTS[node.target]
+        weight = argument(node, name).meta["val"]
+    else:
         return 0
-    name, dim = _PRODUCTS[node.target]
-    weight = argument(node, name).meta["val"]
     contracted = weight.shape[dim] if weight.ndim > 1 else weight.shape[0]
     return 2 * _numel(node.meta["val"]) * _hint(contracted)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
@@ -53,6 +54,36 @@ class Uniform:
     """A dimension along which the value does not change (what ``expand`` and ``full`` make)."""
 
     size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted(Token):
+    """The entries of a merged axis of rows, ``((BATCH, SEQ, ...),)``, in the order that a sort of them gave."""
+
+    sort: fx.Node
+    axis: Axis
+
+
+class Kind(Enum):
+    """What an :class:`Arrangement` holds."""
+
+    ORDER = "for each place in the order, the number of the entry that is there, floor-divided"
+    PLACE = "for each entry, its place in the order"
+    BLANK = "nothing yet, for each place"
+    COUNTS = "how many entries have the key 0, 1, 2, ..."
+    ENDS = "where the entries with the key 0, 1, 2, ... end in the order"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Numbers about an order of rows: of no use but together with it, and other ones in compact form.
+
+    ``number`` is what an ORDER was divided by, or of how many keys there are COUNTS or ENDS.
+    """
+
+    kind: Kind
+    by: Sorted
+    number: int = 1
 
 
 BATCH = Token("batch")
@@ -95,6 +126,8 @@ class Layout:
     seq: Size
 
     def atom_size(self, atom: Atom) -> Size:
+        if isinstance(atom, Sorted):
+            return self.axis_size(atom.axis)
         if isinstance(atom, Token):
             return self.batch if atom is BATCH else self.seq
         return atom.size
@@ -134,8 +167,10 @@ class Value:
     ``full_only``   determined, but the op must run in full form: it reads earlier rows (causal), or counts columns.
     ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
     ``attends``     for the result of causal attention, who sees whom.
+    ``arrangement`` numbers about an order of rows; then there are no axes.
     ``operands``    for a position-wise op, how each constant operand meets the token axes: ``(node, dim, how)`` with
-                    ``how`` "column" (one entry per column: gather) or "first" (all entries equal: take one).
+                    ``how`` "column" (one entry per column: gather), "first" (all entries equal: take one) or "count"
+                    (0, 1, 2, ...: count the entries there are).
     """
 
     axes: Axes
@@ -145,6 +180,7 @@ class Value:
     full_only: bool = False
     identity: fx.Node | None = None
     attends: Weights | None = None
+    arrangement: Arrangement | None = None
     operands: tuple[tuple[fx.Node, int, str], ...] = field(default=(), compare=False)
 
     def _count(self, token: Token) -> int:
@@ -153,7 +189,12 @@ class Value:
     @property
     def is_constant(self) -> bool:
         """No token axis: the same for every row of the call."""
-        return self.mixed is None and not any(isinstance(atom, Token) for axis in self.axes for atom in axis)
+        return not (self.mixed or self.arrangement or any(map(has_tokens, self.axes)))
+
+    @property
+    def is_arranged(self) -> bool:
+        """Rows in an order that depends on all of them, or numbers about it: right in either form, but not across."""
+        return self.arrangement is not None or any(isinstance(atom, Sorted) for axis in self.axes for atom in axis)
 
     @property
     def is_row(self) -> bool:
@@ -196,7 +237,8 @@ def has_tokens(axis: Axis) -> bool:
 def feature(axis: Axis, what: str) -> None:
     """Demand that an axis an op reads along has no tokens in it."""
     if has_tokens(axis):
-        raise Mixes(f"{what} the {'sequence' if SEQ in axis else 'batch'} axis, so it reads other rows")
+        along = "sequence" if SEQ in axis else "batch" if BATCH in axis else "sorted"
+        raise Mixes(f"{what} the {along} axis, so it reads other rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +295,9 @@ def broadcast(
                 raise Mixes(f"dimensions that line up mean different things: {axis} and {own}")
             if len(axis) > 1 and (exact or not uniform):
                 raise Mixes("a table lines up with tokens and something else at once")
-            if axis == (BATCH,) and not uniform:
-                raise Mixes("a table lines up with the batch axis, so equal prefixes get different values")
+            if axis != (SEQ,) and not uniform:
+                along = "batch" if axis == (BATCH,) else "sorted"
+                raise Mixes(f"a table lines up with the {along} axis, so equal prefixes get different values")
             gather = axis == (SEQ,) and (exact or not uniform)
             # A value with token axes elsewhere makes pairs here, and pairs have no compact form to prepare it for.
             if operand.value.is_constant:

@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from radix_compile.op_rules import attention, contractions, creation, indexing, reductions, sequence, views
+from radix_compile.op_rules import attention, contractions, creation, indexing, reductions, sequence, sorting, views
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import RULES, Rule
 
-FAMILIES = (attention, contractions, creation, indexing, reductions, sequence, views)
+FAMILIES = (attention, contractions, creation, indexing, reductions, sequence, sorting, views)
 
 
 def rule_for(op: Any) -> Rule | None:
     """The rule of an op: its row, or elementwise if torch tags it so and it draws no random numbers."""
     if not isinstance(op, OpOverload):
         return None
-    if op in RULES:
-        return RULES[op]
+    found = RULES.get(op) or RULES.get(str(op.name()))
+    if found is not None:
+        return found
     pointwise = torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags
     return elementwise if pointwise and not op._schema.is_mutable else None

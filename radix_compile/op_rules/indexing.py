@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Fact, Index, PerRow
+from radix_compile.op_rules.sorting import rearranged
 from radix_compile.op_rules.table import argument, operand, rule
 from radix_compile.token_axes import (
     Axis,
@@ -61,11 +62,13 @@ def index_select(node: fx.Node, layout: Layout) -> Value:
     return Value((*source.axes[:dim], *plain_axes(node)[dim : dim + 1], *source.axes[dim + 1 :]))
 
 
-@rule(aten.index.Tensor)
+@rule(aten.index.Tensor, arranged=True)
 def index(node: fx.Node, layout: Layout) -> Value:
     """``source[i, j, ...]``: a table look-up, or indices that are known to count ``0, 1, 2, ...``."""
     source, indices = argument(node, "self"), argument(node, "indices")
     value = value_of(source)
+    if any(value_of(i).arrangement for i in (source, *indices) if i is not None):
+        return rearranged(source, indices, layout)
     if any(i is None for i in indices):
         raise Mixes("indexes some dimensions and skips others")
     if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):

@@ -74,7 +74,7 @@ def reduce_all(node: fx.Node, layout: Layout) -> Marks:
     return Value(())
 
 
-@rule(aten.log_softmax.int, aten.sort.default, aten.sort.stable, aten.topk.default, aten.argsort.default)
+@rule(aten.log_softmax.int, aten.topk.default)
 def along(node: fx.Node, layout: Layout) -> Marks:
     """Entries along one dimension are rearranged or normalised together; ``topk`` also shortens it."""
     value = value_of(source_of(node))

@@ -6,15 +6,18 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Break, PerRow, Step
+from radix_compile.op_rules.sorting import ends_of_groups
 from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import BATCH, SEQ, Layout, Mixes, Value, has_tokens, plain_axis, shape_of, value_of
 
 aten = torch.ops.aten
 
 
-@rule(aten.cumsum.default, aten.cumprod.default)
+@rule(aten.cumsum.default, aten.cumprod.default, arranged=True)
 def cumulative(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source_of(node))
+    if value.arrangement:
+        return ends_of_groups(node, value.arrangement)
     dim = argument(node, "dim") % max(len(value.axes), 1)
     axis = value.axes[dim]
     if not has_tokens(axis):

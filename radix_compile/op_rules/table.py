@@ -20,22 +20,30 @@ from radix_compile.token_axes import Axes, Layout, Marks, Operand, value_of
 
 Rule = Callable[[fx.Node, Layout], Marks]
 R = TypeVar("R", bound=Rule)
-RULES: dict[OpOverload, Rule] = {}
+RULES: dict[OpOverload | str, Rule] = {}
 
-SHAPE_ARGUMENT: dict[OpOverload, str] = {}
+SHAPE_ARGUMENT: dict[OpOverload | str, str] = {}
 """Position-wise ops that name their output's shape, and the argument: the rewrite derives it again from the axes."""
 
-VIEW_LIKE: set[OpOverload] = set()
+VIEW_LIKE: set[OpOverload | str] = set()
 """Ops that move entries of their first input without computing: free next to a boundary, in either form."""
 
-MIXED_INPUTS_ALLOWED: set[OpOverload] = set()
+MIXED_INPUTS_ALLOWED: set[OpOverload | str] = set()
 """Ops whose rule looks at mixed inputs itself: it does not read their values, or recognises a pattern."""
 
 
+ARRANGEMENTS_ALLOWED: set[OpOverload | str] = set()
+"""Ops whose rule knows what to do with the order that a sort gave to rows."""
+
+
 def rule(
-    *ops: OpOverload, view_like: bool = False, shape: str | None = None, any_input: bool = False
+    *ops: OpOverload | str,
+    view_like: bool = False,
+    shape: str | None = None,
+    any_input: bool = False,
+    arranged: bool = False,
 ) -> Callable[[R], R]:
-    """Register one rule for the given overloads."""
+    """Register one rule for the given overloads; for those of other packages by name, ``library::op.overload``."""
 
     def register(function: R) -> R:
         for op in ops:
@@ -47,9 +55,15 @@ def rule(
                 SHAPE_ARGUMENT[op] = shape
             if any_input:
                 MIXED_INPUTS_ALLOWED.add(op)
+            if arranged:
+                ARRANGEMENTS_ALLOWED.add(op)
         return function
 
     return register
+
+
+def knows_arrangements(op: Any) -> bool:
+    return op in ARRANGEMENTS_ALLOWED or (isinstance(op, OpOverload) and op.name() in ARRANGEMENTS_ALLOWED)
 
 
 def argument(node: fx.Node, name: str) -> Any:

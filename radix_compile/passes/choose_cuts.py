@@ -36,6 +36,8 @@ def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _home(node: fx.Node, layout: Layout) -> Form:
+    if is_arranged(node):
+        return Form.EITHER
     if node.op != "call_function" or not is_row(node):
         return Form.FULL
     if node.target is operator.getitem:
@@ -82,6 +84,15 @@ def values_of(node: fx.Node) -> tuple[Value, ...]:
 def is_row(node: fx.Node) -> bool:
     """One entry for each row, and position-wise all the way: may have a compact form."""
     return all(value.is_row for value in values_of(node))
+
+
+def is_arranged(node: fx.Node) -> bool:
+    """Rows in sorted order, or numbers about it: each form has its own."""
+    return any(value.is_arranged for value in values_of(node))
+
+
+def has_compact_form(node: fx.Node) -> bool:
+    return is_row(node) or is_arranged(node)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -18,8 +18,8 @@ from torch import fx
 
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
-from radix_compile.passes.choose_cuts import Form, home, is_row, thin_source, values_of
-from radix_compile.token_axes import BATCH, SEQ, Axes, Axis, Layout, Token, value_of
+from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source, values_of
+from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix
@@ -79,7 +79,7 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
             if Form.FULL in runs:
                 want(arg, Form.FULL)
             if Form.COMPACT in runs:
-                want(arg, Form.COMPACT if is_row(arg) else Form.FULL)
+                want(arg, Form.COMPACT if has_compact_form(arg) else Form.FULL)
     return wanted
 
 
@@ -141,7 +141,9 @@ class _Rewriter:
             uses.setdefault(operand, []).append((dim, how))
 
         def compact_input(arg: fx.Node) -> fx.Node:
-            return self.compact[arg] if is_row(arg) else self._constant(arg, uses.get(arg, []))
+            if any(how == "count" for _, how in uses.get(arg, ())):
+                return self._count(arg, value.arrangement)
+            return self.compact[arg] if has_compact_form(arg) else self._constant(arg, uses.get(arg, []))
 
         copy = self.graph.node_copy(node, compact_input)
         if node.target in SHAPE_ARGUMENT:
@@ -165,6 +167,13 @@ class _Rewriter:
             result = self.columns[key]
         return result
 
+    def _count(self, counter: fx.Node, arrangement: Arrangement | None) -> fx.Node:
+        """The numbers 0, 1, 2, ... for what there are fewer of in compact form."""
+        assert arrangement is not None
+        tensor = counter.meta["val"]
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        return self.graph.call_function(aten.arange.default, (self._compact_size(arrangement.by.axis),), options)
+
     def _compact_shape(self, axes: Axes, before: fx.Node | None = None) -> list[int | fx.Node]:
         if before is None:
             return [self._compact_size(axis) for axis in axes]
@@ -172,8 +181,9 @@ class _Rewriter:
             return [self._compact_size(axis) for axis in axes]
 
     def _compact_size(self, axis: Axis) -> int | fx.Node:
-        features = int(sympy.prod([atom.size for atom in axis if not isinstance(atom, Token)]))
-        if SEQ not in axis:
+        atoms = [inner for atom in axis for inner in (atom.axis if isinstance(atom, Sorted) else (atom,))]
+        features = int(sympy.prod([atom.size for atom in atoms if not isinstance(atom, Token)]))
+        if SEQ not in atoms:
             return features
         return self.nodes if features == 1 else self.graph.call_function(operator.mul, (self.nodes, features))
 

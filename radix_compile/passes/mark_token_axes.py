@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from radix_compile.cost import flops
 from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
-from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor
+from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
 from radix_compile.token_axes import (
     BATCH,
     SEQ,
@@ -23,6 +23,7 @@ from radix_compile.token_axes import (
     Marks,
     Mixes,
     Refusal,
+    Sorted,
     Uniform,
     Value,
     as_size,
@@ -142,6 +143,8 @@ def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
     if mixed is not None and node.target not in MIXED_INPUTS_ALLOWED:
         return Value((), mixed=mixed)
     rule = rule_for(node.target)
+    if any(value.arrangement for value in inputs) and not knows_arrangements(node.target):
+        raise Mixes("computes with the order of the rows, in which every row has a part")
     if rule is None:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
@@ -193,14 +196,17 @@ def _is_uniform(axis: Axis) -> bool:
 
 
 def _checked(value: Value, node: fx.Node) -> Value:
-    """Tokens in a value come as one batch axis and one sequence axis, or two for pairs."""
+    """Tokens in a value come as one batch axis and one sequence axis, or two for pairs; or as one sorted axis."""
     if value.mixed is not None:
         return value
     value = value.with_fact(without_dims_of_size_one(value.fact, value.axes))
-    if value.is_constant:
+    if value.is_constant or value.arrangement:
         return value
     atoms: list[Atom] = [atom for axis in value.axes for atom in axis]
-    if atoms.count(BATCH) != 1 or atoms.count(SEQ) not in (1, 2):
+    arranged = [atom for atom in atoms if isinstance(atom, Sorted)]
+    if len(arranged) == 1 and not (BATCH in atoms or SEQ in atoms):
+        return value
+    if arranged or atoms.count(BATCH) != 1 or atoms.count(SEQ) not in (1, 2):
         raise Mixes("combines different sequences")
     return value
 
