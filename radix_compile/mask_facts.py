@@ -9,7 +9,7 @@ not, which rows may see nothing at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -256,12 +256,14 @@ class Score:
 class Masked:
     """Scores or a mask to add to them: hidden (see :func:`is_hidden`) wherever ``visible`` does not hold.
 
-    ``bounded`` if the visible entries are of ordinary size; ``strict`` if hidden entries are minus infinity.
+    ``bounded`` if the visible entries are of ordinary size; ``strict`` if hidden entries are minus infinity;
+    ``scaled`` if they are not, and have been divided since: they must not be again.
     """
 
     visible: Formula
     bounded: bool
     strict: bool
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +303,8 @@ def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:
             return Predicate(_remap_formula(formula, to))
         case Ones(formula):
             return Ones(_remap_formula(formula, to))
-        case Masked(visible, bounded, strict):
-            return Masked(_remap_formula(visible, to), bounded, strict)
+        case Masked(visible):
+            return replace(fact, visible=_remap_formula(visible, to))
         case Weights(visible, query, key):
             return Weights(_remap_formula(visible, to), to(query), to(key))
         case Step() | Break():

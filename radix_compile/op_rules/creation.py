@@ -61,6 +61,8 @@ def _filled(node: fx.Node) -> Fact | None:
     aten.new_full.default,
     aten.new_zeros.default,
     aten.new_ones.default,
+    aten.empty.memory_format,
+    aten.new_empty.default,
     any_input=True,
 )
 def fill(node: fx.Node, layout: Layout) -> Value:

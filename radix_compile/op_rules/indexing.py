@@ -9,7 +9,7 @@ from torch import fx
 
 from radix_compile.mask_facts import Fact, Index, PerRow
 from radix_compile.op_rules.sorting import rearranged
-from radix_compile.op_rules.table import argument, operand, rule
+from radix_compile.op_rules.table import argument, operand, rule, tensor_inputs
 from radix_compile.token_axes import (
     Axis,
     Layout,
@@ -34,19 +34,21 @@ def embedding(node: fx.Node, layout: Layout) -> Value:
     return Value((*indices.axes, *weight.axes[1:]), full_only=bool(argument(node, "scale_grad_by_freq")))
 
 
-@rule(aten.gather.default)
+@rule(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
 def gather(node: fx.Node, layout: Layout) -> Value:
-    """Take features by index; the other dimensions line up (``gather`` does not broadcast, it cuts)."""
-    source, indices = argument(node, "self"), argument(node, "index")
+    """Features taken or written by index; the other dimensions line up (these ops do not broadcast, they cut)."""
     rank = len(shape_of(node))
     dim = argument(node, "dim") % rank
+    tensors = tensor_inputs(node)
     parts = []
-    for part in (source, indices):
+    for part in tensors:
         axes = value_of(part).axes
+        if len(axes) != rank:
+            raise Mixes("looks up rows with an index of another rank")
         feature(axes[dim], "looks up along")
         parts.append(operand(part, (*axes[:dim], (), *axes[dim + 1 :])))
-    for other, (have, want) in enumerate(zip(shape_of(source), shape_of(indices), strict=True)):
-        if other != dim and have != want:
+    for other, sizes in enumerate(zip(*map(shape_of, tensors), strict=True)):
+        if other != dim and len(set(sizes)) != 1:
             raise Mixes("looks up only a part of the rows")
     axes, uses = broadcast(layout, parts, exact=True)
     return Value((*axes[:dim], *plain_axes(node)[dim : dim + 1], *axes[dim + 1 :]), operands=uses)
@@ -70,7 +72,7 @@ def index(node: fx.Node, layout: Layout) -> Value:
     if any(value_of(i).arrangement for i in (source, *indices) if i is not None):
         return rearranged(source, indices, layout)
     if any(i is None for i in indices):
-        raise Mixes("indexes some dimensions and skips others")
+        return _some_features(node, value, indices)
     if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
         raise Mixes("selects by a mask")
     if all(value_of(i).is_constant for i in indices):
@@ -81,6 +83,15 @@ def index(node: fx.Node, layout: Layout) -> Value:
         raise Mixes("looks up rows by an index that is not known to leave them in place")
     axes, uses = broadcast(layout, [operand(i) for i in indices])
     return Value((*axes, *value.axes[len(indices) :]), operands=uses)
+
+
+def _some_features(node: fx.Node, value: Value, indices: list[fx.Node | None]) -> Value:
+    """``source[..., i]`` with one index, the same for all rows, along features."""
+    (dim, chosen), *others = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if others or not value_of(chosen).is_constant or len(shape_of(chosen)) != 1:
+        raise Mixes("indexes some dimensions and skips others")
+    feature(value.axes[dim], "selects along")
+    return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]))
 
 
 def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node]) -> Value | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -211,8 +212,9 @@ def _add(node: fx.Node) -> Fact | None:
         if isinstance(fact, Masked):
             if isinstance(other, Masked):
                 both = conjunction(fact.visible, other.visible)
-                return Masked(both, fact.bounded and other.bounded, fact.strict and other.strict)
-            return Masked(fact.visible, fact.bounded and is_bounded(other), fact.strict)
+                strict, scaled = fact.strict and other.strict, fact.scaled or other.scaled
+                return Masked(both, fact.bounded and other.bounded, strict, scaled)
+            return replace(fact, bounded=fact.bounded and is_bounded(other))
     return Score() if is_bounded(left) and is_bounded(right) else None
 
 
@@ -230,8 +232,29 @@ def _scaled(node: fx.Node) -> Fact | None:
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(left, Score) and isinstance(right, Filled) and 1 / ORDINARY <= abs(right.value) <= ORDINARY:
         return left
+    if isinstance(left, Masked) and isinstance(right, Filled):
+        divisor = right.value if node.target in (aten.div.Tensor, aten.div.Scalar) else 1 / (right.value or math.inf)
+        return _scaled_mask(left, divisor, node.meta["val"].dtype)
     if isinstance(left, Weights) and isinstance(right, Filled) and math.isfinite(right.value) and right.value != 0:
         return left
+    return None
+
+
+def _scaled_mask(mask: Masked, divisor: float, dtype: torch.dtype) -> Masked | None:
+    """Minus infinity stays it; a floor near the lowest number of a wide type stays far below any score, once."""
+    if mask.strict and 0 < divisor < math.inf:
+        return mask
+    wide = torch.finfo(dtype).max > ORDINARY**4
+    return replace(mask, scaled=True) if wide and not mask.scaled and 1 <= divisor <= ORDINARY else None
+
+
+@_derives(aten.max.other, aten.maximum.default)
+def _maximum(node: fx.Node) -> Fact | None:
+    """Nothing visible is as low as the floor, so raising everything to it keeps the mask."""
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    for fact, other in ((left, right), (right, left)):
+        if isinstance(fact, Masked) and fact.bounded and is_hidden(other, node.meta["val"].dtype):
+            return replace(fact, strict=False)
     return None
 
 
@@ -249,7 +272,8 @@ def _masked(visible: Formula, kept: Fact | None, floor: Fact | None) -> Fact:
     else:
         bounded, strict = is_bounded(kept), True
     assert isinstance(floor, Filled)
-    return Masked(visible, bounded, strict and floor.value == -math.inf)
+    scaled = isinstance(kept, Masked) and kept.scaled
+    return Masked(visible, bounded, strict and floor.value == -math.inf, scaled)
 
 
 @_derives(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)

@@ -34,6 +34,7 @@ from radix_compile.token_axes import (
     has_tokens,
     plain_axes,
     shape_of,
+    uniform_axes,
     value_of,
 )
 
@@ -106,7 +107,7 @@ def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layou
 def empty_like(node: fx.Node, layout: Layout) -> Value:
     like = value_of(source_of(node)).arrangement
     if like is None:
-        raise Mixes("reads memory that nothing was written to")
+        return Value(uniform_axes(node))
     if like.kind is not Kind.ORDER:
         raise Mixes(_USES)
     return _arranged(like.by, Kind.BLANK)

@@ -256,6 +256,20 @@ def cat(node: fx.Node, layout: Layout) -> Value:
     return Value((*axes[:dim], plain_axis(shape_of(node)[dim]), *axes[dim + 1 :]), operands=uses)
 
 
+@rule(aten.slice_scatter.default)
+def slice_scatter(node: fx.Node, layout: Layout) -> Value:
+    """Some features written over; the rest, and the rows, are where they were."""
+    source, written = source_of(node), argument(node, "src")
+    dim = argument(node, "dim") % len(shape_of(node))
+    parts = []
+    for part in (source, written):
+        axes = value_of(part).axes
+        feature(axes[dim], "writes along")
+        parts.append(operand(part, (*axes[:dim], (), *axes[dim + 1 :])))
+    axes, uses = broadcast(layout, parts, exact=True)
+    return Value((*axes[:dim], plain_axis(shape_of(node)[dim]), *axes[dim + 1 :]), operands=uses)
+
+
 @rule(aten.stack.default)
 def stack(node: fx.Node, layout: Layout) -> Value:
     tensors = argument(node, "tensors")
