@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from tests.op_rules.expert_samples import EXPERTS, by_token, experts, order_read_as_numbers
 from tests.op_rules.recorder import BATCH, FEATURES, HEADS, SEQ, Recorder
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ Build = Callable[[Recorder, Any], fx.Node]
 
 @dataclass(frozen=True)
 class Sample:
-    """``verdict`` on the op: "compact", "full", "pair", "constant" or "refused", then for ``reason``."""
+    """``verdict`` on the op: "compact", "full", "pair", "constant", "arranged" or "refused", then for ``reason``."""
 
     build: Build
     verdict: str
@@ -46,6 +47,11 @@ def pair(build: Build) -> Sample:
 
 def constant(build: Build) -> Sample:
     return Sample(build, "constant")
+
+
+def arranged(build: Build) -> Sample:
+    """Rows in sorted order or numbers about it, other ones in compact form."""
+    return Sample(build, "arranged")
 
 
 def refused(reason: str, build: Build) -> Sample:
@@ -152,6 +158,15 @@ def filling_new(*args: Any) -> list[Sample]:
 
 def filling_like(*args: Any) -> list[Sample]:
     return [compact(over_features(*args)), refused("no rule", lambda t, op: t(op, rolled(t), *args))]
+
+
+def written_over(t: Recorder, op: Any) -> fx.Node:
+    """As multi-head latent attention joins the two parts of its keys."""
+    like = (t.x,) if op is aten.new_empty.default else ()
+    options = {} if like else {"dtype": torch.float64}
+    empty = t(op, *like, [BATCH, SEQ, 2 * FEATURES], **options)
+    half = t(aten.slice_scatter.default, empty, t.x, 2, 0, FEATURES)
+    return t(aten.slice_scatter.default, half, t.x, 2, FEATURES, 2 * FEATURES)
 
 
 def triangle(t: Recorder, op: Any, size: list[int], diagonal: int = 0) -> fx.Node:
@@ -278,8 +293,9 @@ RESHAPE = [
 SORTED = [
     compact(first_of(-1, False)),
     compact(second_of(-1, True)),
-    refused("reads along the sequence", first_of(1, False)),
-    refused("reads along the batch", second_of(0, False)),
+    refused("sorts along the sequence", first_of(1, False)),
+    refused("sorts along the batch", second_of(0, False)),
+    arranged(experts()),
 ]
 
 
@@ -291,7 +307,7 @@ def sorted_ties(t: Recorder, op: Any) -> fx.Node:
 
 # -------------------------------------------------------------------------------------------------------- the table
 
-SAMPLES: dict[OpOverload, list[Sample]] = {
+SAMPLES: dict[OpOverload | str, list[Sample]] = {
     # ---- contractions
     aten.linear.default: [
         compact(lambda t, op: t(op, t.x, t.weight, t.bias)),
@@ -440,6 +456,8 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
     aten.new_full.default: filling_new(0.5),
     aten.new_zeros.default: filling_new(),
     aten.new_ones.default: filling_new(),
+    aten.new_empty.default: [constant(written_over)],
+    aten.empty.memory_format: [constant(written_over)],
     aten.full_like.default: filling_like(0.5),
     aten.zeros_like.default: filling_like(),
     aten.ones_like.default: filling_like(),
@@ -470,6 +488,58 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
             ),
         ),
     ],
+    aten.scatter.value: [
+        compact(lambda t, op: t(op, t.x, 2, table_of_numbers(t), 0.5)),
+        compact(lambda t, op: t(op, t(aten.zeros_like.default, t.x), 2, second_of(2)(t, aten.topk.default), 1)),
+        refused("looks up along the sequence", lambda t, op: t(op, t.x, 1, table_of_numbers(t), 0.5)),
+        refused(
+            "only a part",
+            lambda t, op: t(op, t.wide, 3, t(aten.zeros.default, [BATCH, SEQ, 1, 1], dtype=torch.int64), 1),
+        ),
+    ],
+    aten.scatter.src: [
+        compact(lambda t, op: t(op, t.x, 2, second_of(FEATURES)(t, aten.topk.default), t.x)),
+        refused("looks up along the sequence", lambda t, op: t(op, t.x, 1, table_of_numbers(t), t.x)),
+    ],
+    aten.scatter_add.default: [
+        compact(lambda t, op: t(op, t.x, 2, table_of_numbers(t), t.x)),
+        refused(
+            "looks up along the batch", lambda t, op: t(op, t.x, 0, t(aten.remainder.Scalar, numbers(t), BATCH), t.x)
+        ),
+    ],
+    aten.index_put.default: [
+        arranged(experts()),
+        refused("computes with the order", experts(first=1)),
+        refused("writes to rows by index", lambda t, op: t(op, t.x, [t(aten.zeros_like.default, t.ids)], t.bias)),
+    ],
+    # ---- rows in sorted order
+    aten.floor_divide.default: [
+        compact(lambda t, op: t(op, numbers(t), 2)),
+        arranged(experts()),
+        refused("computes with the order", order_read_as_numbers),
+    ],
+    aten.empty_like.default: [
+        arranged(experts()),
+        constant(lambda t, op: t(aten.mul.Tensor, t.x, t(aten.slice_scatter.default, t(op, t.x), t.x, 2))),
+        refused("no rule", lambda t, op: t(aten.slice_scatter.default, t(op, rolled(t)), t.x, 2)),
+    ],
+    aten.histc.default: [
+        arranged(experts()),
+        refused("counts values over rows", experts(descending=True)),
+        refused("counts values over rows", experts(bins=(EXPERTS, 1, EXPERTS))),
+        refused("counts values over rows", experts(exact=torch.bfloat16)),
+        refused(
+            "counts values over rows", lambda t, op: t(aten.add.Tensor, t.x, t(op, t.x, FEATURES, 0, FEATURES - 1))
+        ),
+    ],
+    "aten::_grouped_mm": [
+        arranged(experts(aten._grouped_mm.default)),
+        refused("no weights", experts(aten._grouped_mm.default, by_token)),
+    ],
+    "transformers::grouped_mm_fallback": [
+        arranged(experts()),
+        refused("no weights", experts(choose=by_token)),
+    ],
     aten.index_select.default: [
         compact(lambda t, op: t(op, t.x, 2, t(aten.arange.start_step, 0, FEATURES, 2))),
         refused("selects along the sequence", lambda t, op: t(op, t.x, 1, t(aten.arange.default, SEQ))),
@@ -486,11 +556,17 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
                 op, t.square, [t(aten.view.default, t(aten.arange.default, SEQ), [SEQ, 1]), table_of_numbers(t)]
             )
         ),
+        compact(experts()),
+        compact(experts(place="argsort")),
+        compact(lambda t, op: t(op, t.x, [None, None, t(aten.arange.start_step, 0, FEATURES, 2)])),
         full(counted),
         full(swapped),
+        refused("order that is not theirs", experts(divisor=3)),
+        refused("order that is not theirs", experts(place="order")),
         refused("not known to leave them in place", counted_from_one),
         refused("not known to leave them in place", lambda t, op: t(op, t.x, [t(aten.remainder.Scalar, t.ids, BATCH)])),
-        refused("skips others", lambda t, op: t(op, t.x, [None, t(aten.arange.default, SEQ)])),
+        refused("selects along the sequence", lambda t, op: t(op, t.x, [None, t(aten.arange.default, SEQ)])),
+        refused("skips others", lambda t, op: t(op, t.x, [None, t(aten.remainder.Scalar, t.ids, SEQ)])),
         refused(
             "lines up with the batch",
             lambda t, op: t(op, t.square, [column_numbers(t, BATCH, 0, 3), table_of_numbers(t)]),
@@ -528,14 +604,19 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
     aten.sort.stable: [
         compact(lambda t, op: t.item(t(op, t.x, stable=True), 1)),
         constant(sorted_ties),
-        refused("reads along the sequence", lambda t, op: t.item(t(op, t.x, stable=True, dim=1), 0)),
+        refused("sorts along the sequence", lambda t, op: t.item(t(op, t.x, stable=True, dim=1), 0)),
     ],
     aten.topk.default: [
         compact(first_of(2)),
         compact(second_of(2)),
         refused("reads along the sequence", first_of(2, 1)),
     ],
-    aten.argsort.default: [compact(over_features(-1)), refused("reads along the sequence", over_features(1))],
+    aten.argsort.default: [
+        compact(over_features(-1)),
+        arranged(experts(place="argsort")),
+        refused("sorts along the sequence", over_features(1)),
+        refused("computes with the order", experts(place="argsort, descending")),
+    ],
     aten.softmax.int: [
         compact(over_features(-1)),
         pair(lambda t, op: t(op, t.masked(t.causal), -1)),
@@ -586,6 +667,7 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
         compact(over_features(-1)),
         full(over_features(1)),
         full(packed_by(aten.cumsum.default)),
+        arranged(experts()),
         refused("the batch axis", over_features(0)),
         refused("the key axis", lambda t, op: t(op, t.scores, -1)),
     ],
@@ -689,6 +771,14 @@ SAMPLES: dict[OpOverload, list[Sample]] = {
             lambda t, op: t(op, [t.x, t(aten.expand.default, t.sequences, [BATCH, SEQ, 2])], 2),
         ),
     ],
+    aten.slice_scatter.default: [
+        compact(lambda t, op: t(op, t.x, t(aten.slice.Tensor, t.x, 2, 0, 2), 2, 3, 5)),
+        compact(lambda t, op: written_over(t, aten.new_empty.default)),
+        refused(
+            "writes along the sequence",
+            lambda t, op: t(op, t.x, t(aten.zeros.default, [BATCH, 2, FEATURES], dtype=torch.float64), 1, 3, 5),
+        ),
+    ],
     aten.stack.default: [
         compact(lambda t, op: t(op, [t.x, t.x], 1)),
         compact(lambda t, op: t(op, [t.x, t(aten.expand.default, t.columns, [BATCH, SEQ, FEATURES])], -1)),
@@ -785,5 +875,7 @@ NEVER_REFUSED = {
     aten.new_full.default,
     aten.new_zeros.default,
     aten.new_ones.default,
+    aten.new_empty.default,
+    aten.empty.memory_format,
 }
 """Rows that read no rows."""
