@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test compatibility lint format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -19,6 +19,9 @@ demo: $(STAMP) ## compare radix with inductor on a batch of few-shot prompts
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+compatibility: $(STAMP) ## run every family and form, and write docs/compatibility.md (half an hour)
+	$(BIN)/python -m tests.compatibility docs/compatibility.md --workers $(TEST_WORKERS) $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from radix_compile.backend import RadixBackend
     from radix_compile.explain import Explanation, explain
+    from radix_compile.op_rules.custom import register_rule
     from radix_compile.options import Options
     from radix_compile.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
     from radix_compile.report import Stats, reset_stats, stats
@@ -21,6 +22,7 @@ _HOMES = {
     "RadixBackend": "backend",
     "Explanation": "explain",
     "explain": "explain",
+    "register_rule": "op_rules.custom",
     "Options": "options",
     "PrefixPlan": "prefix_plan",
     "compute_fold_and_scatter": "prefix_plan",
@@ -40,6 +42,7 @@ __all__ = [
     "compute_fold_and_scatter",
     "compute_fold_and_scatter_torch",
     "explain",
+    "register_rule",
     "reset_stats",
     "stats",
 ]

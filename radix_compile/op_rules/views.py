@@ -243,8 +243,10 @@ def cat(node: fx.Node, layout: Layout) -> Value:
     # torch ignores one-dimensional empty tensors here: an empty key-value cache is one.
     tensors = [arg for arg in argument(node, "tensors") if tuple(arg.meta["val"].shape) != (0,)]
     rank = len(shape_of(node))
-    if len(tensors) == 1 and tensors[0].meta["val"].dtype == node.meta["val"].dtype:
+    if len(tensors) == 1:
         value = value_of(tensors[0])
+        if tensors[0].meta["val"].dtype != node.meta["val"].dtype:  # a cast, as under autocast
+            return Value(value.axes)
         return Value(value.axes, fact=value.fact, identity=tensors[0])
     dim = argument(node, "dim") % rank
     parts = []

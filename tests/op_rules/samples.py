@@ -761,10 +761,8 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         compact(lambda t, op: t(op, [t(aten.zeros.default, [0], dtype=torch.float64), t.x], 1)),
         refused("joins tensors along the sequence", lambda t, op: t(op, [t.x, t.x], 1)),
         refused("joins tensors along the batch", lambda t, op: t(op, [t.x, t.x], 0)),
-        refused(  # the empty tensor does not only vanish: it makes the result floating point
-            "joins tensors along the sequence",
-            lambda t, op: t(op, [t(aten.zeros.default, [0]), t.ids], 1),
-        ),
+        # The empty tensor does not only vanish: it makes the result floating point.
+        compact(lambda t, op: t(op, [t(aten.zeros.default, [0], dtype=torch.float64), numbers(t)], 1)),
         refused("mean different things", lambda t, op: t(op, [t.heads, t(aten.transpose.int, t.heads, 0, 1)], 3)),
         refused(
             "lines up with the batch",

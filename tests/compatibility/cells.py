@@ -1,0 +1,103 @@
+"""One cell of the compatibility page: a family, an attention implementation and a way to call the model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import radix_compile
+from radix_compile.backend import RadixBackend
+from radix_compile.report import GraphReport
+from tests.compatibility.families import build_family
+from tests.compatibility.forms import FORMS, without_gradients
+from tests.models import assert_as_exact, in_float64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``result``: folded, partly, declined, unsupported (the plain model fails), wrong or crash; ``reason`` for it."""
+
+    family: str
+    attention: str
+    form: str
+    result: str
+    reason: str = ""
+    tokens: int = 0
+    compact_tokens: int = 0
+
+    @property
+    def fails(self) -> bool:
+        return self.result in ("wrong", "crash")
+
+    def __str__(self) -> str:
+        counts = f" {self.tokens} -> {self.compact_tokens}" if self.tokens else ""
+        return (
+            f"{self.family}, {self.attention}, {self.form}: {self.result}{counts}{self.reason and ': ' + self.reason}"
+        )
+
+
+def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -> Cell:
+    model = build_family(family, attention)
+    call = FORMS[form]
+    with warnings.catch_warnings(), without_gradients(form):
+        warnings.simplefilter("ignore")
+        try:
+            plain = logits(call(model, model))
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            return Cell(family, attention, form, "unsupported", first_line(error))
+        exact_model = in_float64(model)
+        exact = logits(call(exact_model, exact_model))
+        torch._dynamo.reset()
+        radix_compile.reset_stats()
+        backend = Reporting(inner=inner, threshold=1.0)
+        try:
+            ours = logits(call(model, torch.compile(model, backend=backend)))
+        except Exception as error:
+            return Cell(family, attention, form, "crash", f"{type(error).__name__}: {first_line(error)}")
+    result, reason = verdict(backend.reports)
+    try:
+        for one, other, reference in zip(ours, plain, exact, strict=True):
+            assert_as_exact(one, other, reference.double())
+    except AssertionError as error:
+        result, reason = "wrong", first_line(error)
+    stats = radix_compile.stats()
+    if result in ("folded", "partly") and not stats.folded_calls:
+        result, reason = "declined", next(iter(stats.plain_calls), "")
+    return Cell(family, attention, form, result, reason, stats.tokens, stats.compact_tokens)
+
+
+class Reporting(RadixBackend):
+    """The backend, and the reports of what it compiled."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.reports: list[GraphReport] = []
+
+    def report(self, report: GraphReport) -> None:
+        self.reports.append(report)
+
+    __hash__ = RadixBackend.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def logits(output: Any) -> list[torch.Tensor]:
+    """What a caller reads: the loss if there is one, and the logits."""
+    found = [getattr(output, name, None) for name in ("loss", "logits")]
+    return [tensor.detach() for tensor in found if tensor is not None]
+
+
+def verdict(reports: list[GraphReport]) -> tuple[str, str]:
+    folded = [report for report in reports if report.folded]
+    refusals = [str(refusal.reason) for report in folded for refusal in report.refusals]
+    if not folded:
+        return "declined", next((report.reason for report in reports if report.reason), "nothing was compiled")
+    return ("partly", refusals[0]) if refusals else ("folded", "")
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
