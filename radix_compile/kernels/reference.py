@@ -69,6 +69,9 @@ def sum_rows(
     batch_dim: int,
     seq_dim: int,
 ) -> Tensor:
+    if full.is_complex():  # a bag has none
+        sums = sum_rows(torch.view_as_real(full), scatter, fold, rows, starts, pieces, batch_dim, seq_dim)
+        return torch.view_as_complex(sums)
     flat = _rows_of(full, batch_dim, seq_dim)
     features = flat.shape[1:]
     table = flat.reshape(flat.shape[0], math.prod(features))

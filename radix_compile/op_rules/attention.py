@@ -14,6 +14,11 @@ from radix_compile.token_axes import SEQ, Axes, Layout, Mixes, Operand, Value, b
 aten = torch.ops.aten
 
 
+@rule(aten._transformer_encoder_layer_fwd.default)
+def fused_encoder_layer(node: fx.Node, layout: Layout) -> Value:
+    raise Mixes("a whole layer in one op: torch.backends.mha.set_fastpath_enabled(False) makes its parts visible")
+
+
 @rule(aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))

@@ -18,6 +18,8 @@ aten = torch.ops.aten
     aten.__or__.Tensor,
     aten.__or__.Scalar,
     aten.__xor__.Tensor,
+    aten.complex.default,
+    aten.polar.default,
     aten.softplus.default,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,

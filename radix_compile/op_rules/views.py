@@ -258,6 +258,18 @@ def cat(node: fx.Node, layout: Layout) -> Value:
     return Value((*axes[:dim], plain_axis(shape_of(node)[dim]), *axes[dim + 1 :]), operands=uses)
 
 
+@rule(aten.view_as_complex.default, view_like=True)
+def view_as_complex(node: fx.Node, layout: Layout) -> Value:
+    axes = value_of(source_of(node)).axes
+    feature(axes[-1], "takes two entries of")
+    return Value(axes[:-1])
+
+
+@rule(aten.view_as_real.default, view_like=True)
+def view_as_real(node: fx.Node, layout: Layout) -> Value:
+    return Value((*value_of(source_of(node)).axes, *plain_axes(node)[-1:]))
+
+
 @rule(aten.slice_scatter.default)
 def slice_scatter(node: fx.Node, layout: Layout) -> Value:
     """Some features written over; the rest, and the rows, are where they were."""

@@ -156,6 +156,16 @@ def test_half_width_sums_are_accumulated_in_float32() -> None:
     assert radix.sum_rows(ones, *lists, 0, 1).tolist() == [[[4096.0] * 3]]
 
 
+def test_complex_rows() -> None:
+    """Rotary embeddings may be written with complex numbers."""
+    plan, full = PLAN, torch.complex(values((BATCH, SEQ, 3), torch.float64), values((BATCH, SEQ, 3), torch.float64) + 1)
+    compact = radix.fold_rows(full, plan.fold, plan.scatter, 0, 1)
+    sums = radix.sum_rows(full, *plan.lists, 0, 1)
+    expected = torch.zeros_like(compact[0]).index_add_(0, plan.scatter, full.flatten(0, 1))
+    torch.testing.assert_close(sums[0], expected)
+    assert sums.stride() == compact.stride()
+
+
 @pytest.mark.parametrize("name", ["scatter_rows", "foreach_scatter_rows"])
 def test_gradient_without_row_lists(name: str) -> None:
     moved, scatter, _, _, _, _, *rest = calls(PLAN, False)[name]

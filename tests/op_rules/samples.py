@@ -169,6 +169,12 @@ def written_over(t: Recorder, op: Any) -> fx.Node:
     return t(aten.slice_scatter.default, half, t.x, 2, FEATURES, 2 * FEATURES)
 
 
+def encoder_layer(t: Recorder, op: Any) -> fx.Node:
+    x, weight, bias = (t(aten.detach.default, one) for one in (t.x, t.weight, t.bias))  # it has no gradient
+    three = t(aten.cat.default, [weight] * 3, 0), t(aten.cat.default, [bias] * 3, 0)
+    return t(op, x, FEATURES, 2, *three, weight, bias, True, True, 1e-5, *[bias] * 4, weight, bias, weight, bias)
+
+
 def triangle(t: Recorder, op: Any, size: list[int], diagonal: int = 0) -> fx.Node:
     return t(op, t(aten.full.default, size, 1.0, dtype=torch.float64), diagonal)
 
@@ -423,6 +429,14 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         compact(lambda t, op: t(op, t.x, t.ids)),
         constant(lambda t, op: t(aten.add.Tensor, t.x, t(op, t.bias, t.x))),
         refused("no rule", lambda t, op: t(op, rolled(t), t.ids)),
+    ],
+    aten.complex.default: [
+        compact(lambda t, op: t(aten.abs.default, t(op, t.x, t.x))),
+        refused("no rule", lambda t, op: t(aten.abs.default, t(op, t.x, rolled(t)))),
+    ],
+    aten.polar.default: [
+        compact(lambda t, op: t(aten.view_as_real.default, t(op, t(aten.exp.default, t.x), t.x))),
+        refused("no rule", lambda t, op: t(aten.view_as_real.default, t(op, t.x, rolled(t)))),
     ],
     aten.softplus.default: UNARY,
     aten.where.ScalarOther: [
@@ -684,6 +698,7 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         refused("takes differences", lambda t, op: t(op, t.positions, 1, 1, first_column_less_one(t, t.ids))),
     ],
     aten.dropout.default: [compact(over_features(0.5, False)), refused("dropout is on", over_features(0.5, True))],
+    aten._transformer_encoder_layer_fwd.default: [refused("set_fastpath_enabled", encoder_layer)],
     aten.native_dropout.default: [refused("random", first_of(0.5, True))],
     aten.feature_dropout.default: [
         compact(over_features(0.5, False)),
@@ -768,6 +783,16 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
             "lines up with the batch",
             lambda t, op: t(op, [t.x, t(aten.expand.default, t.sequences, [BATCH, SEQ, 2])], 2),
         ),
+    ],
+    aten.view_as_complex.default: [
+        compact(lambda t, op: t(aten.abs.default, t(op, t(aten.view.default, t.x, [BATCH, SEQ, 3, 2])))),
+        refused(
+            "no rule", lambda t, op: t(aten.abs.default, t(op, t(aten.view.default, rolled(t), [BATCH, SEQ, 3, 2])))
+        ),
+    ],
+    aten.view_as_real.default: [
+        compact(lambda t, op: t(op, t(aten.complex.default, t.x, t.x))),
+        refused("no rule", lambda t, op: t(op, t(aten.complex.default, rolled(t), t.x))),
     ],
     aten.slice_scatter.default: [
         compact(lambda t, op: t(op, t.x, t(aten.slice.Tensor, t.x, 2, 0, 2), 2, 3, 5)),
@@ -859,7 +884,7 @@ POINTWISE: dict[OpOverload, list[Sample]] = {
     aten.frexp.Tensor: [compact(lambda t, op: t.item(t(op, t.x), 0)), compact(lambda t, op: t.item(t(op, t.x), 1))],
 }
 
-NEVER_FOLDS = {aten.native_dropout.default}
+NEVER_FOLDS = {aten.native_dropout.default, aten._transformer_encoder_layer_fwd.default}
 """Rows that only give their refusal a reason."""
 
 NEVER_REFUSED = {
