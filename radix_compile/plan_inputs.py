@@ -15,6 +15,7 @@ from radix_compile.mask_facts import Blind
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import Tokens
+from radix_compile.passes.prove_shift import prove_shift
 from radix_compile.prefix_plan import PrefixPlan
 
 BoolArray = NDArray[np.bool_]
@@ -42,6 +43,7 @@ class PlanInputs:
     ``keys``  positions of the row-key inputs, each ``[B, S]``.
     ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
+    ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``lists`` whether the folded program takes the row lists of the nodes as well, for gradients.
     """
 
@@ -49,6 +51,7 @@ class PlanInputs:
     blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
     lists: bool = False
+    front: tuple[RowProgram, bool] | None = None
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
         keys = [args[i] for i in self.keys]
@@ -62,7 +65,14 @@ class PlanInputs:
             blind = sightless((program(args, shape) != 0) == truth, window)
             if blind.any():
                 unique = blind if unique is None else unique | blind
-        return PrefixPlan.from_rows(*_on_host(keys), unique=unique, skip=skip, pad_multiple_of=pad_multiple_of)
+        start: NDArray[Any] | None = None
+        if self.front is not None:
+            program, truth = self.front
+            shown = (program(args, shape) != 0) == truth
+            start = np.where(shown.any(1), shown.argmax(1), 0)
+        return PrefixPlan.from_rows(
+            *_on_host(keys), unique=unique, skip=skip, start=start, pad_multiple_of=pad_multiple_of
+        )
 
     def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
@@ -107,7 +117,9 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     hidden: Blind | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
-    return PlanInputs(keys, programs, skip, captured.meta["differentiable"])
+    shift = prove_shift(captured)
+    front = (_row_program(captured, shift.source), shift.truth) if shift else None
+    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front)
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -91,6 +91,7 @@ class PrefixPlan:
         *keys: Array | torch.Tensor,
         unique: Array | torch.Tensor | None = None,
         skip: Array | torch.Tensor | None = None,
+        start: Array | torch.Tensor | None = None,
         pad_multiple_of: SupportsIndex | None = None,
     ) -> PrefixPlan:
         """Plan for a batch whose row key at ``(b, s)`` is ``(keys[0][b, s], keys[1][b, s], ...)``.
@@ -100,6 +101,8 @@ class PrefixPlan:
             unique: bool ``[B, S]``, rows that get a node of their own though other rows have their path.  The
                 rows after them are merged as usual.  Must be equal on rows of equal path.
             skip: bool ``[B, S]``, rows that get no node.  Must be equal on rows of equal path.
+            start: integer ``[B]``, the column at which each sequence starts, for rows that do not depend on their
+                column.  The rows in front of it are in no path and get nodes of their own.
             pad_multiple_of: repeat ``fold[0]`` at the end of `fold` up to a multiple of this (an empty `fold`
                 stays empty).
 
@@ -122,6 +125,13 @@ class PrefixPlan:
         multiple = as_multiple(pad_multiple_of)
 
         length = shape[1]
+        turn = None if start is None else _turn(as_array("start", start, "iu"), shape)
+        if turn is not None:
+            columns = [np.take_along_axis(column, turn, 1) for column in columns]
+            left_out = None if left_out is None else np.take_along_axis(left_out, turn, 1)
+            in_front = turn < turn[:, :1]
+            columns.append(in_front)  # or what is in front of one sequence may look like the end of another
+            own = in_front if own is None else np.take_along_axis(own, turn, 1) | in_front
         order, shared = sort_equal_lengths(columns)
         offset = np.arange(length)
         new = offset >= shared[:, None]
@@ -143,11 +153,27 @@ class PrefixPlan:
             nodes[left_out] = -1
 
         scatter = np.empty_like(nodes)
-        scatter[order] = nodes
-        fold = ((order * length)[:, None] + offset)[new]
+        fold = ((order * length)[:, None] + (offset if turn is None else turn[order]))[new]
+        if turn is None:
+            scatter[order] = nodes
+        else:
+            scatter[order[:, None], turn[order]] = nodes
         if extra := -fold.size % multiple if fold.size else 0:
             fold = np.concatenate([fold, np.full(extra, fold[0])])
         return cls(fold, scatter.ravel(), order, shared)
+
+
+def _turn(start: Array, shape: tuple[int, ...]) -> Int64 | None:
+    """The columns of each sequence, those in front of its start last; None if all start at the first."""
+    batch, length = shape
+    if start.shape != (batch,):
+        raise ValueError(f"start must have shape [{batch}], got {list(start.shape)}")
+    if ((start < 0) | (start >= max(length, 1))).any():
+        raise ValueError(f"start must hold columns from 0 to {length - 1}, got {start.min()} to {start.max()}")
+    if not start.any():
+        return None
+    turn: Int64 = (np.arange(length) + start.astype(np.int64)[:, None]) % max(length, 1)
+    return turn
 
 
 def _pieces(starts: Int64) -> Int64:

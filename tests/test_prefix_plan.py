@@ -112,6 +112,36 @@ def test_from_rows_is_the_prefix_tree(
     check_plan(plan, keys, none if unique is None else unique, none if skip is None else skip)
 
 
+@given(row_keys(), st.integers(0, 2**16))
+def test_paths_may_start_at_different_columns(columns: list, seed: int) -> None:
+    keys = [column for column, _ in columns]
+    batch, length = keys[0].shape
+    start = np.random.default_rng(seed).integers(0, max(length, 1), batch)
+    plan = PrefixPlan.from_rows(*keys, start=torch.from_numpy(start) if seed % 2 else start)
+    path: dict[tuple[int, int], Any] = {}
+    for b, first in enumerate(start.tolist()):
+        for s in range(length):
+            own = tuple(tuple(int(k[b, i]) for k in keys) for i in range(first, s + 1))
+            path[b, s] = own if s >= first else (b, s)
+    nodes = dict(zip(path, plan.scatter.tolist(), strict=True))
+    assert len(set(path.values())) == plan.compact_tokens == len(plan.fold)
+    assert {(one, nodes[at]) for at, one in path.items()} == set(zip(path.values(), nodes.values(), strict=True))
+    assert len({(one, nodes[at]) for at, one in path.items()}) == plan.compact_tokens
+    assert plan.scatter[plan.fold].tolist() == list(range(plan.compact_tokens))
+    rows, starts, _ = plan.row_lists()
+    for node in range(len(plan.fold)):
+        listed = rows[starts[node] : starts[node + 1]].tolist()
+        assert sorted(listed) == np.flatnonzero(plan.scatter == node).tolist()
+        assert listed[0] == plan.fold[node]
+
+
+def test_what_is_in_front_of_one_sequence_is_not_the_end_of_another() -> None:
+    plan = PrefixPlan.from_rows(np.array([[0, 0, 5], [5, 0, 0]]), start=np.array([2, 0]))
+    first, second = plan.scatter.reshape(2, 3).tolist()
+    assert first[2] == second[0]
+    assert len({*first, *second}) == 5
+
+
 @given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.integers(1, 5))
 def test_row_lists_hold_the_rows_of_each_node(
     columns: list, salt: int, unique_share: int | None, skip_share: int | None, pad: int
@@ -221,6 +251,10 @@ KEY, MASK = np.zeros((2, 3), np.int64), np.zeros((2, 3), bool)
         (ValueError, r"keys\[1\]", (KEY, np.zeros(3, np.int64)), {}),
         (ValueError, "unique", (KEY,), {"unique": np.zeros((3, 3), bool)}),
         (ValueError, "skip", (KEY,), {"skip": np.zeros((1, 3), bool)}),
+        (ValueError, "start", (KEY,), {"start": np.zeros(3, np.int64)}),
+        (ValueError, "start", (KEY,), {"start": np.array([0, 3])}),
+        (ValueError, "start", (KEY,), {"start": np.array([-1, 0])}),
+        (TypeError, "start", (KEY,), {"start": np.zeros(2)}),
         (ValueError, "pad_multiple_of", (KEY,), {"pad_multiple_of": 0}),
         (TypeError, r"keys\[0\]", (np.zeros((2, 3)),), {}),
         (TypeError, r"keys\[0\]", ([[1, 2]],), {}),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Blind, hides
+from radix_compile.mask_facts import Blind
 from radix_compile.passes.choose_cuts import Form, home, is_light, is_row, is_view, thin_source, values_of
 from radix_compile.passes.fold_graph import Wanted
+from radix_compile.passes.prove_shift import hidden_padding
 
 
 class PaddingIsRead(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
@@ -30,19 +31,9 @@ def skip_padding(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _padding(captured: fx.GraphModule, wanted: Wanted) -> Blind:
     """The rows every attention hides, if nothing else reads them."""
-    attentions = [value.attends for node in captured.graph.nodes if node.op != "output" for value in values_of(node)]
-    hidden: set[Blind] = set()
-    for node in captured.graph.nodes:
-        if node.op != "output":
-            for value in values_of(node):
-                hidden |= value.blind
-    sources = {(b.source, b.truth) for b in hidden}
-    if len(sources) != 1:
+    padding = hidden_padding(captured)
+    if padding is None:
         raise PaddingIsRead("there is no padding mask that every attention applies to its keys")
-    source, truth = sources.pop()
-    padding = Blind(source, None, truth)
-    if not all(hides(weights.visible, padding, weights.key) for weights in attentions if weights is not None):
-        raise PaddingIsRead("an attention does not hide the padding")
     for node in wanted.forms:
         reader = _reader_of_padding(node, wanted)
         if reader is not None:

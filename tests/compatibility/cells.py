@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import radix_compile
 from radix_compile.backend import RadixBackend
@@ -14,6 +15,9 @@ from radix_compile.report import GraphReport
 from tests.compatibility.families import build_family
 from tests.compatibility.forms import FORMS, without_gradients
 from tests.models import assert_as_exact, in_float64
+
+ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
+"""What a model raises that cannot be called in some way."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,13 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -
         warnings.simplefilter("ignore")
         try:
             plain = logits(call(model, model))
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+        except ERRORS as error:
             return Cell(family, attention, form, "unsupported", first_line(error))
         exact_model = in_float64(model)
-        exact = logits(call(exact_model, exact_model))
+        try:
+            exact = logits(call(exact_model, exact_model))
+        except ERRORS:  # XGLM cannot run in float64
+            exact = None
         torch._dynamo.reset()
         radix_compile.reset_stats()
         backend = Reporting(inner=inner, threshold=1.0)
@@ -59,14 +66,23 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -
             return Cell(family, attention, form, "crash", f"{type(error).__name__}: {first_line(error)}")
     result, reason = verdict(backend.reports)
     try:
-        for one, other, reference in zip(ours, plain, exact, strict=True):
-            assert_as_exact(one, other, reference.double())
+        compare(ours, plain, exact)
     except AssertionError as error:
         result, reason = "wrong", first_line(error)
     stats = radix_compile.stats()
     if result in ("folded", "partly") and not stats.folded_calls:
         result, reason = "declined", next(iter(stats.plain_calls), "")
     return Cell(family, attention, form, result, reason, stats.tokens, stats.compact_tokens)
+
+
+def compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor] | None) -> None:
+    """Against float64; without it, against the plain model, to a thousand roundings of the largest entry."""
+    for number, (one, other) in enumerate(zip(ours, plain, strict=True)):
+        if exact is not None:
+            assert_as_exact(one, other, exact[number].double())
+        else:
+            limit = 1e3 * torch.finfo(other.dtype).eps * other.abs().max().item()
+            torch.testing.assert_close(one, other, rtol=0, atol=limit)
 
 
 class Reporting(RadixBackend):
@@ -85,7 +101,7 @@ class Reporting(RadixBackend):
         return self is other
 
 
-def logits(output: Any) -> list[torch.Tensor]:
+def logits(output: Any) -> list[Tensor]:
     """What a caller reads: the loss if there is one, and the logits."""
     found = [getattr(output, name, None) for name in ("loss", "logits")]
     return [tensor.detach() for tensor in found if tensor is not None]

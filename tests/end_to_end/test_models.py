@@ -11,7 +11,16 @@ from torch import Tensor
 import radix_compile
 from tests.models import assert_as_exact, build, compare, in_float64, paths, shared_batch
 
-FORMS = ["no mask", "no mask, no cache", "ones", "right padding", "left padding", "positions", "restarting positions"]
+FORMS = [
+    "no mask",
+    "no mask, no cache",
+    "ones",
+    "right padding",
+    "left padding",
+    "left padding, positions",
+    "positions",
+    "restarting positions",
+]
 
 
 def inputs(form: str, ids: Tensor) -> dict[str, Any]:
@@ -31,15 +40,26 @@ def inputs(form: str, ids: Tensor) -> dict[str, Any]:
     if form == "right padding":
         ids[1] = ids[0]
         mask[0, -3:] = mask[1, -3:] = mask[2, -1:] = 0
-    if form == "left padding":
+    if form.startswith("left padding"):
         ids[1, :-2] = ids[0, :-2]
-        mask[0, :3] = mask[1, :3] = mask[2, :1] = 0
+        mask[0, :3] = mask[1, :3] = 0
+        mask[2, :1] = int(form != "left padding")  # eager attention in float64 needs one sequence without
     ids[mask == 0] = 0
+    if form == "left padding, positions":
+        # Sequence 3 is sequence 0 without its last token, one column further left.
+        ids[3], mask[3] = torch.roll(ids[0], -1), torch.roll(mask[0], -1)
+        ids[3, -1], mask[3, -1] = 5, 1
+        return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
     return {"attention_mask": mask, "use_cache": form == "ones"}
 
 
 def nodes(form: str, ids: Tensor, kwargs: dict[str, Any]) -> int:
     keys = [ids, *(value for value in kwargs.values() if isinstance(value, Tensor))]
+    if form == "left padding, positions":
+        rows = torch.stack(keys, -1)
+        own = [list(map(tuple, rows[b][mask == 1].tolist())) for b, mask in enumerate(kwargs["attention_mask"])]
+        padded = int((kwargs["attention_mask"] == 0).sum())
+        return padded + len({tuple(one[:n]) for one in own for n in range(1, len(one) + 1)})
     unique = kwargs["attention_mask"].cumsum(1) == 0 if form == "left padding" else None
     return paths(*keys, unique=unique)
 

@@ -1,0 +1,137 @@
+"""Left padding of different length keeps prefixes together exactly where no row can depend on its column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import radix_compile
+from radix_compile.passes.prove_shift import prove_shift
+from tests.graphs import folded
+from tests.models import VOCABULARY, assert_as_exact, build, in_float64, paths
+
+LENGTH, WIDTH = 10, 8
+STARTS = (0, 3, 1, 3)
+PADDED = (torch.arange(LENGTH) >= torch.tensor(STARTS)[:, None]).long()
+POSITIONS = (PADDED.cumsum(1) - 1).clamp(min=0)
+
+
+def token_ids() -> Tensor:
+    """The same text in every sequence, from where its padding ends."""
+    text = torch.arange(3, 3 + LENGTH)
+    return torch.stack([F.pad(text[: LENGTH - start], (start, 0)) for start in STARTS])
+
+
+class Program(nn.Module):
+    """One layer; ``before`` gets the embeddings, ``mask`` makes what attention may see."""
+
+    def __init__(self, before: Callable[..., Tensor], mask: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.before, self.mask = before, mask
+
+    def forward(self, ids: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+        x = self.before(self, self.embedding(ids), padding, positions)
+        heads = self.first(x)[:, None]
+        return self.last(F.scaled_dot_product_attention(heads, heads, heads, self.mask(padding))[:, 0])
+
+
+def by_positions(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+    return x + model.positions(positions)
+
+
+def by_columns(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+    return x + model.positions.weight
+
+
+def by_counting(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+    """Every row counts those before it, the padding as well."""
+    return x + torch.ones_like(positions).cumsum(1)[..., None] * 0.1
+
+
+def by_sums(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+    return x.cumsum(1)
+
+
+def by_arange(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+    return x * torch.arange(LENGTH)[:, None].cos()
+
+
+def causal() -> Tensor:
+    return torch.arange(LENGTH) <= torch.arange(LENGTH)[:, None]
+
+
+def hidden(padding: Tensor) -> Tensor:
+    return causal() & (padding != 0)[:, None, None]
+
+
+def windowed(padding: Tensor) -> Tensor:
+    return hidden(padding) & (torch.arange(LENGTH) > torch.arange(LENGTH)[:, None] - 4)
+
+
+def unhidden(padding: Tensor) -> Tensor:
+    return causal().expand(len(padding), 1, -1, -1)
+
+
+SHIFT = {"positions": (by_positions, hidden), "a window": (by_positions, windowed)}
+STAY = {
+    "a table by column": (by_columns, hidden),
+    "counting columns": (by_counting, hidden),
+    "a running sum": (by_sums, hidden),
+    "an arange": (by_arange, hidden),
+    "padding that is seen": (by_positions, unhidden),
+}
+
+
+def compact_rows(model: nn.Module, *args: Tensor) -> int:
+    options = {"inner": "aot_eager", "threshold": 1.0}
+    radix_compile.reset_stats()
+    with torch.no_grad():
+        ours, plain, exact = (
+            program(*args)
+            for program in (torch.compile(model, backend="radix", options=options), model, in_float64(model))
+        )
+    # Rows of padding see no key: nothing is to be read from them, and NaN where the mask is strict.
+    shown = args[1] != 0
+    assert_as_exact(ours[shown], plain[shown], exact[shown].double())
+    return radix_compile.stats().compact_tokens
+
+
+@pytest.mark.parametrize("name", SHIFT)
+def test_rows_of_the_same_text_are_one_node(name: str) -> None:
+    model = Program(*SHIFT[name]).eval()
+    args = token_ids(), PADDED, POSITIONS
+    with torch.no_grad():
+        assert prove_shift(folded(model, *args).meta["source"]) is not None
+    assert compact_rows(model, *args) == LENGTH + sum(STARTS)
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_not_where_a_row_may_depend_on_its_column(name: str) -> None:
+    model = Program(*STAY[name]).eval()
+    args = token_ids(), PADDED, POSITIONS
+    with torch.no_grad():
+        assert prove_shift(folded(model, *args).meta["source"]) is None
+    assert compact_rows(model, *args) >= paths(*args)
+
+
+def test_gradients() -> None:
+    model = build("Qwen3").train()
+    exact = in_float64(model)
+    args = {"input_ids": token_ids(), "attention_mask": PADDED, "position_ids": POSITIONS, "use_cache": False}
+    labels = args["input_ids"].masked_fill(PADDED == 0, -100)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    grads = []
+    for one, program in ((model, compiled), (model, model), (exact, exact)):
+        program(**args, labels=labels).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in one.parameters()])
+        one.zero_grad()
+    assert radix_compile.stats().compact_tokens == LENGTH + sum(STARTS)
+    for ours, plain, reference in zip(*grads, strict=True):
+        assert_as_exact(ours, plain, reference)
