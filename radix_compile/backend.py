@@ -19,7 +19,7 @@ from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import Observer, run_pass, run_pipeline
-from radix_compile.plan_inputs import PlanInputs, plan_inputs
+from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,10 @@ def rewrite(
             report.notes.append(f'padding="skip" is off: {verdict}')
             log.info(report.notes[-1])
     run_pass(lower_index_ops, folded, observe)
-    return captured, folded, plan_inputs(folded.meta["source"])
+    inputs = plan_inputs(captured)
+    if advice := advice_on_padding(captured, example_inputs):
+        report.notes.append(advice)
+    return captured, folded, inputs
 
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:

@@ -15,8 +15,9 @@ from radix_compile.mask_facts import Blind
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import Tokens
-from radix_compile.passes.prove_shift import prove_shift
+from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.token_axes import Refusal
 
 BoolArray = NDArray[np.bool_]
 
@@ -120,6 +121,22 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     shift = prove_shift(captured)
     front = (_row_program(captured, shift.source), shift.truth) if shift else None
     return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front)
+
+
+def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:
+    """What a caller with left padding, as in ``args``, could do if rows depend on their column."""
+    column: Refusal | None = captured.meta["column"]
+    padding = hidden_padding(captured)
+    if column is None or padding is None:
+        return None
+    shape = tuple(captured.meta["tokens"].keys[0].meta["val"].shape)
+    shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
+    if shown[:, 0].all():
+        return None
+    return (
+        "with left padding, prompts that start at different columns are not shared, because a row may depend on its"
+        f" column ({column.op} at {column.source}): pass position_ids computed from the mask, or pad on the right"
+    )
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

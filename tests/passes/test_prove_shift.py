@@ -121,6 +121,23 @@ def test_not_where_a_row_may_depend_on_its_column(name: str) -> None:
     assert compact_rows(model, *args) >= paths(*args)
 
 
+def test_the_report_says_what_could_be_passed() -> None:
+    model = build("Qwen3")
+    for positions, padding, advised in (
+        (None, PADDED, True),
+        (POSITIONS, PADDED, False),
+        (None, PADDED.flip(1), False),
+    ):
+        with torch.no_grad():
+            explanation = radix_compile.explain(
+                model, token_ids(), attention_mask=padding, position_ids=positions, use_cache=False
+            )
+        (graph,) = explanation.graphs
+        notes = [note for note in graph.notes if "left padding" in note]
+        assert bool(notes) == advised
+        assert not notes or ("position_ids computed from the mask" in notes[0] and "modeling_qwen3.py" in notes[0])
+
+
 def test_gradients() -> None:
     model = build("Qwen3").train()
     exact = in_float64(model)
