@@ -243,7 +243,7 @@ def _scaled(node: fx.Node) -> Fact | None:
 def _scaled_mask(mask: Masked, divisor: float, dtype: torch.dtype) -> Masked | None:
     """Minus infinity stays it; a floor near the lowest number of a wide type stays far below any score, once."""
     if mask.strict and 0 < divisor < math.inf:
-        return mask
+        return replace(mask, bounded=mask.bounded and 1 / ORDINARY <= divisor <= ORDINARY)
     wide = torch.finfo(dtype).max > ORDINARY**4
     return replace(mask, scaled=True) if wide and not mask.scaled and 1 <= divisor <= ORDINARY else None
 
