@@ -9,7 +9,9 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compatibility lint format clean
+N ?= 2000
+
+.PHONY: help demo test compatibility fuzz lint format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -22,6 +24,9 @@ test: $(STAMP) ## run the tests
 
 compatibility: $(STAMP) ## run every family and form, and write docs/compatibility.md (half an hour)
 	$(BIN)/python -m tests.compatibility docs/compatibility.md --workers $(TEST_WORKERS) $(ARGS)
+
+fuzz: $(STAMP) ## compare N random programs folded and plain: make fuzz N=20000
+	$(BIN)/python -W ignore -m tests.fuzz --count $(N) $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

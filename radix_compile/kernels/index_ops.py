@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -140,7 +141,11 @@ def _scatter_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _foreach_scatter_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return (radix.foreach_sum_rows(grads, *_with_lists(ctx), *ctx.rest[2:4]), *_nothing(ctx))
+    """Integers and bools that move along have no gradient, but get one here."""
+    moved = [grad.is_floating_point() or grad.is_complex() for grad in grads]
+    each = [list(itertools.compress(values, moved)) for values in (grads, *ctx.rest[2:4])]
+    sums = iter(radix.foreach_sum_rows(each[0], *_with_lists(ctx), *each[1:]))
+    return ([next(sums) if one else None for one in moved], *_nothing(ctx))
 
 
 def _with_lists(ctx: Any) -> tuple[Tensor, ...]:

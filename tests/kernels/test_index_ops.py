@@ -166,6 +166,14 @@ def test_complex_rows() -> None:
     assert sums.stride() == compact.stride()
 
 
+def test_integers_move_along_without_a_gradient() -> None:
+    floats, numbers = values((1, PLAN.nodes, 3), torch.float64).requires_grad_(), values((1, PLAN.nodes), torch.int64)
+    moved = [numbers, floats, numbers > 0]
+    full = radix.foreach_scatter_rows(moved, *LISTS, BATCH, SEQ, [0] * 3, [1] * 3, False)
+    (gradient,) = torch.autograd.grad(full[1].sum(), floats)
+    assert gradient[0, :, 0].tolist() == PLAN.starts.diff().tolist()
+
+
 @pytest.mark.parametrize("name", ["scatter_rows", "foreach_scatter_rows"])
 def test_gradient_without_row_lists(name: str) -> None:
     moved, scatter, _, _, _, _, *rest = calls(PLAN, False)[name]

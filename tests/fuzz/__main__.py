@@ -1,0 +1,43 @@
+"""The long mode: ``python -m tests.fuzz --count 20000 --seed 0``. Stops at the first example that fails."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+
+import torch
+
+from tests.fuzz.check import FAILURES, Outcome, check, draw_example, minimised
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="how many examples")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first; the next has the next number")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that many")
+    parser.add_argument("--compiled", type=float, default=0.1, help="the share that goes through torch.compile")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    outcome, started = Outcome(), time.monotonic()
+    for seed in range(arguments.seed, arguments.seed + arguments.count):
+        example = draw_example(seed, arguments.compiled)
+        try:
+            check(example, outcome)
+        except FAILURES:
+            traceback.print_exc()
+            print(f"\nfailed after {outcome.examples} examples\n\n{example}", flush=True)
+            print(f"smaller:\n\n{minimised(example)}")
+            print(f"again: python -m tests.fuzz --count 1 --seed {seed} --compiled {arguments.compiled}")
+            return 1
+        spent = time.monotonic() - started
+        if outcome.examples % 100 == 0 or spent > arguments.seconds or outcome.examples == arguments.count:
+            print(f"seed {seed}, {spent:.0f} s: {outcome}", flush=True)
+        if spent > arguments.seconds:
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""Attention in the forms it is written in: fused or by hand, with masks that are causal and masks that only look it."""
+
+from __future__ import annotations
+
+from tests.fuzz.draw import Draw, Kind, piece
+
+CAUSAL = (
+    "keys <= queries",
+    "queries >= keys",
+    "~(keys > queries)",
+    "keys < queries + 1",
+    "keys - 1 < queries",
+    "torch.ones(S, S, dtype=torch.bool).tril()",
+    "~torch.ones(S, S, dtype=torch.bool).triu(1)",
+    "torch.ones(S, S).tril() == 1",
+    "torch.tril(torch.ones(S, S)) != 0",
+    "torch.full((S, S), True).tril()",
+)
+NOT_CAUSAL = (
+    "keys <= queries + 1",
+    "keys >= queries",
+    "~(keys < queries)",
+    "torch.ones(S, S, dtype=torch.bool).tril(1)",
+    "torch.ones(S, S, dtype=torch.bool).triu()",
+    "(keys <= queries).mT",
+    "~(keys > queries + 1)",
+    "keys < queries + 2",
+    "(keys <= queries) | (keys == queries + 1)",
+    "(keys <= queries) | (ids[:, None, None, :] == ids[:, None, :, None])",
+    "(keys <= queries) | (keys > 1)",
+    "keys * 0 <= queries",
+    "keys != queries",
+    "torch.arange(1)[None, :] <= queries",
+    "keys <= S - 1 - queries",
+)
+INDICES = "queries, keys = torch.arange(S)[:, None], torch.arange(S)[None, :]"
+LOWEST = "torch.finfo(x.dtype).min"
+
+
+def window(d: Draw) -> str:
+    width = d.number(1, d.sizes.S)
+    return d.one_of(f"(keys > queries - {width})", f"(queries < keys + {width})", f"~(keys <= queries - {width})")
+
+
+def seen_keys(d: Draw) -> str:
+    """Keys that are no padding."""
+    return d.one_of(
+        "(padding != 0)[:, None, None, :]", "padding[:, None, None, :].bool()", "(padding[:, None, None] != 0)"
+    )
+
+
+def causal_mask(d: Draw) -> tuple[str, bool]:
+    """A mask, ``[S, S]`` or ``[B, 1, S, S]``, of earlier rows and the row itself; and may a row see none at all?"""
+    mask, blind = f"({d.one_of(*CAUSAL)})", False
+    if d.chance(0.3):
+        mask += f" & {window(d)}"
+    if d.chance(0.2) and not d.padded:
+        name = d.one_of("ids", *(name for name in ("kinds",) if d.has(name)))
+        mask += f" & ({name}[:, None, None, :] == {name}[:, None, :, None])"
+    elif d.has("padding") and (d.padded or d.chance(0.6)):
+        mask += f" & {seen_keys(d)}"
+        blind = True
+        if d.chance(0.25) and not d.padded:
+            mask, blind = f"{mask} | (keys == queries)", False
+    return mask, blind
+
+
+def projections(d: Draw) -> tuple[list[str], bool]:
+    """Lines that make ``q``, ``k`` and ``v``, ``[B, H, S, E]``; and do keys and values have fewer heads?"""
+    apart = "reshape(B, S, H, E).transpose(1, 2)"
+    groups = d.one_of(*(g for g in range(1, d.sizes.H + 1) if d.sizes.H % g == 0))
+    if d.chance(0.4):
+        return [f"q, k, v = (t.{apart} for t in F.linear(x, w(3 * D, D)).chunk(3, -1))"], False
+    if d.chance(0.5):
+        return [f"q, k, v = F.linear(x, w(D, D)).{apart}, x.{apart}, {d.one_of('x', 'z')}.{apart}"], False
+    lines = [f"q = F.linear(x, w(D, D)).{apart}"]
+    for name in "kv":
+        lines.append(f"{name} = F.linear(x, w({groups} * E, D)).reshape(B, S, {groups}, E).transpose(1, 2)")
+    if d.chance(0.3) and groups < d.sizes.H:
+        return lines, True
+    repeated = d.one_of(
+        f"[:, :, None].expand(B, {groups}, H // {groups}, S, E).reshape(B, H, S, E)",
+        f".repeat_interleave(H // {groups}, 1)",
+    )
+    return [*lines, f"k, v = k{repeated}, v{repeated}"], False
+
+
+def turned(d: Draw) -> list[str]:
+    """Lines that turn queries and keys by their columns."""
+    column = d.column_numbers()
+    dims = "[:, None]" if column == "torch.arange(S)" else "[:, None, :, None]"
+    return [
+        f"angle = {column}{dims} / (1 + torch.arange(E // 2))",
+        "cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()",
+        "q, k = (t * cos + torch.cat([-t[..., E // 2:], t[..., : E // 2]], -1) * sin for t in (q, k))",
+    ]
+
+
+def together(d: Draw) -> str:
+    merged = "y = y.transpose(1, 2).reshape(B, S, D)"
+    return f"{merged}\ny = F.linear(y, w(D, D))" if d.chance(0.5) else merged
+
+
+def floor(d: Draw, blind: bool) -> str:
+    """What hides a score. A row without a single key would be NaN with minus infinity, of which nothing is proved."""
+    return LOWEST if blind else d.one_of(LOWEST, "-math.inf", 'float("-inf")')
+
+
+def can_be_negated(mask: str) -> bool:
+    """Of where rows are not equal nothing is known, so that it does not fold (see ``odd_attention``)."""
+    return "] == " not in mask
+
+
+def fused(d: Draw, mask: str, blind: bool) -> str:
+    lines, grouped = projections(d)
+    if d.chance(0.4):
+        lines += turned(d)
+    hide = floor(d, blind)
+    ways = ["mask", f"torch.where(mask, 0.0, {hide})"]
+    if can_be_negated(mask):
+        ways += ["~mask.logical_not()", f"torch.zeros(S, S).masked_fill(~mask, {hide})"]
+    applied = d.one_of(*ways)
+    more = ", enable_gqa=True" if grouped else d.one_of("", ", scale=0.3")
+    lines += [INDICES, f"mask = {mask}", f"y = F.scaled_dot_product_attention(q, k, v, {applied}{more})"]
+    return "\n".join([*lines, together(d)])
+
+
+def by_hand(d: Draw, mask: str, blind: bool) -> str:
+    lines, grouped = projections(d)
+    if grouped:
+        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
+    if d.chance(0.4):
+        lines += turned(d)
+    hide = floor(d, blind)
+    lines += [INDICES, f"mask = {mask}", f"scores = {scores(d)}"]
+    if d.chance(0.2):  # queries last
+        lines += [
+            f"weights = scores.where(mask, {hide}).mT.softmax(-2)",
+            "y = weights.mT @ v",
+        ]
+        return "\n".join([*lines, together(d)])
+    ways = [f"torch.where(mask, scores, {hide})", f"scores + torch.where(mask, 0.0, {hide})"]
+    if can_be_negated(mask):
+        ways.append(f"scores.masked_fill(~mask, {hide})")
+    hidden = d.one_of(*ways)
+    lines += [
+        f"weights = ({hidden}).softmax(-1)",
+        d.one_of("y = weights @ v", "y = torch.matmul(weights, v)", "y = weights @ (weights @ v)"),
+    ]
+    return "\n".join([*lines, together(d)])
+
+
+def scores(d: Draw) -> str:
+    product = d.one_of("q @ k.transpose(-1, -2)", "torch.matmul(q, k.mT)")
+    scaled = d.one_of(f"({product}) / math.sqrt(E)", f"({product}) * 0.5", "(q * 0.7) @ k.mT")
+    return f"4 * torch.tanh(({scaled}) / 4)" if d.chance(0.25) else scaled
+
+
+def plain_causal(d: Draw) -> str:
+    lines, grouped = projections(d)
+    if d.chance(0.4):
+        lines += turned(d)
+    more = ", enable_gqa=True" if grouped else ""
+    return "\n".join([*lines, f"y = F.scaled_dot_product_attention(q, k, v, is_causal=True{more})", together(d)])
+
+
+# ---------------------------------------------------------------------------------------------------------- causal
+
+
+@piece(Kind.CAUSAL, when=lambda d: not d.padded)
+def fused_causal(d: Draw) -> str:
+    return plain_causal(d)
+
+
+@piece(Kind.CAUSAL)
+def fused_masked(d: Draw) -> str:
+    return fused(d, *causal_mask(d))
+
+
+@piece(Kind.CAUSAL)
+def written_out(d: Draw) -> str:
+    return by_hand(d, *causal_mask(d))
+
+
+@piece(Kind.CAUSAL, when=lambda d: d.has("positions") and not d.padded)
+def packed_documents(d: Draw) -> str:
+    """Attention inside runs of the positions."""
+    first = "torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1)"
+    ordered = d.one_of(
+        "keys <= queries", "positions[:, None, None, :] <= positions[:, None, :, None]", "~(keys > queries)"
+    )
+    mask = f"(run[:, None, None, :] == run[:, None, :, None]) & ({ordered})"
+    text = d.one_of(fused, by_hand)(d, mask, False)
+    return f"run = ({first} != 1).cumsum(-1)\n{text}"
+
+
+# ---------------------------------------------------------------------------------------------------------- mixing
+
+
+@piece(Kind.MIXING)
+def not_causal(d: Draw) -> str:
+    mask = d.one_of(*NOT_CAUSAL)
+    if d.chance(0.3):
+        mask = f"({mask}) | (keys == queries)"
+    return d.one_of(fused, by_hand)(d, mask, True)
+
+
+@piece(Kind.MIXING)
+def bidirectional(d: Draw) -> str:
+    lines, grouped = projections(d)
+    more = ", enable_gqa=True" if grouped else ""
+    return "\n".join([*lines, f"y = F.scaled_dot_product_attention(q, k, v{more})", together(d)])
+
+
+@piece(Kind.MIXING)
+def nearly_masked(d: Draw) -> str:
+    """A causal mask, put to use in a wrong way."""
+    apart = "reshape(B, S, H, E).transpose(1, 2)"
+    lines = [
+        f"q, k, v = F.linear(x, w(D, D)).{apart}, x.{apart}, x.{apart}",
+        "causal = torch.ones(S, S, dtype=torch.bool).tril()",
+        "scores = q @ k.mT / math.sqrt(E)",
+        "y = "
+        + d.one_of(
+            "(scores.softmax(-1) * causal) @ v",
+            "(scores * causal).softmax(-1) @ v",
+            "torch.where(causal, scores, -5.0).softmax(-1) @ v",
+            "torch.where(causal, scores, -math.inf).softmax(-1).mT @ v",
+            "torch.where(causal, scores, -math.inf).mT.softmax(-1) @ v",
+            "torch.where(causal.mT, scores, -math.inf).softmax(-1) @ v",
+            "torch.where(causal, scores, -math.inf).softmax(-2) @ v",
+            f"(torch.where(causal, scores, {LOWEST}).softmax(-1) - 0.1) @ v",
+            f"torch.where(causal, scores, {LOWEST}).tanh().softmax(-1) @ v",
+            f"torch.where(causal, scores, {LOWEST}).clamp(min=-3).softmax(-1) @ v",
+            "torch.where(causal, scores, -math.inf).softmax(-1).flip(-1) @ v",
+            "torch.where(causal, scores, -math.inf).softmax(-1).roll(1, -2) @ v",
+            "(torch.where(causal, scores, -math.inf).softmax(-1) @ v).flip(2)",
+            "torch.where(causal, scores, -math.inf).softmax(-1) @ w(S, E)",
+            "torch.where(causal, scores, -math.inf).softmax(-1) @ v.flip(2)",
+            "F.scaled_dot_product_attention(q, k, v.flip(2), is_causal=True)",
+            "F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)"
+            ".transpose(1, 2)",
+            "F.scaled_dot_product_attention(q, k.roll(1, 0), v, is_causal=True)",
+            "F.scaled_dot_product_attention(*[t.transpose(0, 2) for t in (q, k, v)], is_causal=True).transpose(0, 2)",
+        ),
+    ]
+    return "\n".join([*lines, together(d)])
+
+
+# ------------------------------------------------------------------------------------------------------------- any
+
+
+def random_mask(d: Draw, depth: int = 2) -> str:
+    """Any formula over query and key columns."""
+    if depth and d.chance(0.7):
+        joined = d.one_of("({} & {})", "({} & {})", "({} | {})")
+        return joined.format(random_mask(d, depth - 1), random_mask(d, depth - 1))
+    atoms = [
+        f"(keys {d.one_of('<', '<=', '>', '>=')} queries + {d.number(-2, 2)})",
+        f"(queries {d.one_of('<', '<=', '>', '>=')} keys - {d.number(-2, 2)})",
+        d.one_of("(keys <= queries)", "(keys == queries)", "torch.ones(S, S, dtype=torch.bool)"),
+        f"(ids {d.one_of('!=', '==', '>')} {d.token()})[:, None, None, :]",
+        f"(keys {d.one_of('<', '==', '>=')} {d.number(0, d.sizes.S)})",
+        f"torch.ones(S, S, dtype=torch.bool).{d.one_of('tril', 'triu')}({d.number(-1, 1)})",
+        "(ids[:, None, None, :] == ids[:, None, :, None])",
+        *([seen_keys(d), "(padding[:, None, :, None] != 0)", "(padding == 0)[:, None, None, :]"] * d.has("padding")),
+        *(["(positions[:, None, None, :] <= positions[:, None, :, None])"] * d.has("positions")),
+        *(["(columns[:, None, None, :] <= columns[:, None, :, None])"] * d.has("columns")),
+        "(z.mean(-1) > 0)[:, None, None, :]",
+    ]
+    atom = d.one_of(*atoms)
+    return f"~{atom}" if d.chance(0.2) else atom
+
+
+@piece(Kind.ANY)
+def randomly_masked(d: Draw) -> str:
+    mask = random_mask(d)
+    if d.chance(0.5):
+        mask = f"{mask} & (keys <= queries)"
+    return d.one_of(fused, by_hand)(d, mask, True)
+
+
+@piece(Kind.ANY)
+def odd_attention(d: Draw) -> str:
+    """Masks, biases and shapes at the edge of what is understood."""
+    apart = "reshape(B, S, H, E).transpose(1, 2)"
+    causal = "torch.ones(S, S, dtype=torch.bool).tril()"
+    lines = [
+        f"q, k, v = F.linear(x, w(D, D)).{apart}, x.{apart}, z.{apart}",
+        f"scores = q @ k.mT + {d.one_of('0.0', 'w(S, S)', 'w(H, 1, 1)', '0.1 * torch.arange(S)')}",
+        "y = "
+        + d.one_of(
+            f"torch.where({causal}, scores, -math.inf).softmax(-1) @ v",
+            f"(torch.where({causal}, scores, {LOWEST}) + w(S, S)).softmax(-1) @ v",
+            f"torch.where({causal}, scores, -1e9).softmax(-1) @ v",
+            f"torch.where({causal}, scores, -math.inf).log_softmax(-1).exp() @ v",
+            f"F.scaled_dot_product_attention(q, k, v, torch.where({causal}, w(S, S), -math.inf))",
+            f"F.scaled_dot_product_attention(q, k, v, {causal} & (torch.arange(H)[:, None, None] >= 0))",
+            "torch.einsum('bhqk,bhke->bhqe', torch.where(scores.tril() != 0, scores, -math.inf).softmax(-1), v)",
+            "scores.masked_fill((ids[:, None, None] != ids[:, None, :, None]) | (scores.triu(1) != 0), -math.inf)"
+            ".softmax(-1) @ v",
+            f"torch.exp(scores.tanh()) * {causal} @ v",
+            f"(scores * {causal}) @ v / S",
+            "(scores.sigmoid().tril()) @ v / S",
+            "F.scaled_dot_product_attention(q, k, v, torch.full((S, S), -math.inf).triu(1))",
+            "F.scaled_dot_product_attention(q, k, v, w(S, S) + torch.full((S, S), -math.inf).triu(1))",
+        ),
+    ]
+    return "\n".join([*lines, together(d)])

@@ -1,0 +1,79 @@
+"""Random batches that are prefix trees: sequences that branch off earlier ones, of different lengths, padded or not."""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.draw import Sizes
+
+Rows = list[list[int]]
+
+KEYS = ("positions", "padding", "kinds", "columns")
+"""The inputs that a program may have next to ``ids``: ``[B, S]``, but for ``columns``, which are ``[1, S]``."""
+
+
+def draw_inputs(random: Random) -> tuple[str, ...]:
+    return tuple(name for name in KEYS if random.random() < (0.5 if name == "padding" else 0.3))
+
+
+def draw_batch(random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torch.dtype) -> dict[str, Tensor]:
+    """``ids`` and the given inputs; ``mask`` is the type of the padding mask.
+
+    What is not random in them is a function of each sequence from its start, so that equal prefixes stay equal.
+    """
+    rows = _tree(random, sizes, whole=random.random() < 0.3)
+    hidden = _pad(random, rows, sizes.S)
+    ids = torch.tensor(rows)
+    padding = (~torch.tensor(hidden)).to(mask)
+    batch = {
+        "ids": ids,
+        "positions": _positions(random, ids, padding),
+        "padding": padding,
+        "kinds": ids.remainder(2) if random.random() < 0.5 else ids.cumsum(1).remainder(2),
+        "columns": torch.arange(sizes.S)[None, :].remainder(random.randint(1, sizes.S)),
+    }
+    return {name: batch[name] for name in ("ids", *inputs)}
+
+
+def _tree(random: Random, sizes: Sizes, whole: bool) -> Rows:
+    """Each sequence goes on where an earlier one is left; with few tokens to choose from, some meet by chance."""
+    rows: Rows = []
+    for _ in range(sizes.B):
+        parent = random.choice(rows) if rows and random.random() < 0.85 else []
+        length = sizes.S if whole else random.randint(1, sizes.S)
+        kept = parent[: max(random.randint(0, length), random.randint(0, length))]
+        rows.append(kept + [random.randrange(1, sizes.V) for _ in range(length - len(kept))])
+    return rows
+
+
+def _pad(random: Random, rows: Rows, length: int) -> list[list[bool]]:
+    """Pad with token 0, mostly on the right; returns which entries the padding mask hides, maybe tokens too."""
+    hide = random.choice([None, None, random.randrange(1, 4)])
+    on_the_left = random.random() < 0.3
+    hidden = []
+    for row in rows:
+        count = length - len(row)
+        mask = [token == hide for token in row]
+        row[:] = [0] * count + row if on_the_left else row + [0] * count
+        hidden.append([True] * count + mask if on_the_left else mask + [True] * count)
+    return hidden
+
+
+def _positions(random: Random, ids: Tensor, padding: Tensor) -> Tensor:
+    """From 0 to ``S - 1``: columns, tokens so far, columns of packed documents, or just anything."""
+    shape = ids.shape
+    columns = torch.arange(shape[1]).expand(shape)
+    match random.choice(["columns", "tokens", "documents", "anything"]):
+        case "columns":
+            positions = columns
+        case "tokens":
+            positions = (padding.long().cumsum(1) - 1).clamp(min=0)
+        case "documents":
+            starts = torch.where((ids == 1) | (columns == 0), columns, 0).cummax(1).values
+            positions = columns - starts
+        case _:
+            positions = torch.tensor([[random.randrange(shape[1]) for _ in range(shape[1])] for _ in range(shape[0])])
+    return positions.contiguous()

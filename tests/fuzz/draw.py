@@ -1,0 +1,140 @@
+"""What the pieces of a random program are drawn with: sizes that collide, weights, and the register of pieces."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from random import Random
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Kind(Enum):
+    """What a piece does to rows, and so what becomes of what follows it."""
+
+    POSITION_WISE = "position-wise"
+    CAUSAL = "causal"
+    MIXING = "mixing"
+    ANY = "any"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``B`` sequences of ``S`` columns, ``D = H * E`` features in ``H`` heads, ``V`` tokens."""
+
+    B: int
+    S: int
+    H: int
+    E: int
+    V: int
+
+    @property
+    def D(self) -> int:  # noqa: N802 - as in the programs
+        return self.H * self.E
+
+    @property
+    def K(self) -> int:  # noqa: N802
+        """More than any number in an integer input."""
+        return max(self.V, self.S)
+
+
+def draw_sizes(random: Random) -> Sizes:
+    """Small sizes, of which some are often the same, so that nothing can be told by a size."""
+    batch, columns = random.randint(2, 6), random.randint(2, 9)
+    heads, width = random.randint(1, 4), random.choice([2, 2, 4])
+    if random.random() < 0.4:
+        batch = heads = random.randint(2, 4)
+    match random.choice(["none", "columns and features", "columns and head", "columns and batch", "all"]):
+        case "columns and features":
+            columns = heads * width
+        case "columns and head":
+            columns = width
+        case "columns and batch":
+            columns = batch
+        case "all":
+            batch = columns = heads = width
+    return Sizes(batch, columns, heads, width, random.choice([4, 6, 12]))
+
+
+@dataclass
+class Draw:
+    """The source of every choice of one program, and what its text needs.
+
+    ``inputs``  the inputs that it may read next to ``ids``.
+    ``shapes``  of the weights, by name.
+    ``fixed``   if the program is for this number of sequences or columns alone.
+    ``padded``  if every causal mask is to hide the padding.
+    """
+
+    random: Random
+    sizes: Sizes
+    inputs: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fixed: bool = False
+    padded: bool = False
+
+    def write(self, piece: Piece) -> str:
+        """The piece's text, with a new parameter for every ``w(shape)`` in it."""
+        return re.sub(r"\bw\(([^()]*)\)", lambda found: self._weight(found[1]), piece.write(self))
+
+    def _weight(self, shape: str) -> str:
+        name = f"w{len(self.shapes)}"
+        self.shapes[name] = tuple(self._size(size) for size in shape.split(","))
+        return f"self.{name}"
+
+    def _size(self, text: str) -> int:
+        factors = [factor.strip() for factor in text.split("*")]
+        self.fixed |= "B" in factors or "S" in factors
+        return math.prod(int(factor) if factor.isdigit() else getattr(self.sizes, factor) for factor in factors)
+
+    def one_of(self, *choices: T) -> T:
+        return self.random.choice(choices)
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def number(self, least: int, most: int) -> int:
+        return self.random.randint(least, max(least, most))
+
+    def token(self) -> int:
+        return self.random.randrange(self.sizes.V)
+
+    def has(self, name: str) -> bool:
+        return name in self.inputs
+
+    def keys(self) -> str:
+        """An integer input with one entry for each row."""
+        return self.one_of("ids", *(name for name in self.inputs if name != "columns"))
+
+    def column_numbers(self) -> str:
+        """``[S]``, ``[1, S]`` or ``[B, S]``."""
+        return self.one_of("torch.arange(S)", *(name for name in ("columns", "positions") if self.has(name)))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``write`` gives the text that makes ``y`` from ``x`` (and ``z``, an earlier value), all ``[B, S, D]``."""
+
+    name: str
+    kind: Kind
+    write: Callable[[Draw], str]
+    when: Callable[[Draw], bool]
+
+
+PIECES: list[Piece] = []
+
+
+def piece(
+    kind: Kind, when: Callable[[Draw], bool] = lambda d: True
+) -> Callable[[Callable[[Draw], str]], Callable[[Draw], str]]:
+    """Register a piece, for the draws that it is possible with."""
+
+    def register(write: Callable[[Draw], str]) -> Callable[[Draw], str]:
+        PIECES.append(Piece(write.__name__, kind, write, when))
+        return write
+
+    return register

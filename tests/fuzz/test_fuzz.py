@@ -1,0 +1,37 @@
+"""Random programs on random trees of sequences: what folds computes what the plain program does, gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from radix_compile.op_rules.table import RULES
+from radix_compile.token_axes import Value, value_of
+from tests.fuzz.check import FAILURES, Outcome, check, draw_example
+
+
+@pytest.mark.parametrize("first", range(0, 240, 40))
+def test_examples(first: int) -> None:
+    outcome = Outcome()
+    for seed in range(first, first + 40):
+        check(draw_example(seed), outcome)
+    assert outcome.examples == 40
+    assert outcome.folded > 20, outcome
+    assert outcome.refused > 8, outcome
+    assert outcome.known <= 2, outcome
+    assert outcome.compact_tokens < 0.8 * outcome.tokens, outcome
+
+
+def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reversing the sequence, taken for something that rows do by themselves."""
+
+    def as_if_by_row(node: object, layout: object) -> Value:
+        return Value(value_of(node.args[0]).axes)  # type: ignore[attr-defined]
+
+    monkeypatch.setitem(RULES, torch.ops.aten.flip.default, as_if_by_row)
+    for seed in range(200):
+        try:
+            check(draw_example(seed, compiled=0), Outcome())
+        except FAILURES:
+            return
+    pytest.fail("the fuzzer did not notice")
