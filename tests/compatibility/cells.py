@@ -63,7 +63,7 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -
         try:
             ours = logits(call(model, torch.compile(model, backend=backend)))
         except Exception as error:
-            return Cell(family, attention, form, "crash", f"{type(error).__name__}: {first_line(error)}")
+            return Cell(family, attention, form, "crash", " ".join(f"{type(error).__name__}: {error}".split())[:200])
     result, reason = verdict(backend.reports)
     try:
         compare(ours, plain, exact)
