@@ -81,7 +81,7 @@ MIXING = {
     "mean over the sequence": (lambda x: x - x.mean(1, keepdim=True), "reduces over the sequence", "mean"),
     "mean over the batch": (lambda x: x - x.mean(0, keepdim=True), "reduces over the batch", "mean"),
     "softmax over the sequence": (lambda x: x.softmax(1), "normalises over the sequence", "softmax"),
-    "sort over the sequence": (lambda x: x.sort(1).values, "reads along the sequence", "sort"),
+    "sort over the sequence": (lambda x: x.sort(1).values, "sorts along the sequence", "sort"),
     "shift": (lambda x: torch.cat([x[:, 1:], x[:, :1]], 1), "slices the sequence", "slice"),
     "reshape across rows": (lambda x: x.reshape(4, 6, 32).reshape(4, 12, 16), "cuts through", "view"),
     "bidirectional pairs": (lambda x: (x @ x.mT).softmax(-1) @ x, "without a mask", "softmax"),
