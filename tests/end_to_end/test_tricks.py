@@ -156,6 +156,7 @@ def empty_changes_dtype(x: Tensor, ids: Tensor) -> Tensor:
 
 
 FOLDS: dict[str, tuple[Any, ...]] = {
+    "an empty tensor that changes the dtype": (empty_changes_dtype,),
     "window": (lambda x, ids: attention(x, window(3)),),
     "not the future": (seeing(lambda: ~(columns()[1] > columns()[0])),),
     "transposed twice": (lambda x, ids: torch.where(causal(), x @ x.mT, -math.inf).mT.softmax(-2).mT @ x,),
@@ -257,7 +258,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         packed(lambda breaks: breaks.cumsum(-1), lambda positions: (positions != 0).long()),
         torch.tensor([0, -3]).repeat(B, S // 2),
     ),
-    "an empty tensor that changes the dtype": (empty_changes_dtype,),
     # Rows that see no key, and those who read them.
     "blind rows, then all see them": (
         lambda x, ids, padding: sdpa(attention(x, causal() & seen(padding)), is_causal=True),
