@@ -129,7 +129,8 @@ def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | No
     padding = hidden_padding(captured)
     if column is None or padding is None:
         return None
-    shape = tuple(captured.meta["tokens"].keys[0].meta["val"].shape)
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    shape = tuple(args[placeholders.index(captured.meta["tokens"].keys[0])].shape)  # sizes, where others are symbols
     shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
     if shown[:, 0].all():
         return None
