@@ -17,23 +17,30 @@ from torch import Tensor
 from radix_compile.kernels.triton_rows import WARPS, Moved, offset_of, start_of
 from radix_compile.prefix_plan import PIECE
 
-LONG_AHEAD = 32
-"""Pieces of a list that are loaded before the first is added."""
-LONG_COLUMNS = 256
-"""Columns of one program that adds up pieces. Few, so that many programs share the work of one node."""
+LONG_TILE = 8192
+"""Entries that one program of ``_long_sums`` loads before it adds the first."""
+LONG_BLOCKS = 32
+"""Programs that share the columns of a node with a long list, if that leaves 64 to 1024 columns to each."""
+FEW_NODES = tl.constexpr(8)
+"""Up to so many nodes of a program, the longest of their lists is found without the threads' waiting for each other."""
+
+EARLY = 4
+"""Blocks of columns whose pieces are added up along with one block of the nodes."""
 
 _SUM_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
 def _list_sum(
-    source, rows, begin, end, seq, batch_stride, seq_stride, offset, wanted,
+    source, rows, begin, end, longest, seq, batch_stride, seq_stride, offset, wanted,
     FLAT: tl.constexpr, SUM: tl.constexpr, LISTS: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the rows ``rows[begin:end]``, or ``begin:end`` without ``rows``, for each of ``LISTS``."""
+    """The sums of the rows ``rows[begin:end]``, or ``begin:end`` without ``rows``, for each of ``LISTS``.
+
+    None of them has more than ``longest`` rows.
+    """
     total = tl.zeros([LISTS, AHEAD, COLUMNS], SUM)
     ahead = tl.arange(0, AHEAD)[None, :]
-    longest = tl.max(end - begin, 0)
     done = 0
     while done < longest:
         at = (begin + done)[:, None] + ahead
@@ -50,7 +57,7 @@ def _list_sum(
 
 @triton.jit
 def _piece_sum(
-    partials, sources, strides, scatter, rows, starts, pieces, seq, piece,
+    partials, sources, strides, scatter, rows, starts, pieces, seq, piece, block,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
     PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +65,6 @@ def _piece_sum(
     piece = piece + tl.arange(0, 1)
     begin = tl.load(pieces + piece)
     end = tl.minimum(begin + PIECE, tl.load(starts + tl.load(scatter + tl.load(rows + begin)) + 1))
-    block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
@@ -67,7 +73,7 @@ def _piece_sum(
             wanted = column < WIDTHS[i]
             offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
             total = _list_sum(
-                sources[i], rows, begin, end, seq, strides[i][0], strides[i][1], offset, wanted,
+                sources[i], rows, begin, end, PIECE, seq, strides[i][0], strides[i][1], offset, wanted,
                 FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
             )  # fmt: skip
             tl.store(partials[i] + piece[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
@@ -75,8 +81,23 @@ def _piece_sum(
 
 
 @triton.jit
+def _longest_list(starts, nodes, first_node, lengths, LONGEST: tl.constexpr, NODES: tl.constexpr):
+    """The maximum of ``lengths``, which lie in different warps: each thread works it out for itself if it can."""
+    if NODES <= FEW_NODES:
+        longest = tl.zeros([], tl.int64)
+        for i in tl.static_range(NODES):
+            # The end of a list is the beginning of the next: written so that the compiler sees it, and loads it once.
+            end = tl.load(starts + tl.minimum(first_node + i + 1, nodes))
+            length = end - tl.load(starts + tl.minimum(first_node + i, nodes))
+            longest = tl.maximum(longest, tl.where(length <= LONGEST, length, 0))
+        return longest
+    else:
+        return tl.max(lengths, 0)
+
+
+@triton.jit
 def _node_sums(
-    targets, sources, strides, fold, rows, starts, nodes, seq, first_node,
+    targets, sources, strides, fold, rows, starts, nodes, seq, first_node, block,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
     LONGEST: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +110,7 @@ def _node_sums(
     empty = end == begin
     inside = inside & (end - begin <= LONGEST)
     end = tl.where(inside, end, begin)
-    block = tl.program_id(1)
+    longest = _longest_list(starts, nodes, first_node, end - begin, LONGEST, NODES)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
@@ -101,7 +122,7 @@ def _node_sums(
             total = tl.load(sources[i] + start[:, None] + offset[None, :], mask=wanted[None, :], other=0)
             total = tl.where(empty[:, None], 0, total.to(SUMS[i]))
             total += _list_sum(
-                sources[i], rows, begin + 1, end, seq, strides[i][0], strides[i][1], offset, wanted,
+                sources[i], rows, begin + 1, end, longest - 1, seq, strides[i][0], strides[i][1], offset, wanted,
                 FLATS[i], SUMS[i], NODES, 1, COLUMNS,
             )  # fmt: skip
             at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
@@ -113,21 +134,25 @@ def _node_sums(
 def _sum_rows(
     targets, partials, sources, strides, fold, scatter, rows, starts, pieces, nodes, count, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    PIECE: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The first ``count`` programs take a piece each, which takes longest, the others ``NODES`` nodes.
+    """For each block of columns, the first programs take one of ``count`` pieces each, the others ``NODES`` nodes.
 
-    Both load ``NODES`` rows at a time: more, and the registers that takes slow down the others too.
+    Both load ``NODES`` rows at a time: more, and the registers that takes slow down the others too. Pieces take
+    longest, so their blocks of columns are done ``EARLY`` times as early: none is left when all nodes are done.
     """
-    program = tl.program_id(0).to(tl.int64)
-    if program < count:
+    program, block = tl.program_id(0), tl.program_id(1)
+    of_pieces = count * EARLY
+    if program < of_pieces:
         _piece_sum(
-            partials, sources, strides, scatter, rows, starts, pieces, seq, program,
+            partials, sources, strides, scatter, rows, starts, pieces, seq,
+            (program % count).to(tl.int64), block * EARLY + program // count,
             WIDTHS, INNERS, FLATS, SUMS, PIECE, NODES, COLUMNS,
         )  # fmt: skip
     else:
         _node_sums(
-            targets, sources, strides, fold, rows, starts, nodes, seq, (program - count) * NODES,
+            targets, sources, strides, fold, rows, starts, nodes, seq,
+            (program - of_pieces).to(tl.int64) * NODES, block,
             WIDTHS, INNERS, FLATS, SUMS, PIECE, NODES, COLUMNS,
         )  # fmt: skip
 
@@ -152,8 +177,9 @@ def _long_sums(
             column = (block - first_block) * COLUMNS + tl.arange(0, COLUMNS)
             wanted = column < WIDTHS[i]
             total = _list_sum(
-                partials[i], None, piece, last, 1, 0, WIDTHS[i], column, wanted, True, SUMS[i], 1, AHEAD, COLUMNS
-            )
+                partials[i], None, piece, last, tl.max(last - piece, 0), 1, 0, WIDTHS[i], column, wanted,
+                True, SUMS[i], 1, AHEAD, COLUMNS,
+            )  # fmt: skip
             at = targets[i] + node[:, None] * WIDTHS[i] + column[None, :]
             tl.store(at, total.to(targets[i].dtype.element_ty), mask=wanted[None, :])
         first_block += blocks
@@ -185,15 +211,16 @@ def foreach_sum_rows(
     )
     sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "PIECE": PIECE, "num_warps": WARPS}
     with torch.cuda.device_of(scatter):
-        _sum_rows[count - (-nodes // moved.at_once), blocks](
+        early = min(EARLY, blocks)
+        _sum_rows[count * early + triton.cdiv(nodes, moved.at_once), blocks](
             targets, partials, moved.sources(full), moved.strides, fold, scatter, rows, starts, pieces, nodes, count,
-            moved.seq, NODES=moved.at_once, COLUMNS=moved.columns,
+            moved.seq, NODES=moved.at_once, COLUMNS=moved.columns, EARLY=early,
             **moved.constants, **sums,
         )  # fmt: skip
         if count:
-            columns = min(moved.columns, LONG_COLUMNS)
+            columns = min(max(triton.next_power_of_2(sum(moved.widths) // LONG_BLOCKS), 64), 1024)
             _long_sums[count, moved.blocks(columns)](
                 targets, partials, scatter, rows, starts, pieces,
-                WIDTHS=moved.widths, AHEAD=LONG_AHEAD, COLUMNS=columns, **sums,
+                WIDTHS=moved.widths, AHEAD=LONG_TILE // columns, COLUMNS=columns, **sums,
             )  # fmt: skip
     return results
