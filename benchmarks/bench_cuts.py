@@ -42,7 +42,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def cuts(case: Case, device: torch.device, dtype: torch.dtype, width: int, heads: tuple[int, int]) -> list[Cut]:
     """The op, the program around it, and the program's inputs, for one layer of a model of these sizes."""
-    fold, scatter, _, _ = case.indices(device)
+    fold, scatter, *_ = case.indices(device)
     batch, seq, nodes = case.batch, case.seq, len(fold)
     many, few = heads
 

@@ -109,9 +109,10 @@ class Moved:
     constants: dict[str, Any]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor], batch_dims: Sequence[int], seq_dims: Sequence[int]) -> Moved:
+    def of(tensors: Sequence[Tensor], batch_dims: Sequence[int], seq_dims: Sequence[int], tile: int = TILE) -> Moved:
+        """In tiles of ``tile`` bytes."""
         geometry = tuple([(one.shape, one.stride(), one.element_size()) for one in tensors])
-        return _moved(geometry, tuple(batch_dims), tuple(seq_dims))
+        return _moved(geometry, tuple(batch_dims), tuple(seq_dims), tile)
 
     @property
     def seq(self) -> int:
@@ -138,13 +139,14 @@ def _moved(
     geometry: tuple[tuple[torch.Size, tuple[int, ...], int], ...],
     batch_dims: tuple[int, ...],
     seq_dims: tuple[int, ...],
+    tile: int,
 ) -> Moved:
     """The same sizes come again for each layer, and working all this out takes longer than a launch."""
     axes = tuple(zip(batch_dims, seq_dims, strict=True))
     layouts = tuple(row_layout(shape, stride, *at) for (shape, stride, _), at in zip(geometry, axes, strict=True))
     strides = tuple((of.batch_stride, of.seq_stride, of.outer_stride, of.inner_stride) for of in layouts)
     widths = tuple(of.width for of in layouts)
-    entries = TILE // max(size for *_, size in geometry)
+    entries = tile // max(size for *_, size in geometry)
     # A tile is as wide as the narrowest tensor, so that no part of it is idle; but at least half a KiB.
     narrowest, widest = (triton.next_power_of_2(max(1, f(widths))) for f in (min, max))
     columns = min(max(narrowest, entries // 8), widest, entries)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.triton_rows import WARPS, Moved, offset_of, start_of
+from radix_compile.kernels.triton_rows import TILE, WARPS, Moved, offset_of, start_of
 from radix_compile.prefix_plan import PIECE
 
 LONG_TILE = 8192
@@ -83,7 +83,7 @@ def _piece_sum(
 @triton.jit
 def _longest_list(starts, nodes, first_node, lengths, LONGEST: tl.constexpr, NODES: tl.constexpr):
     """The maximum of ``lengths``, which lie in different warps: each thread works it out for itself if it can."""
-    if NODES <= FEW_NODES:
+    if NODES > 1 and NODES <= FEW_NODES:
         longest = tl.zeros([], tl.int64)
         for i in tl.static_range(NODES):
             # The end of a list is the beginning of the next: written so that the compiler sees it, and loads it once.
@@ -199,7 +199,9 @@ def foreach_sum_rows(
     seq_dims: Sequence[int],
 ) -> list[Tensor]:
     nodes, count = fold.shape[0], pieces.shape[0]
-    moved = Moved.of(full, batch_dims, seq_dims)
+    # With several tensors, a program has more to do before it loads a row: smaller ones, and more at once, hide that.
+    smaller = 1 if len(full) == 1 else 2
+    moved = Moved.of(full, batch_dims, seq_dims, TILE // smaller)
     results = moved.empty(full, 1, nodes)
     blocks = moved.blocks(moved.columns)
     if not (nodes and blocks):
@@ -209,18 +211,18 @@ def foreach_sum_rows(
     partials = tuple(
         [scatter.new_empty((count, width), dtype=of) for width, of in zip(moved.widths, dtypes, strict=True)]
     )
-    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "PIECE": PIECE, "num_warps": WARPS}
+    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "PIECE": PIECE}
     with torch.cuda.device_of(scatter):
         early = min(EARLY, blocks)
         _sum_rows[count * early + triton.cdiv(nodes, moved.at_once), blocks](
             targets, partials, moved.sources(full), moved.strides, fold, scatter, rows, starts, pieces, nodes, count,
             moved.seq, NODES=moved.at_once, COLUMNS=moved.columns, EARLY=early,
-            **moved.constants, **sums,
+            num_warps=WARPS // smaller, **moved.constants, **sums,
         )  # fmt: skip
         if count:
             columns = min(max(triton.next_power_of_2(sum(moved.widths) // LONG_BLOCKS), 64), 1024)
             _long_sums[count, moved.blocks(columns)](
                 targets, partials, scatter, rows, starts, pieces,
-                WIDTHS=moved.widths, AHEAD=LONG_TILE // columns, COLUMNS=columns, **sums,
+                WIDTHS=moved.widths, AHEAD=LONG_TILE // columns, COLUMNS=columns, num_warps=WARPS, **sums,
             )  # fmt: skip
     return results
