@@ -118,7 +118,7 @@ def draw_program(random: Random, sizes: Sizes, inputs: tuple[str, ...]) -> Progr
     d.padded = d.has("padding") and d.chance(0.3)
     kinds = {Kind.POSITION_WISE: 5, Kind.CAUSAL: 4}
     if not d.padded and d.chance(0.6):
-        kinds |= {Kind.MIXING: 1, Kind.ANY: 2}
+        kinds |= {Kind.MIXING: 2, Kind.ANY: 2}
     blocks = [_embedding(d)]
     for _ in range(d.number(2, 6)):
         blocks.append(_block(d, draw_piece(d, kinds), len(blocks)))
