@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from radix_compile.options import Options
     from radix_compile.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
     from radix_compile.report import Stats, reset_stats, stats
+    from radix_compile.verify_calls import WrongFold
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     "compute_fold_and_scatter": "prefix_plan",
     "compute_fold_and_scatter_torch": "prefix_plan",
     "Stats": "report",
+    "WrongFold": "verify_calls",
     "reset_stats": "report",
     "stats": "report",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "PrefixPlan",
     "RadixBackend",
     "Stats",
+    "WrongFold",
     "__version__",
     "compute_fold_and_scatter",
     "compute_fold_and_scatter_torch",

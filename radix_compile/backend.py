@@ -21,6 +21,7 @@ from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import Observer, run_pass, run_pipeline
 from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
+from radix_compile.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +62,19 @@ class RadixBackend:
     ) -> Program:
         COUNTERS.add(graphs=1)
         report = GraphReport(folded=False)
-        folded: tuple[Program, PlanInputs] | None = None
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
-            folded = _compile_folded(captured, rewritten, example_inputs, options), inputs
+            as_rewritten = _copied(rewritten) if options.verify else None  # the inner backend may write to its own
+            folded = _compile_folded(captured, rewritten, example_inputs, options)
         except (CaptureError, CannotFold) as refusal:
             report.folded, report.reason = False, str(refusal)
             self._say_so(report, options, expected=getattr(refusal, "expected", False))
+            self.report(report)
+            return _compile_plain(gm, example_inputs, options)
         self.report(report)
         plain = _compile_plain(gm, example_inputs, options)
-        return plain if folded is None else _choose_per_call(plain, *folded, options)
+        verify = None if as_rewritten is None else CallVerifier(captured, as_rewritten, plain)
+        return _choose_per_call(plain, folded, inputs, options, verify)
 
     def report(self, report: GraphReport) -> None:
         """Called with the report of every graph; ``explain`` listens here."""
@@ -118,7 +122,7 @@ def rewrite(
     captured = capture(gm, example_inputs)
     if observe is not None:
         observe("capture", captured)
-    folded = run_pipeline(captured, observe)
+    folded = run_pipeline(captured, observe, options.verify)
     found = report_on(folded.meta["source"])
     report.__dict__.update(found.__dict__)
     if not report.folded or report.foldable_share < LEAST_SHARE:
@@ -133,7 +137,7 @@ def rewrite(
         except PaddingIsRead as verdict:
             report.notes.append(f'padding="skip" is off: {verdict}')
             log.info(report.notes[-1])
-    run_pass(lower_index_ops, folded, observe)
+    run_pass(lower_index_ops, folded, observe, options.verify)
     inputs = plan_inputs(captured)
     if advice := advice_on_padding(captured, example_inputs):
         report.notes.append(advice)
@@ -169,7 +173,15 @@ def _compile_folded(
         raise CannotFold(f"the inner backend cannot compile the folded program: {first_line(error)}") from error
 
 
-def _choose_per_call(plain: Program, folded: Program, inputs: PlanInputs, options: Options) -> Program:
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
+
+
+def _choose_per_call(
+    plain: Program, folded: Program, inputs: PlanInputs, options: Options, verify: CallVerifier | None
+) -> Program:
     first_key = inputs.keys[0]
 
     def run(*args: Any) -> Any:
@@ -186,6 +198,9 @@ def _choose_per_call(plain: Program, folded: Program, inputs: PlanInputs, option
             COUNTERS.ran_plain("too little is shared")
             return plain(*args)
         COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-        return folded(*args, *arrays)
+        results = folded(*args, *arrays)
+        if verify is not None:
+            verify(results, args, arrays)
+        return results
 
     return run

@@ -13,11 +13,15 @@ from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
 from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
+from radix_compile.verify_graph import verify_graph
 
 log = logging.getLogger(__name__)
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 Observer = Callable[[str, fx.GraphModule], None]
+
+ALWAYS_VERIFY = False
+"""Check what ``verify_graph`` checks after every pass, whether asked to or not. The tests do."""
 
 PASSES: tuple[Pass, ...] = (
     merge_duplicates,  # first, because what is one node is annotated, gathered and scattered once
@@ -28,23 +32,25 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None) -> fx.GraphModule:
+def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> fx.GraphModule:
     """Run every pass on a captured graph. ``observe(pass name, graph)`` is called after each.
 
     Raises ``CannotFold`` if the graph as a whole cannot be folded.
     """
     for apply in PASSES:
-        gm = run_pass(apply, gm, observe)
+        gm = run_pass(apply, gm, observe, verify)
     return gm
 
 
-def run_pass(apply: Pass, gm: fx.GraphModule, observe: Observer | None = None) -> fx.GraphModule:
-    """One pass, timed, checked and logged."""
+def run_pass(apply: Pass, gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> fx.GraphModule:
+    """One pass, timed, checked (all the more with ``verify``) and logged."""
     started = time.perf_counter()
     gm = apply(gm)
     gm.graph.lint()
     gm.recompile()
     log.debug("%s: %d nodes, %.1f ms", apply.__name__, len(gm.graph.nodes), 1e3 * (time.perf_counter() - started))
+    if verify or ALWAYS_VERIFY:
+        verify_graph(gm)
     if observe is not None:
         observe(apply.__name__, gm)
     return gm

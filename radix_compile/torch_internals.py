@@ -116,6 +116,35 @@ def unbacked_plan_inputs(rows: int | torch.SymInt, most: int, device: torch.devi
     return arrays
 
 
+class _FakeRun(fx.Interpreter):
+    """A run with fake tensors, in which a number read from one (``item``) stays the symbol of the capture."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.number if self.number is not None else super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        captured = n.meta.get("val")
+        self.number = captured if isinstance(captured, torch.types.py_sym_types) else None
+        return super().run_node(n)
+
+
+def fake_results(gm: fx.GraphModule, plan_sizes: Mapping[str, int]) -> dict[fx.Node, Any]:
+    """What each node returns, as fake tensors; of the last placeholders, the plan's, only the sizes are given.
+
+    Placeholders before those have their ``val`` of the capture. No guard comes of it.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    examples = [node.meta["val"] for node in placeholders[: len(placeholders) - len(plan_sizes)]]
+    example = next(value for value in examples if isinstance(value, FakeTensor))
+    mode = example.fake_mode
+    quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with quiet, mode:
+        plan = [torch.empty(size, dtype=torch.int64, device=example.device) for size in plan_sizes.values()]
+        interpreter = _FakeRun(gm, garbage_collect_values=False)
+        interpreter.run(*examples, *plan)
+    return dict(interpreter.env)
+
+
 def upper_bound(size: int | torch.SymInt) -> int:
     """The size itself; of a symbol a number well above it, with a guard that it stays below that in every call."""
     if isinstance(size, int):

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import radix_compile
+from radix_compile import pipeline
+
+pipeline.ALWAYS_VERIFY = True
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined

@@ -38,6 +38,8 @@ def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
     They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, and if gradients are asked for, ``rows`` ``[B*S]``,
     ``starts`` ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
+
+    ``meta["form"]`` of a node says in which form it has the value of the captured node ``meta["origin"]``.
     """
     wanted = what_is_wanted(gm.graph)
     folded = _Rewriter(gm, wanted).run()
@@ -122,6 +124,7 @@ class _Rewriter:
         forms, runs = self.wanted.forms.get(node, set()), self.wanted.runs.get(node, set())
         if Form.FULL in runs:
             self.full[node] = _relaxed(self.graph.node_copy(node, self.full.__getitem__))
+            self.full[node].meta |= {"form": Form.FULL, "origin": node}
         if Form.COMPACT in runs:
             self.compact[node] = self._run_compact(node)
         if Form.COMPACT in forms and node not in self.compact:
@@ -163,7 +166,7 @@ class _Rewriter:
                     made = self.graph.call_function(radix.gather_columns.default, arguments)
                 else:
                     made = self.graph.call_function(aten.slice.Tensor, (result, dim, 0, 1))
-                self.columns[key] = self._tagged(made, node, Form.COMPACT)
+                self.columns[key] = made
             result = self.columns[key]
         return result
 
@@ -191,21 +194,21 @@ class _Rewriter:
 
     def _fold(self, node: fx.Node) -> fx.Node:
         axes = value_of(node).axes
-        apart = _apart(axes)
-        full = self._reshaped(self.full[node], axes, apart, compact=False)
-        batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
+        split = apart(axes)
+        full = self._reshaped(self.full[node], axes, split, compact=False)
+        batch_dim, seq_dim = split.index((BATCH,)), split.index((SEQ,))
         arguments = (full, self.fold, self.scatter, batch_dim, seq_dim)
         made = self.graph.call_function(radix.fold_rows.default, arguments)
-        return self._tagged(self._reshaped(made, apart, axes, compact=True), node, Form.COMPACT)
+        return self._tagged(self._reshaped(made, split, axes, compact=True), node, Form.COMPACT)
 
     def _scatter(self, node: fx.Node) -> fx.Node:
         axes = value_of(node).axes
-        apart = _apart(axes)
-        compact = self._reshaped(self.compact[node], axes, apart, compact=True)
-        batch_dim, seq_dim = apart.index((BATCH,)), apart.index((SEQ,))
+        split = apart(axes)
+        compact = self._reshaped(self.compact[node], axes, split, compact=True)
+        batch_dim, seq_dim = split.index((BATCH,)), split.index((SEQ,))
         arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim, False)
         made = self.graph.call_function(radix.scatter_rows.default, arguments)
-        return self._tagged(self._reshaped(made, apart, axes, compact=False), node, Form.FULL)
+        return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
 
     def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:
         if before == after:
@@ -225,11 +228,11 @@ class _Rewriter:
         return product
 
     def _tagged(self, made: fx.Node, origin: fx.Node, form: Form) -> fx.Node:
-        """Where the node came from, for traces and reports."""
+        """Where the node came from, for traces, reports and ``verify_graph``."""
         for key in ("radix", "stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
             if key in origin.meta:
                 made.meta.setdefault(key, origin.meta[key])
-        made.meta["form"] = form
+        made.meta |= {"form": form, "origin": origin}
         made.meta.pop("val", None)
         return made
 
@@ -242,7 +245,7 @@ def _relaxed(node: fx.Node) -> fx.Node:
     return node
 
 
-def _apart(axes: Axes) -> Axes:
+def apart(axes: Axes) -> Axes:
     """The axes with the token atoms in dimensions of their own."""
     result: list[Axis] = []
     for axis in axes:

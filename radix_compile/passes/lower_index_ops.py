@@ -60,7 +60,7 @@ def _joined(group: list[fx.Node]) -> list[fx.Node]:
     arguments = (compact, *group[0].args[1:-3], batch_dims, seq_dims, group[0].args[-1])
     with graph.inserting_after(group[-1]):
         together = graph.call_function(radix.foreach_scatter_rows.default, arguments)
-    together.meta.update(group[-1].meta)
+    together.meta.update({key: value for key, value in group[-1].meta.items() if key not in ("form", "origin")})
     results = [together]
     for position, node in enumerate(group):
         with graph.inserting_after(results[-1]):

@@ -1,0 +1,156 @@
+"""Compare folded calls to plain ones as they come, and if one is wrong find the op that made it so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from radix_compile.op_rules.table import argument
+from radix_compile.passes.choose_cuts import Form, values_of
+from radix_compile.passes.fold_graph import apart
+from radix_compile.passes.mark_token_axes import refuse
+from radix_compile.token_axes import BATCH, SEQ, Token, Value
+
+Program = Callable[..., Any]
+
+
+class WrongFold(RuntimeError):  # noqa: N818 - what is wrong is the fold
+    """A folded call did not return what the plain program does. The message names the op that went wrong first."""
+
+
+@dataclass
+class CallVerifier:
+    """Compares the first, second, fourth, eighth, ... folded call of a graph to the plain program.
+
+    Results agree if at most half of the digits of the least precise number type in the graph differ: rounding does not
+    take so many, and a row that stands for a wrong one differs in the first. Only results in floating point are
+    compared, and of them only entries that the plain program gives a finite value; with ``padding="skip"``, not the
+    rows that were left out. Where the graph draws random numbers nothing can be compared.
+    """
+
+    captured: fx.GraphModule
+    folded: fx.GraphModule
+    plain: Program
+    calls: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        nodes = self.captured.graph.nodes
+        floats = {t.dtype for t in (n.meta.get("val") for n in nodes) if _is_float(t)}
+        self.rounding = math.sqrt(max(torch.finfo(dtype).eps for dtype in floats))
+        self.draws = any(_draws(node) for node in nodes)
+        placeholders = self.captured.graph.find_nodes(op="placeholder")
+        self.ids = placeholders.index(self.captured.meta["tokens"].keys[0])
+
+    def __call__(self, results: Any, args: Sequence[Any], plan: Sequence[Tensor]) -> None:
+        """Raise :class:`WrongFold` if ``results`` are not those of the plain program for ``args``."""
+        self.calls += 1
+        if self.draws or self.calls & (self.calls - 1):
+            return
+        with torch.no_grad():
+            node = plan[1].view(args[self.ids].shape)
+            error = self._largest_error(results, self.plain(*args), node)
+            if error > self.rounding:
+                raise WrongFold(
+                    f"radix: the folded program is wrong: its results differ from the plain program's by {error:.2g} of"
+                    f" the largest entry, and rounding accounts for {self.rounding:.2g}.\n"
+                    f"{self._culprit(args, plan, node)}\n"
+                    "Please report it. With options={'threshold': 0.0} everything runs plain."
+                )
+
+    def _largest_error(self, results: Any, expected: Any, node: Tensor) -> float:
+        (output,) = self.captured.graph.find_nodes(op="output")
+        both = zip(output.args[0], results, expected, strict=True)
+        return max((_error(values_of(of)[0], one, other, node) for of, one, other in both if _is_float(one)), default=0)
+
+    def _culprit(self, args: Sequence[Any], plan: Sequence[Tensor], node: Tensor) -> str:
+        """The first op, one at a time, whose result is not that of the captured op."""
+        captured = fx.Interpreter(self.captured, garbage_collect_values=False)
+        expected = captured.run(*args)
+        try:
+            results = _Compared(self, captured.env, node).run(*args, *plan)
+        except _Found as found:
+            form = found.node.meta["form"].value
+            return f"The first wrong result, in {form} form: {refuse(found.node.meta['origin'], 'is not what it was')}"
+        if self._largest_error(results, expected, node) > self.rounding:
+            return "It is in what replaces the loss: every op before that is right."
+        return "Op by op the folded graph is right: what the inner backend compiled from it is not."
+
+
+class _Found(Exception):  # noqa: N818 - the end of a search
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+
+class _Compared(fx.Interpreter):
+    """Runs the folded graph, and stops at the first node that has not the value of its origin."""
+
+    def __init__(self, verifier: CallVerifier, expected: dict[fx.Node, Any], node: Tensor) -> None:
+        super().__init__(verifier.folded)
+        self.rounding = verifier.rounding
+        self.expected = expected
+        self.node = node
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        origin, form = n.meta.get("origin"), n.meta.get("form")
+        if origin is None or not _is_float(result):
+            return result
+        value, expected = values_of(origin)[0], self.expected[origin]
+        if value.is_row:
+            compact = form is Form.COMPACT
+            error = _error(value, result, expected, self.node, compact)
+        elif form is Form.COMPACT or (self.node < 0).any():  # in an order of its own, or it may be about padding
+            return result
+        else:
+            error = _error(value, result, expected, self.node)
+        if error > self.rounding:
+            raise _Found(n)
+        return result
+
+
+def _draws(node: fx.Node) -> bool:
+    """Does it take random numbers, and not just might have?"""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [parameter.name for parameter in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dropout_p" in names:  # attention
+        return bool(argument(node, "dropout_p"))
+    if "train" in names:  # dropout
+        return argument(node, "train") is not False and argument(node, "p") != 0
+    return True
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _error(value: Value, one: Tensor, other: Tensor, node: Tensor, compact: bool = False) -> float:
+    """The largest difference as a share of the largest entry; of rows, those that have a node ``[B, S]``."""
+    if value.is_row:
+        kept = node >= 0
+        one = _by_row(one, value, 1, -1)[0, node[kept]] if compact else _by_row(one, value, *node.shape)[kept]
+        other = _by_row(other, value, *node.shape)[kept]
+    if one.shape != other.shape:
+        return math.inf
+    matters = other.isfinite()
+    if not matters.any():
+        return 0.0
+    one, other = one[matters].double(), other[matters].double()
+    error = ((one - other).abs().max() / other.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return math.inf if math.isnan(error) else error
+
+
+def _by_row(tensor: Tensor, value: Value, batch: int, seq: int) -> Tensor:
+    """``[B, S, ...]``, or ``[1, T', ...]``."""
+    axes = apart(value.axes)
+    sizes = []
+    for axis in axes:
+        sizes.append(1)
+        for atom in axis:
+            sizes[-1] *= (batch if atom is BATCH else seq) if isinstance(atom, Token) else int(atom.size)
+    return tensor.reshape(sizes).movedim((axes.index((BATCH,)), axes.index((SEQ,))), (0, 1))

@@ -1,0 +1,189 @@
+"""What is wrong with a graph, or with a call, is found, and the message says where it began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import radix_compile
+import radix_compile.passes.fold_cross_entropy as losses
+from radix_compile.op_rules.table import RULES
+from radix_compile.token_axes import Value, plain_axes, value_of
+from radix_compile.verify_calls import CallVerifier
+from radix_compile.verify_graph import InvariantError, verify_graph
+from tests.graphs import calls, folded
+from tests.models import build, shared_batch
+
+aten, radix = torch.ops.aten, torch.ops.radix
+IDS = shared_batch(3, 8, shared=5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.up, self.down = nn.Embedding(97, 16), nn.Linear(16, 32), nn.Linear(32, 97)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.up(self.embedding(ids))
+        hidden = hidden.flip(1)
+        return self.down(hidden.tanh())
+
+
+def by_row(node: fx.Node, layout: object) -> Value:
+    """What a rule must not say of an op that reads other rows."""
+    return Value(value_of(node.args[0]).axes)  # type: ignore[arg-type]
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    settings = {"inner": "aot_eager", "threshold": 1.0, "verify": True, "strict": True, **options}
+    return torch.compile(model, backend="radix", options=settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ graphs
+
+
+def mlp(ids: Tensor, table: Tensor, weight: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*[F.embedding(ids, table)[:, None] @ weight] * 3, is_causal=True) @ weight
+
+
+@pytest.fixture
+def gm() -> fx.GraphModule:
+    result = folded(mlp, IDS, torch.randn(97, 16), torch.randn(16, 16))
+    verify_graph(result)
+    return result
+
+
+def test_a_node_in_the_wrong_form(gm: fx.GraphModule) -> None:
+    scatter = calls(gm, radix.scatter_rows.default)[0]
+    scatter.replace_all_uses_with(scatter.args[0])  # type: ignore[arg-type]
+    with pytest.raises(InvariantError, match=r"scaled_dot_product_attention.*its shape is .*1000003"):
+        verify_graph(gm)
+
+
+def test_both_forms_in_one_op(gm: fx.GraphModule) -> None:
+    product = calls(gm, aten.matmul.default)[-1]
+    full = next(n for n in gm.graph.nodes if n.target is aten.scaled_dot_product_attention.default)
+    with gm.graph.inserting_after(product):
+        both = gm.graph.call_function(aten.add.Tensor, (product, full))
+    product.replace_all_uses_with(both, delete_user_cb=lambda user: user is not both)
+    with pytest.raises(InvariantError, match=r"aten.add.Tensor.*in compact and .* in full form"):
+        verify_graph(gm)
+
+
+def test_the_plan_mixed_up(gm: fx.GraphModule) -> None:
+    fold = calls(gm, radix.fold_rows.default)[0]
+    fold.args = (fold.args[0], fold.args[2], fold.args[1], *fold.args[3:])
+    with pytest.raises(InvariantError, match="takes radix_scatter for the plan's fold"):
+        verify_graph(gm)
+
+
+def test_another_dtype(gm: fx.GraphModule) -> None:
+    product = calls(gm, aten.matmul.default)[-1]
+    with gm.graph.inserting_after(product):
+        wide = gm.graph.call_function(aten._to_copy.default, (product,), {"dtype": torch.float64})
+    product.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+    with pytest.raises(InvariantError, match=r"its dtype is torch.float64, not torch.float32"):
+        verify_graph(gm)
+
+
+def test_what_does_not_even_run(gm: fx.GraphModule) -> None:
+    product = calls(gm, aten.matmul.default)[-1]
+    product.args = (product.args[1], product.args[0])
+    with pytest.raises(InvariantError, match="the folded graph does not run"):
+        verify_graph(gm)
+
+
+def test_other_outputs(gm: fx.GraphModule) -> None:
+    (output,) = gm.graph.find_nodes(op="output")
+    with gm.graph.inserting_before(output):
+        output.args = ((gm.graph.call_function(aten.unsqueeze.default, (output.args[0][0], 0)),),)
+    with pytest.raises(InvariantError, match="as an output it is"):
+        verify_graph(gm)
+
+
+def test_axes_that_are_not_those_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_more(node: fx.Node, layout: object) -> Value:
+        return Value((*plain_axes(node), ()))
+
+    monkeypatch.setitem(RULES, aten.matmul.default, one_more)
+    with pytest.raises(Exception, match=r"its axes .* are not those of its shape"):
+        folded(mlp, IDS, torch.randn(97, 16), torch.randn(16, 16))
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
+
+
+@pytest.mark.parametrize("padding", ["exact", "skip"])
+def test_right_calls_pass(padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    original = CallVerifier._largest_error
+
+    def counted(self: CallVerifier, *args: Any) -> float:
+        compared.append(original(self, *args))
+        return compared[-1]
+
+    monkeypatch.setattr(CallVerifier, "_largest_error", counted)
+    model = build("Qwen3")
+    run = compiled(model, padding=padding)
+    mask = torch.ones_like(IDS)
+    mask[1, 6:] = mask[2, 5:] = 0
+    for _ in range(5):
+        run(IDS, attention_mask=mask, use_cache=False)
+    assert radix_compile.stats().folded_calls == 5
+    assert len(compared) == 3  # the first, the second and the fourth
+    assert max(compared) < 1e-5
+
+
+def test_right_losses_pass() -> None:
+    model = build("Qwen3", num_hidden_layers=1).train()
+    run = compiled(model)
+    run(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_a_wrong_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, aten.flip.default, by_row)
+    with pytest.raises(radix_compile.WrongFold, match=r"compact form: aten.flip.default.*hidden = hidden.flip\(1\)"):
+        compiled(Net())(IDS)
+    without = compiled(Net(), verify=False)(IDS)
+    assert (without - Net()(IDS)).abs().max() > 0.01  # it was wrong indeed
+
+
+def test_a_wrong_inner_backend_is_named() -> None:
+    def inner(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        off = 0.1 if any(node.name == "radix_fold" for node in gm.graph.nodes) else 0.0
+        return lambda *args: [result + off for result in gm(*args)]
+
+    class Model(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.down(self.up(self.embedding(ids)))
+
+    with pytest.raises(radix_compile.WrongFold, match="what the inner backend compiled from it is not"):
+        compiled(Model(), inner=inner)(IDS)
+
+
+def test_a_wrong_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = losses._token_nll
+
+    def negated(*args: Any, **kwargs: Any) -> fx.Node:
+        right = original(*args, **kwargs)
+        return right.graph.call_function(aten.neg.default, (right,))
+
+    monkeypatch.setattr(losses, "_token_nll", negated)
+    with pytest.raises(radix_compile.WrongFold, match="It is in what replaces the loss"):
+        compiled(build("Qwen3", num_hidden_layers=1))(IDS, labels=IDS, use_cache=False)
+
+
+def test_random_numbers_are_not_compared() -> None:
+    class Random(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.dropout(self.down(self.up(self.embedding(ids)).tanh()), 0.5)
+
+    compiled(Random())(IDS)
+    assert radix_compile.stats().folded_calls == 1
