@@ -1,0 +1,91 @@
+"""Embedding and reranking through sentence-transformers, whose ``compile`` takes the backend by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import radix_compile
+from radix_compile.batching import SharedPrefixBatchSampler
+from tests.models import VOCABULARY, build
+
+OPTIONS = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
+PROMPT = " ".join(WORDS[:12]) + " "
+QUERIES = [" ".join(WORDS[20 + i : 22 + 2 * i]) for i in range(6)]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A causal language model of random weights and a tokenizer of one token for each word, as a hub has them."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i for i, word in enumerate(WORDS, 3)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path)
+    build("Qwen3", head="ForSequenceClassification", num_labels=1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def embedder(saved: Path, pooling: str) -> SentenceTransformer:
+    transformer = Transformer(str(saved))
+    return SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)],
+        prompts={"query": PROMPT},
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+def test_encode_with_a_prompt(saved: Path, pooling: str) -> None:
+    plain, model = embedder(saved, pooling), embedder(saved, pooling)
+    model.compile(backend="radix", options=OPTIONS)
+    embeddings = model.encode(QUERIES, prompt_name="query", batch_size=3)
+    expected = plain.encode(QUERIES, prompt_name="query", batch_size=3)
+    assert abs(embeddings - expected).max() < 1e-5 * abs(expected).max()
+    assert abs(expected[0] - expected[1]).max() > 0.01  # they do differ
+    stats = radix_compile.stats()
+    assert stats.folded_calls == 2
+    # The prompt's 12 words once for each of the two batches, and the queries.
+    assert stats.compact_tokens <= 2 * 12 + stats.tokens - 6 * 12
+
+
+def test_batches_of_shared_prefixes(saved: Path) -> None:
+    """What ``encode`` sorts by length is scattered; one call for each batch keeps it together."""
+    texts = [" ".join([*WORDS[10 * g + 10 : 10 * g + 20], *WORDS[60 : 61 + i]]) for i in range(4) for g in range(4)]
+    plain, model = embedder(saved, "lasttoken"), embedder(saved, "lasttoken")
+    model.compile(backend="radix", options=OPTIONS)
+    with torch.inference_mode():
+        expected = plain.encode(texts, batch_size=4)
+        by_length = model.encode(texts, batch_size=4)
+        scattered = radix_compile.stats()
+        radix_compile.reset_stats()
+        together = torch.empty(expected.shape)
+        for batch in SharedPrefixBatchSampler(texts, 4):
+            together[batch] = torch.from_numpy(model.encode([texts[i] for i in batch], batch_size=4))
+    for found in (by_length, together.numpy()):
+        assert abs(found - expected).max() < 1e-5 * abs(expected).max()
+    assert scattered.compact_tokens == scattered.tokens  # four sequences of one length, which share nothing
+    kept = radix_compile.stats()
+    assert kept.folded_calls == 4
+    assert kept.compact_tokens < kept.tokens / 2
+
+
+def test_reranking(saved: Path) -> None:
+    """A query with each of its passages: the query is shared."""
+    pairs = [(PROMPT, query) for query in QUERIES]
+    plain, model = CrossEncoder(str(saved), device="cpu"), CrossEncoder(str(saved), device="cpu")
+    model.compile(backend="radix", options=OPTIONS)
+    scores, expected = model.predict(pairs), plain.predict(pairs)
+    assert abs(scores - expected).max() < 1e-5 * abs(expected).max()
+    assert abs(expected - expected[0]).max() > 1e-4
+    stats = radix_compile.stats()
+    assert stats.folded_calls == 1
+    assert stats.compact_tokens <= stats.tokens - 5 * 12
