@@ -1,6 +1,6 @@
 """What the order of a data set is worth: the same prompts in batches sorted by length, and in batches that share.
 
-Run as `python -m benchmarks.bench_batching`. The prompts are a reranker's: an instruction, a query, one of its passages.
+Run as `python -m benchmarks.bench_batching`. The prompts are a reranker's: an instruction, a query, a passage.
 Each row of the table runs all of them through one model, with plain inductor and with radix.
 """
 
@@ -67,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     compiled = {name: torch.compile(model, backend=name, dynamic=True) for name in (PLAIN, RADIX)}
     print(f"machine  {machine(device)}")
     print(f"prompts  {len(prompts)}: {options.queries} queries with {options.passages} passages, in random order")
-    print(f"{'order':<14}{'padded':>9}{'tokens':>9}{'compact':>9}{'inductor':>12}{'radix':>12}{'speedup':>9}", flush=True)
+    print(f"{'order':<14}{'padded':>9}{'tokens':>9}{'compact':>9}{PLAIN:>12}{RADIX:>12}{'speedup':>9}", flush=True)
     for name, batches in orders(prompts, options.batch_size).items():
         inputs = [
             {key: value.to(device) for key, value in workloads.tokenize([prompts[i] for i in batch]).items()}
             for batch in batches
         ]
-        calls = {backend: epoch(run, inputs) for backend, run in compiled.items()}
+        calls: dict[str, Callable[[], object]] = {backend: epoch(run, inputs) for backend, run in compiled.items()}
         for call in calls.values():
             call()
         radix_compile.reset_stats()

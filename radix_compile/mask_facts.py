@@ -257,13 +257,27 @@ class Masked:
     """Scores or a mask to add to them: hidden (see :func:`is_hidden`) wherever ``visible`` does not hold.
 
     ``bounded`` if the visible entries are of ordinary size; ``strict`` if hidden entries are minus infinity;
-    ``scaled`` if they are not, and have been divided since: they must not be again.
+    ``scaled`` if they are not, and have been divided since: they must not be again. ``centred`` if the largest entry of
+    each row has been subtracted, and the hidden entries are far below it, whatever is visible.
     """
 
     visible: Formula
     bounded: bool
     strict: bool
     scaled: bool = False
+    centred: bool = False
+
+    @property
+    def is_certain(self) -> bool:
+        """Are the hidden entries far below the largest visible one of a row, if there is one?"""
+        return self.bounded or self.strict or self.centred
+
+
+@dataclass(frozen=True, slots=True)
+class RowMax:
+    """The largest entry of each row of the masked scores ``of``."""
+
+    of: fx.Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +289,7 @@ class Weights:
     key: int
 
 
-Fact = Index | Filled | PerRow | Step | Break | Predicate | Ones | Score | Masked | Weights
+Fact = Index | Filled | PerRow | Step | Break | Predicate | Ones | Score | Masked | RowMax | Weights
 
 
 def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
@@ -288,7 +302,7 @@ def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
 
 def without_dims_of_size_one(fact: Fact | None, axes: Axes) -> Fact | None:
     """The fact, unless it is about a dimension of size one: broadcast, its entries are not those of their columns."""
-    if isinstance(fact, Step | Break):
+    if isinstance(fact, Step | Break | RowMax):
         return fact
     return remap(fact, {dim: dim for dim in range(-len(axes), 0) if axes[dim]})
 
@@ -307,7 +321,7 @@ def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:
             return replace(fact, visible=_remap_formula(visible, to))
         case Weights(visible, query, key):
             return Weights(_remap_formula(visible, to), to(query), to(key))
-        case Step() | Break():
+        case Step() | Break() | RowMax():
             return None
         case _:
             return fact

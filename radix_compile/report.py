@@ -10,10 +10,11 @@ import torch
 from torch import fx
 
 from radix_compile.cost import flops
+from radix_compile.mask_facts import RowMax
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
-from radix_compile.passes.mark_token_axes import Tokens, refuse
-from radix_compile.token_axes import Refusal
+from radix_compile.passes.mark_token_axes import Tokens
+from radix_compile.token_axes import Refusal, refuse
 
 aten = torch.ops.aten
 
@@ -80,6 +81,8 @@ def _attention(node: fx.Node) -> Attention | None:
     if node.op != "call_function":
         return None
     value = values_of(node)[0]
+    if isinstance(value.fact, RowMax):  # a step of attention written out
+        return None
     if value.attends is None and node.target is not aten.scaled_dot_product_attention.default:
         return None
     place = refuse(node, "")

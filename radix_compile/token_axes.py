@@ -64,6 +64,13 @@ class Sorted(Token):
     axis: Axis
 
 
+@dataclass(frozen=True, slots=True)
+class Longer(Token):
+    """The columns of a sequence, and after them ``more`` entries that have no column (attention sinks)."""
+
+    more: Size
+
+
 class Kind(Enum):
     """What an :class:`Arrangement` holds."""
 
@@ -128,6 +135,8 @@ class Layout:
     def atom_size(self, atom: Atom) -> Size:
         if isinstance(atom, Sorted):
             return self.axis_size(atom.axis)
+        if isinstance(atom, Longer):
+            return self.seq + atom.more
         if isinstance(atom, Token):
             return self.batch if atom is BATCH else self.seq
         return atom.size
@@ -154,6 +163,39 @@ class Refusal:
         where = f" at {self.source}" if self.source else ""
         inside = f" in {self.module}" if self.module else ""
         return f"{self.op}{inside}: {self.reason}{where}"
+
+
+def refuse(node: fx.Node, reason: str) -> Refusal:
+    """A refusal at ``node``, with the place in the user's program it came from."""
+    modules = node.meta.get("nn_module_stack") or {}
+    module = next(reversed(modules.values()))[0] if modules else ""
+    return Refusal(reason, str(node.target), node.name, _tidy_path(module), source_line(node))
+
+
+def _tidy_path(path: str) -> str:
+    return (
+        path.replace("L['self'].", "")
+        .replace("L['fn'].", "")
+        .replace("['", ".")
+        .replace("']", "")
+        .replace("_modules.", "")
+    )
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    frames = [
+        (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
+        for i, line in enumerate(trace)
+        if line.strip().startswith("File ")
+    ]
+    if not frames:
+        return ""
+    where, code = frames[-1]
+    parts = where.split('"')
+    line = where.split("line ")[1].split(",")[0] if "line " in where else "?"
+    return f"{parts[1] if len(parts) > 1 else where}:{line}: {code}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +225,6 @@ class Value:
     arrangement: Arrangement | None = None
     operands: tuple[tuple[fx.Node, int, str], ...] = field(default=(), compare=False)
 
-    def _count(self, token: Token) -> int:
-        return sum(atom is token for axis in self.axes for atom in axis)
-
     @property
     def is_constant(self) -> bool:
         """No token axis: the same for every row of the call."""
@@ -199,12 +238,12 @@ class Value:
     @property
     def is_row(self) -> bool:
         """One entry per row: may live in compact form."""
-        return self.mixed is None and self._count(BATCH) == 1 and self._count(SEQ) == 1
+        return self.mixed is None and count_tokens(self.axes) == (1, 1)
 
     @property
     def is_pair(self) -> bool:
         """One entry per pair of rows of a sequence (scores, masks)."""
-        return self.mixed is None and self._count(SEQ) == 2
+        return self.mixed is None and count_tokens(self.axes)[1] == 2
 
     def with_fact(self, fact: Fact | None) -> Value:
         return replace(self, fact=fact)
@@ -230,6 +269,17 @@ def value_of(node: fx.Node) -> Value:
     return marks
 
 
+def count_tokens(axes: Axes) -> tuple[int, int]:
+    """How many axes of sequences and of columns there are."""
+    atoms = [atom for axis in axes for atom in axis]
+    return sum(atom is BATCH for atom in atoms), sum(atom is SEQ or isinstance(atom, Longer) for atom in atoms)
+
+
+def is_longer(axis: Axis) -> bool:
+    """Columns with entries behind them that have none?"""
+    return len(axis) == 1 and isinstance(axis[0], Longer)
+
+
 def has_tokens(axis: Axis) -> bool:
     return any(isinstance(atom, Token) for atom in axis)
 
@@ -237,7 +287,7 @@ def has_tokens(axis: Axis) -> bool:
 def feature(axis: Axis, what: str) -> None:
     """Demand that an axis an op reads along has no tokens in it."""
     if has_tokens(axis):
-        along = "sequence" if SEQ in axis else "batch" if BATCH in axis else "sorted"
+        along = "sequence" if SEQ in axis or is_longer(axis) else "batch" if BATCH in axis else "sorted"
         raise Mixes(f"{what} the {along} axis, so it reads other rows")
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, fx
 from radix_compile.op_rules.table import argument
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import apart
-from radix_compile.passes.mark_token_axes import refuse
-from radix_compile.token_axes import BATCH, SEQ, Token, Value
+from radix_compile.token_axes import BATCH, SEQ, Token, Value, refuse
 
 Program = Callable[..., Any]
 

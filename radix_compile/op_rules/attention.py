@@ -61,6 +61,6 @@ def _visible(node: fx.Node, layout: Layout, scores: Operand) -> Formula:
     broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
     if mask.meta["val"].dtype == torch.bool:
         return as_formula(marks)
-    if isinstance(marks.fact, Masked) and (marks.fact.bounded or marks.fact.strict):
+    if isinstance(marks.fact, Masked) and marks.fact.is_certain:
         return marks.fact.visible
     raise Mixes("the attention mask is not understood")

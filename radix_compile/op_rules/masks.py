@@ -26,6 +26,7 @@ from radix_compile.mask_facts import (
     Ones,
     PerRow,
     Predicate,
+    RowMax,
     RowTrue,
     Same,
     Score,
@@ -214,15 +215,18 @@ def _add(node: fx.Node) -> Fact | None:
                 both = conjunction(fact.visible, other.visible)
                 strict, scaled = fact.strict and other.strict, fact.scaled or other.scaled
                 return Masked(both, fact.bounded and other.bounded, strict, scaled)
-            return replace(fact, bounded=fact.bounded and is_bounded(other))
+            return replace(fact, bounded=fact.bounded and is_bounded(other), centred=False)
     return Score() if is_bounded(left) and is_bounded(right) else None
 
 
 @_derives(aten.sub.Tensor)
 def _sub(node: fx.Node) -> Fact | None:
-    fact = fact_of(node.args[0])
+    fact, other = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(fact, Index) and isinstance(node.args[1], int) and argument(node, "alpha") == 1:
         return Index(fact.dim, fact.offset - node.args[1])
+    if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
+        # The floor was far below the largest visible entry, and now that is zero at most.
+        return replace(fact, bounded=False, centred=fact.is_certain) if argument(node, "alpha") == 1 else None
     return None
 
 
@@ -243,9 +247,9 @@ def _scaled(node: fx.Node) -> Fact | None:
 def _scaled_mask(mask: Masked, divisor: float, dtype: torch.dtype) -> Masked | None:
     """Minus infinity stays it; a floor near the lowest number of a wide type stays far below any score, once."""
     if mask.strict and 0 < divisor < math.inf:
-        return replace(mask, bounded=mask.bounded and 1 / ORDINARY <= divisor <= ORDINARY)
+        return replace(mask, bounded=mask.bounded and 1 / ORDINARY <= divisor <= ORDINARY, centred=False)
     wide = torch.finfo(dtype).max > ORDINARY**4
-    return replace(mask, scaled=True) if wide and not mask.scaled and 1 <= divisor <= ORDINARY else None
+    return replace(mask, scaled=True, centred=False) if wide and not mask.scaled and 1 <= divisor <= ORDINARY else None
 
 
 @_derives(aten.max.other, aten.maximum.default)
@@ -254,7 +258,7 @@ def _maximum(node: fx.Node) -> Fact | None:
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     for fact, other in ((left, right), (right, left)):
         if isinstance(fact, Masked) and fact.bounded and is_hidden(other, node.meta["val"].dtype):
-            return replace(fact, strict=False)
+            return replace(fact, strict=False, centred=False)
     return None
 
 

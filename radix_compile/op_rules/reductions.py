@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Masked, Weights, implies_causal
+from radix_compile.mask_facts import Masked, RowMax, Weights, implies_causal
+from radix_compile.op_rules.contractions import attend
 from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import (
     SEQ,
@@ -19,6 +20,7 @@ from radix_compile.token_axes import (
     as_size,
     feature,
     has_tokens,
+    is_longer,
     plain_axis,
     value_of,
 )
@@ -56,14 +58,33 @@ def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
     aten.norm.ScalarOpt_dim,
 )
 def reduce(node: fx.Node, layout: Layout) -> Marks:
-    value = value_of(source_of(node))
+    source = source_of(node)
+    value = value_of(source)
     rank = len(value.axes)
     dims = _dims(argument(node, "dim"), rank)
+    if node.target in (aten.amax.default, aten.max.dim) and value.is_pair and isinstance(value.fact, Masked):
+        return _largest_score(node, source, *dims)
     for dim in dims:
         feature(value.axes[dim], "reduces over")
     keep = argument(node, "keepdim")
     axes = tuple(() if dim in dims else axis for dim, axis in enumerate(value.axes) if keep or dim not in dims)
     return _results(node, axes)
+
+
+def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
+    """Over the keys of causally masked scores, whose hidden entries are never the largest; for rows that see a key."""
+    value = value_of(source)
+    (dim,) = dims if len(dims) == 1 else (0,)
+    if not (len(dims) == 1 and argument(node, "keepdim")):
+        raise Mixes("reduces scores over more than their keys, or without keepdim")
+    weights = _weights(value, dim)
+    axes = (*value.axes[:dim], (), *value.axes[dim + 1 :])
+    largest = attend(axes, weights, value).with_fact(RowMax(source))
+    if node.target is aten.amax.default:
+        return largest
+    if any(user.args[1] == 1 and user.users for user in node.users):  # its number is where it is in the sequence
+        raise Mixes("asks which of the keys has the largest score")
+    return largest, largest
 
 
 @rule(aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default)
@@ -94,17 +115,23 @@ def softmax(node: fx.Node, layout: Layout) -> Value:
     dim = argument(node, "dim") % rank
     if not has_tokens(value.axes[dim]):
         return Value(value.axes)
-    if not value.is_pair or value.axes[dim] != (SEQ,):
-        feature(value.axes[dim], "normalises over")
+    return Value(value.axes, fact=_weights(value, dim))
+
+
+def _weights(value: Value, dim: int) -> Weights:
+    """What a softmax over the keys in ``dim`` makes of causally masked scores."""
+    rank, axis = len(value.axes), value.axes[dim]
+    if not value.is_pair or not (axis == (SEQ,) or is_longer(axis)):
+        feature(axis, "normalises over")
     fact = value.fact
     if not isinstance(fact, Masked):
         raise Mixes("attention scores reach the softmax without a mask that is understood")
-    if not (fact.bounded or fact.strict):
+    if not fact.is_certain:
         raise Mixes("the mask is finite and is added to something that could be as large as it")
-    query = next(other for other, axis in enumerate(value.axes) if other != dim and SEQ in axis)
-    if not implies_causal(fact.visible, query - rank, dim - rank):
+    query = next((other for other, axis in enumerate(value.axes) if other != dim and SEQ in axis), None)
+    if query is None or not implies_causal(fact.visible, query - rank, dim - rank):
         raise Mixes("the attention mask lets a token see later ones (or is not understood)")
-    return Value(value.axes, fact=Weights(fact.visible, query - rank, dim - rank))
+    return Weights(fact.visible, query - rank, dim - rank)
 
 
 @rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)

@@ -9,14 +9,16 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Fact, Filled, Index, Ones, PerRow, Predicate, remap, stored
+from radix_compile.mask_facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, remap, stored
 from radix_compile.op_rules.table import argument, operand, rule, source_of
 from radix_compile.token_axes import (
+    SEQ,
     Atom,
     Axes,
     Axis,
     Feature,
     Layout,
+    Longer,
     Mixes,
     Size,
     Token,
@@ -26,6 +28,7 @@ from radix_compile.token_axes import (
     broadcast,
     feature,
     has_tokens,
+    is_longer,
     plain_axes,
     plain_axis,
     shape_of,
@@ -199,6 +202,8 @@ def slice_(node: fx.Node, layout: Layout) -> Value:
     start, step = argument(node, "start") or 0, argument(node, "step")
     if before == after and step == 1:
         return Value(value.axes, fact=value.fact, identity=source)
+    if is_longer(value.axes[dim]) and start == 0 and step == 1 and after == layout.seq:
+        return Value((*value.axes[:dim], (SEQ,), *value.axes[dim + 1 :]), fact=value.fact)
     feature(value.axes[dim], "slices")
     axes = (*value.axes[:dim], plain_axis(after), *value.axes[dim + 1 :])
     from_start = step == 1 and start == 0
@@ -249,6 +254,8 @@ def cat(node: fx.Node, layout: Layout) -> Value:
             return Value(value.axes)
         return Value(value.axes, fact=value.fact, identity=tensors[0])
     dim = argument(node, "dim") % rank
+    if _are_scores(value_of(tensors[0]), dim):
+        return _with_sinks(tensors, dim, shape_of(node)[dim], layout)
     parts = []
     for tensor in tensors:
         axes = value_of(tensor).axes
@@ -256,6 +263,23 @@ def cat(node: fx.Node, layout: Layout) -> Value:
         parts.append(operand(tensor, (*axes[:dim], (), *axes[dim + 1 :])))
     axes, uses = broadcast(layout, parts, exact=True)
     return Value((*axes[:dim], plain_axis(shape_of(node)[dim]), *axes[dim + 1 :]), operands=uses)
+
+
+def _are_scores(value: Value, dim: int) -> bool:
+    """Masked scores whose keys lie in that dimension?"""
+    return value.is_pair and value.axes[dim] == (SEQ,) and isinstance(value.fact, Masked)
+
+
+def _with_sinks(tensors: list[fx.Node], dim: int, size: Size, layout: Layout) -> Value:
+    """Scores, and after them for each query some that belong to no key (attention sinks, which take up weight)."""
+    scores, *sinks = (value_of(tensor) for tensor in tensors)
+    for value in sinks:
+        feature(value.axes[dim], "joins tensors along")
+    parts = [operand(t, (*value_of(t).axes[:dim], (), *value_of(t).axes[dim + 1 :])) for t in tensors]
+    axes, uses = broadcast(layout, parts, exact=True)
+    # A sink may be as large as it likes: what is hidden is still far below the keys that the row sees.
+    keys = (Longer("keys", size - layout.seq),)
+    return Value((*axes[:dim], keys, *axes[dim + 1 :]), fact=scores.fact, operands=uses)
 
 
 @rule(aten.view_as_complex.default, view_like=True)

@@ -27,9 +27,11 @@ from radix_compile.token_axes import (
     Uniform,
     Value,
     as_size,
+    count_tokens,
     mark,
     marks_of,
     plain_axes,
+    refuse,
     shape_of,
 )
 from radix_compile.torch_internals import same_size
@@ -206,39 +208,6 @@ def _checked(value: Value, node: fx.Node) -> Value:
     arranged = [atom for atom in atoms if isinstance(atom, Sorted)]
     if len(arranged) == 1 and not (BATCH in atoms or SEQ in atoms):
         return value
-    if arranged or atoms.count(BATCH) != 1 or atoms.count(SEQ) not in (1, 2):
+    if arranged or count_tokens(value.axes) not in ((1, 1), (1, 2)):
         raise Mixes("combines different sequences")
     return value
-
-
-def refuse(node: fx.Node, reason: str) -> Refusal:
-    """A refusal at ``node``, with the place in the user's program it came from."""
-    modules = node.meta.get("nn_module_stack") or {}
-    module = next(reversed(modules.values()))[0] if modules else ""
-    return Refusal(reason, str(node.target), node.name, _tidy_path(module), source_line(node))
-
-
-def _tidy_path(path: str) -> str:
-    return (
-        path.replace("L['self'].", "")
-        .replace("L['fn'].", "")
-        .replace("['", ".")
-        .replace("']", "")
-        .replace("_modules.", "")
-    )
-
-
-def source_line(node: fx.Node) -> str:
-    """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    frames = [
-        (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
-        for i, line in enumerate(trace)
-        if line.strip().startswith("File ")
-    ]
-    if not frames:
-        return ""
-    where, code = frames[-1]
-    parts = where.split('"')
-    line = where.split("line ")[1].split(",")[0] if "line " in where else "?"
-    return f"{parts[1] if len(parts) > 1 else where}:{line}: {code}"

@@ -14,8 +14,7 @@ from torch import fx
 from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, Predicate, hides
 from radix_compile.passes.choose_cuts import values_of
 from radix_compile.passes.fold_graph import Wanted
-from radix_compile.passes.mark_token_axes import refuse
-from radix_compile.token_axes import Uniform, value_of
+from radix_compile.token_axes import Uniform, refuse, value_of
 
 aten = torch.ops.aten
 
@@ -49,14 +48,14 @@ def _reads_column(node: fx.Node) -> bool:
         return False
     along_sequence = any(value.full_only and value.attends is None for value in values_of(node))
     moves_nothing = node.target is aten.index.Tensor  # by indices that count: the entries stay where they are
-    tables = [table for value in values_of(node) for table, _, how in value.operands if how == "column"]
-    return (along_sequence and not moves_nothing) or not all(map(_is_the_same_anywhere, tables))
+    tables = [(table, dim) for value in values_of(node) for table, dim, how in value.operands if how == "column"]
+    return (along_sequence and not moves_nothing) or not all(_is_the_same_anywhere(*table) for table in tables)
 
 
-def _is_the_same_anywhere(table: fx.Node) -> bool:
-    """Equal entries, or a mask that is known to be about differences of columns."""
+def _is_the_same_anywhere(table: fx.Node, dim: int) -> bool:
+    """Equal entries for all columns, or a mask that is known to be about differences of columns."""
     value = value_of(table)
-    equal = all(isinstance(atom, Uniform) for axis in value.axes for atom in axis)
+    equal = all(isinstance(atom, Uniform) for atom in value.axes[dim])
     return equal or (isinstance(value.fact, Predicate) and _is_known(value.fact.formula))
 
 

@@ -182,6 +182,25 @@ def written_out(d: Draw) -> str:
     return by_hand(d, *causal_mask(d))
 
 
+@piece(Kind.CAUSAL)
+def with_sinks(d: Draw) -> str:
+    """A softmax with weights that go to no key."""
+    mask, blind = causal_mask(d)
+    lines, grouped = projections(d)
+    if grouped:
+        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
+    sink = d.one_of("w(H, 1, 1).expand(B, H, S, 1)", "x.mean(-1)[:, None, :, None].expand(B, H, S, 1)")
+    lines += [
+        INDICES,
+        f"scores = torch.where({mask}, {scores(d)}, {floor(d, blind)})",
+        f"scores = torch.cat([scores, {sink}], -1)",
+        *d.one_of([], ["scores = scores - scores.amax(-1, keepdim=True)"]),
+        *d.one_of([], ["scores = scores - scores.max(-1, keepdim=True).values"]),
+        "y = scores.softmax(-1)[..., :S] @ v",
+    ]
+    return "\n".join([*lines, together(d)])
+
+
 @piece(Kind.CAUSAL, when=lambda d: d.has("positions") and not d.padded)
 def packed_documents(d: Draw) -> str:
     """Attention inside runs of the positions."""

@@ -199,6 +199,45 @@ def hidden_by_triu(t: Recorder, op: Any) -> fx.Node:
     return t(aten.softmax.int, t(aten.add.Tensor, t.scores, mask), -1)
 
 
+def with_sinks(t: Recorder, scores: fx.Node) -> fx.Node:
+    """``[B, H, S, S + 1]``."""
+    by_head = t(aten.view.default, t(aten.slice.Tensor, t.bias, 0, 0, HEADS), [1, HEADS, 1, 1])
+    return t(aten.cat.default, [scores, t(aten.expand.default, by_head, [BATCH, HEADS, SEQ, 1])], -1)
+
+
+def centred(t: Recorder, scores: fx.Node, largest: Any = aten.amax.default) -> fx.Node:
+    by_row = t(largest, scores, [-1], True) if largest is aten.amax.default else t.item(t(largest, scores, -1, True), 0)
+    return t(aten.sub.Tensor, scores, by_row)
+
+
+def weighted(t: Recorder, weights: fx.Node) -> fx.Node:
+    """Without those of the sinks."""
+    return t(aten.matmul.default, t(aten.slice.Tensor, weights, 3, 0, SEQ), t.heads)
+
+
+def sinks(floor: float = float("-inf"), largest: Any = aten.amax.default) -> Build:
+    """Attention with sinks, as GPT-OSS has it written out."""
+
+    def build(t: Recorder, op: Any) -> fx.Node:
+        scores = centred(t, with_sinks(t, t.masked(t.causal, floor)), largest)
+        return weighted(t, t(aten.softmax.int, scores, -1))
+
+    return build
+
+
+def which_key(t: Recorder, op: Any) -> fx.Node:
+    return t.item(t(op, t.masked(t.causal), -1, True), 1)
+
+
+def of_masked(dim: int, keep: bool = True, bound: int = 0) -> Build:
+    """The largest scores along a dimension."""
+
+    def build(t: Recorder, op: Any) -> fx.Node:
+        return t(op, t.masked(t.key_minus_query_at_most(bound)), [dim], keep)
+
+    return build
+
+
 def attention(mask: Callable[[Recorder], fx.Node] | None = None, **kwargs: Any) -> Build:
     def build(t: Recorder, op: Any) -> fx.Node:
         return t(op, t.heads, t.heads, t.heads, mask(t) if mask else None, **kwargs)
@@ -589,9 +628,18 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
     # ---- reductions
     aten.mean.dim: reducing([2], [1], [0]),
     aten.sum.dim_IntList: reducing([-1], [-2], [0, 1]),
-    aten.amax.default: reducing([-1], [-2], [0]),
+    aten.amax.default: [
+        *reducing([-1], [-2], [0]),
+        full(of_masked(-1)),
+        full(sinks()),
+        full(sinks(LOWEST)),
+        refused("lets a token see later ones", of_masked(-1, bound=1)),
+        refused("lets a token see later ones", of_masked(-2)),
+        refused("without keepdim", of_masked(-1, keep=False)),
+        refused("reduces over the sequence", lambda t, op: t(op, t.scores, [-1], True)),
+    ],
     aten.amin.default: reducing([-1], [-2], [0]),
-    aten.max.dim: reducing_to_two(2, 1),
+    aten.max.dim: [*reducing_to_two(2, 1), full(sinks(LOWEST, aten.max.dim)), refused("which of the keys", which_key)],
     aten.min.dim: reducing_to_two(2, 1),
     aten.argmax.default: [*reducing(2, 1, 0), refused("reduces over", over_features(None))],
     aten.argmin.default: [*reducing(2, 1, 0), refused("reduces over", over_features(None))],
@@ -635,6 +683,21 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         compact(over_features(-1)),
         pair(lambda t, op: t(op, t.masked(t.causal), -1)),
         pair(lambda t, op: t(op, t.masked(t.causal, LOWEST), -1)),
+        pair(sinks()),
+        pair(sinks(LOWEST)),
+        pair(lambda t, op: weighted(t, t(op, with_sinks(t, t.masked(t.causal, LOWEST)), -1))),
+        refused(
+            "as large as it",  # what was far below zero need not be when zero has moved
+            lambda t, op: t(op, t(aten.add.Tensor, centred(t, t.masked(t.causal, LOWEST)), t.square), -1),
+        ),
+        refused(
+            "without a mask",
+            lambda t, op: t(
+                op,
+                t(aten.sub.Tensor, t.masked(t.causal), t(aten.amax.default, t.masked(t.causal, LOWEST), [-1], True)),
+                -1,
+            ),
+        ),
         refused("normalises over the sequence", over_features(1)),
         refused("without a mask", lambda t, op: t(op, t.scores, -1)),
         refused("lets a token see later ones", lambda t, op: t(op, t.masked(t.key_minus_query_at_most(1)), -1)),
@@ -757,6 +820,11 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         compact(over_features(-1, 0, 9223372036854775807, 2)),
         compact(over_features(1, 0, 9223372036854775807)),
         constant(lambda t, op: t(aten.add.Tensor, t.x, t(op, t.square, 0, 0, 1))),
+        pair(sinks()),
+        refused(
+            "slices the sequence",
+            lambda t, op: t(op, t(aten.softmax.int, with_sinks(t, t.masked(t.causal)), -1), 3, 1, SEQ + 1),
+        ),
         refused("slices the sequence", over_features(1, 1, SEQ)),
         refused("slices the sequence", over_features(1, 0, -1)),
         refused("slices the batch", over_features(0, 0, 2)),
@@ -772,6 +840,9 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
     aten.unbind.int: [compact(second_of(2)), refused("takes apart the sequence", first_of(1))],
     aten.cat.default: [
         compact(lambda t, op: t(op, [t.x, t.x], 2)),
+        pair(sinks()),
+        refused("joins tensors along the sequence", lambda t, op: with_sinks(t, t.scores)),
+        refused("joins tensors along the sequence", lambda t, op: t(op, [t.masked(t.causal), t.scores], -1)),
         compact(lambda t, op: t(op, [t.x, t(aten.expand.default, t.columns, [BATCH, SEQ, 2])], -1)),
         compact(lambda t, op: t(op, [t(aten.zeros.default, [0], dtype=torch.float64), t.x], 1)),
         refused("joins tensors along the sequence", lambda t, op: t(op, [t.x, t.x], 1)),
