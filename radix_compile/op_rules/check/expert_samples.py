@@ -9,7 +9,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401 - importing it registers its grouped product
 from torch import fx
 
-from tests.op_rules.recorder import BATCH, FEATURES, SEQ, Recorder
+from radix_compile.op_rules.check.recorder import BATCH, FEATURES, SEQ, Recorder
 
 aten = torch.ops.aten
 ROWS, SLOTS, EXPERTS = BATCH * SEQ, 2, FEATURES

@@ -1,8 +1,7 @@
 """What each row of the rule table is executed on, and the verdict that is expected.
 
-A sample is a function of a :class:`~tests.op_rules.recorder.Recorder` ``t`` (its inputs, and ``t(op, ...)`` to record
-one more op) and of the op under test; it returns the result to compare. ``t.x`` is ``[B, S, D]``, ``t.heads`` is
-``[B, H, S, E]``.
+A sample is a function of a :class:`~.recorder.Recorder` ``t`` (its inputs, and ``t(op, ...)`` to record one more op)
+and of the op under test; it returns the result to compare. ``t.x`` is ``[B, S, D]``, ``t.heads`` is ``[B, H, S, E]``.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from tests.op_rules.expert_samples import EXPERTS, by_token, experts, order_read_as_numbers
-from tests.op_rules.recorder import BATCH, FEATURES, HEADS, SEQ, Recorder
+from radix_compile.op_rules.check.expert_samples import EXPERTS, by_token, experts, order_read_as_numbers
+from radix_compile.op_rules.check.recorder import BATCH, FEATURES, HEADS, SEQ, Recorder
 
 aten = torch.ops.aten
 LOWEST = torch.finfo(torch.float64).min
@@ -954,6 +953,9 @@ POINTWISE: dict[OpOverload, list[Sample]] = {
     ],
     aten.frexp.Tensor: [compact(lambda t, op: t.item(t(op, t.x), 0)), compact(lambda t, op: t.item(t(op, t.x), 1))],
 }
+
+NO_RULE: dict[str, str] = {}
+"""Ops that models use at which folding stops by intention, and why."""
 
 NEVER_FOLDS = {aten.native_dropout.default, aten._transformer_encoder_layer_fwd.default}
 """Rows that only give their refusal a reason."""

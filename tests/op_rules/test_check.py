@@ -1,0 +1,104 @@
+"""Every row of the rule table is executed against its op: wrong rules and rows without a sample are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from radix_compile.op_rules import check as sweep
+from radix_compile.op_rules import rule_for
+from radix_compile.op_rules.check.__main__ import main
+from radix_compile.op_rules.check.samples import POINTWISE, SAMPLES
+from radix_compile.op_rules.elementwise import elementwise
+from radix_compile.op_rules.table import RULES
+from radix_compile.token_axes import Value, value_of
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("case", list(sweep.cases()), ids=str)
+def test_verdict_and_numbers(case: sweep.Case) -> None:
+    sweep.check(case)
+
+
+def test_every_row_has_samples() -> None:
+    assert not sweep.gaps()
+
+
+def test_the_ops_that_models_use_have_rules() -> None:
+    used = sweep.used_ops()
+    assert len(used) > 100
+    assert all(isinstance(sweep.named(name), OpOverload) for name in used if name.startswith("aten."))
+    assert not [op for op, reason in sweep.used_without_rule().items() if not reason], "nobody has looked at these"
+
+
+def test_a_wrong_rule_and_a_missing_one_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def by_row(node: fx.Node, layout: object) -> Value:
+        return Value(value_of(node.args[0]).axes)  # type: ignore[arg-type]
+
+    assert main(["aten.flip", "aten.roll.default"]) == 0
+    assert "0 wrong, 0 missing" in capsys.readouterr().out
+    monkeypatch.setitem(RULES, aten.flip.default, by_row)
+    assert main(["aten.flip", "aten.roll.default"]) == 1
+    printed = capsys.readouterr().out
+    assert "wrong    aten.flip.default-" in printed
+    assert "not refused" in printed
+    assert "wrong    aten.roll" not in printed
+
+    monkeypatch.setattr(sweep, "cases", lambda: iter(()))
+    monkeypatch.setitem(RULES, aten.bernoulli.default, by_row)
+    monkeypatch.delitem(SAMPLES, aten.flip.default)
+    assert sweep.gaps() == ["aten.flip.default: no sample", "aten.bernoulli.default: no sample"]
+
+
+def test_a_causal_rule_that_reads_ahead_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only exchanging later rows can show it: the op runs in full form, and folded and plain agree."""
+
+    def causal(node: fx.Node, layout: object) -> Value:
+        return Value(value_of(node.args[0]).axes, full_only=True)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(RULES, aten.roll.default, causal)
+    sample = sweep.Sample(lambda t, op: t(op, t.x, [-1], [1]), "full")
+    with pytest.raises(AssertionError, match="not close"):
+        sweep.check(sweep.Case(aten.roll.default, 0, sample))
+
+
+def test_no_such_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["aten.nothing"]) == 2
+    assert "no row is called aten.nothing" in capsys.readouterr().err
+
+
+def overloads() -> Iterator[OpOverload]:
+    for name in dir(aten):
+        packet = getattr(aten, name)
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            yield from (getattr(packet, overload) for overload in packet.overloads())
+
+
+def test_the_default_is_for_pure_elementwise_ops_only() -> None:
+    by_default = {op for op in overloads() if not {op, op.name()} & set(RULES) and rule_for(op) is not None}
+    assert len(by_default) > 100
+    assert set(POINTWISE) <= by_default
+    for op in by_default:
+        assert rule_for(op) is elementwise
+        assert torch.Tag.pointwise in op.tags
+        assert torch.Tag.nondeterministic_seeded not in op.tags, op
+        assert not op._schema.is_mutable, op
+
+
+def test_random_and_writing_ops_exist_that_torch_tags_pointwise() -> None:
+    """So that the test above is about something."""
+    pointwise = [op for op in overloads() if torch.Tag.pointwise in op.tags]
+    assert any(torch.Tag.nondeterministic_seeded in op.tags for op in pointwise)
+    assert any(op._schema.is_mutable for op in pointwise)
+
+
+@pytest.mark.parametrize("op", [aten.relu_.default, aten.add.out, aten.bernoulli.default, aten.rand_like.default])
+def test_no_rule(op: OpOverload) -> None:
+    assert rule_for(op) is None
