@@ -13,6 +13,7 @@ from torch import fx
 from radix_compile import torch_internals as internals
 from radix_compile.arrays import as_multiple
 from radix_compile.capture import CaptureError, capture, first_line
+from radix_compile.given_masks import RunsPlain
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.lower_index_ops import lower_index_ops
@@ -190,7 +191,11 @@ def _choose_per_call(
             COUNTERS.ran_plain("fewer rows than min_tokens")
             return plain(*args)
         started = time.perf_counter()
-        plan = inputs.plan(args, options.pad_multiple_of)
+        try:
+            plan = inputs.plan(args, options.pad_multiple_of)
+        except RunsPlain as reason:
+            COUNTERS.ran_plain(str(reason))
+            return plain(*args)
         pays = 0 < plan.compact_tokens <= options.threshold * ids.numel()
         arrays = inputs.arrays(plan, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)

@@ -57,6 +57,19 @@ class AtMost:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """What a mask says that the caller made: ``source[b, ..., column[query], column[key]]`` shows the key.
+
+    Of its entries nothing is known when the graph is compiled. Each call checks that no row sees a later one, and that
+    all see themselves (``given_masks``).
+    """
+
+    source: fx.Node
+    query: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
 class And:
     terms: tuple[Formula, ...]
 
@@ -71,7 +84,7 @@ class Opaque:
     """Some predicate; nothing is known of it."""
 
 
-Formula = Diff | RowTrue | Same | AtMost | And | Or | Opaque
+Formula = Diff | RowTrue | Same | AtMost | Given | And | Or | Opaque
 TRUE = And(())
 FALSE = Or(())
 OPAQUE = Opaque()
@@ -107,6 +120,8 @@ def implies_causal(formula: Formula, query: int, key: int) -> bool:
     match formula:
         case Diff(a, b, bound):
             return a == key and b == query and bound <= 0
+        case Given():
+            return (formula.query, formula.key) == (query, key)
         case And(terms):
             runs = {term.runs_of for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}}
             # Within one run positions grow by one per column, so "position at most mine" is "column at most mine".
@@ -125,6 +140,8 @@ def holds_on_diagonal(formula: Formula, query: int, key: int) -> bool:
             return {a, b} == {query, key} and bound >= 0
         case Same() | AtMost():
             return {formula.a, formula.b} == {query, key}
+        case Given():
+            return (formula.query, formula.key) == (query, key)
         case And(terms):
             return all(holds_on_diagonal(term, query, key) for term in terms)
         case Or(terms):
@@ -337,6 +354,8 @@ def _remap_formula(formula: Formula, to: Callable[[int], int]) -> Formula:
             return Same(source, to(a), to(b), runs_of)
         case AtMost(source, a, b):
             return AtMost(source, to(a), to(b))
+        case Given(source, query, key):
+            return Given(source, to(query), to(key))
         case And(terms):
             return And(tuple(_remap_formula(term, to) for term in terms))
         case Or(terms):

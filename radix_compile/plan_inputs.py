@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
@@ -44,6 +45,7 @@ class PlanInputs:
     ``keys``  positions of the row-key inputs, each ``[B, S]``.
     ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
+    ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``lists`` whether the folded program takes the row lists of the nodes as well, for gradients.
     """
@@ -53,8 +55,11 @@ class PlanInputs:
     skip: tuple[RowProgram, bool] | None = None
     lists: bool = False
     front: tuple[RowProgram, bool] | None = None
+    masks: tuple[int, ...] = ()
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
+        """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one."""
+        seen = [rows for rows in (rows_seen(args[i]) for i in self.masks) if rows is not None]
         keys = [args[i] for i in self.keys]
         shape = tuple(keys[0].shape)
         unique: BoolArray | None = None
@@ -72,7 +77,7 @@ class PlanInputs:
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
         return PrefixPlan.from_rows(
-            *_on_host(keys), unique=unique, skip=skip, start=start, pad_multiple_of=pad_multiple_of
+            *_on_host(keys), *seen, unique=unique, skip=skip, start=start, pad_multiple_of=pad_multiple_of
         )
 
     def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
@@ -120,7 +125,8 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
     shift = prove_shift(captured)
     front = (_row_program(captured, shift.source), shift.truth) if shift else None
-    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front)
+    masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
+    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks)
 
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:

@@ -10,6 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from radix_compile.cost import flops
+from radix_compile.given_masks import given_mask_value, given_masks
 from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
@@ -41,10 +42,11 @@ aten = torch.ops.aten
 
 @dataclass
 class Tokens:
-    """The token axes of a graph: their sizes, the inputs that are row keys, and where folding stops."""
+    """The token axes of a graph: their sizes, the inputs that are row keys or masks, and where folding stops."""
 
     layout: Layout
     keys: list[fx.Node]
+    masks: list[fx.Node] = field(default_factory=list)
     refusals: dict[Refusal, fx.Node] = field(default_factory=dict)
 
 
@@ -70,7 +72,7 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
         raise CannotFold("the batch is empty", expected=True)
     keys = [node for node in gm.graph.find_nodes(op="placeholder") if _is_key_input(node) and _lines_up(node, ids)]
     layout = Layout(*shape_of(ids))  # after the line above, which may have found two symbols to be one
-    tokens = Tokens(layout, keys)
+    tokens = Tokens(layout, keys, given_masks(gm.graph, ids))
     gm.meta["tokens"] = tokens
     for node in gm.graph.nodes:
         if node.op == "output":
@@ -115,6 +117,8 @@ def _token_ids(graph: fx.Graph) -> fx.Node:
 
 def _infer(node: fx.Node, tokens: Tokens) -> Marks:
     if node.op == "placeholder":
+        if node in tokens.masks:
+            return given_mask_value(node)
         if node not in tokens.keys:
             return _with_row(node, Value(plain_axes(node) if is_tensor(node) else ()))
         return _with_row(node, Value(((BATCH,), (SEQ,))))

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, Predicate, hides
-from radix_compile.passes.choose_cuts import values_of
+from radix_compile.passes.choose_cuts import Form, is_row, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.token_axes import Uniform, refuse, value_of
 
@@ -27,8 +27,10 @@ def prove_shift(captured: fx.GraphModule) -> Blind | None:
     """
     wanted: Wanted = captured.meta["wanted"]
     padding = hidden_padding(captured)
-    captured.meta["column"] = next((refuse(node, "") for node in wanted.forms if _reads_column(node)), None)
-    return padding if captured.meta["column"] is None else None
+    reader = _first_reader_of_columns(captured.graph, wanted)
+    captured.meta["column"] = None if reader is None else refuse(reader, "")
+    by_column = captured.meta["tokens"].masks  # which columns the caller's own masks show, wherever a sequence starts
+    return padding if captured.meta["column"] is None and not by_column else None
 
 
 def hidden_padding(captured: fx.GraphModule) -> Blind | None:
@@ -43,20 +45,39 @@ def hidden_padding(captured: fx.GraphModule) -> Blind | None:
     return padding if all(hides(weights.visible, padding, weights.key) for weights in seen) else None
 
 
-def _reads_column(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    along_sequence = any(value.full_only and value.attends is None for value in values_of(node))
-    moves_nothing = node.target is aten.index.Tensor  # by indices that count: the entries stay where they are
-    tables = [(table, dim) for value in values_of(node) for table, dim, how in value.operands if how == "column"]
-    return (along_sequence and not moves_nothing) or not all(_is_the_same_anywhere(*table) for table in tables)
+def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted) -> fx.Node | None:
+    """The first op after which a row may depend on its column.
+
+    A mask that compares columns with each other is excepted, as long as it is on its way to attention. Where it meets
+    keys, it has an entry for each query, which another row in compact form would have in another place.
+    """
+    masks: set[fx.Node] = set()
+    node: fx.Node
+    for node in graph.nodes:
+        if node.op != "call_function" or node not in wanted.forms:
+            continue
+        values = values_of(node)
+        along_sequence = any(value.full_only and value.attends is None for value in values)
+        moves_nothing = node.target is aten.index.Tensor  # by indices that count: the entries stay where they are
+        tables = [(table, dim) for value in values for table, dim, how in value.operands if how == "column"]
+        tables = [(table, dim) for table, dim in tables if not _is_uniform(table, dim)]
+        if (along_sequence and not moves_nothing) or not all(_compares_columns(table) for table, _ in tables):
+            return node
+        attends = any(value.attends is not None for value in values)
+        if is_row(node) and not attends and (tables or not masks.isdisjoint(node.all_input_nodes)):
+            masks.add(node)
+            if Form.COMPACT in wanted.forms[node]:
+                return node
+    return None
 
 
-def _is_the_same_anywhere(table: fx.Node, dim: int) -> bool:
-    """Equal entries for all columns, or a mask that is known to be about differences of columns."""
-    value = value_of(table)
-    equal = all(isinstance(atom, Uniform) for atom in value.axes[dim])
-    return equal or (isinstance(value.fact, Predicate) and _is_known(value.fact.formula))
+def _is_uniform(table: fx.Node, dim: int) -> bool:
+    return all(isinstance(atom, Uniform) for atom in value_of(table).axes[dim])
+
+
+def _compares_columns(table: fx.Node) -> bool:
+    fact = value_of(table).fact
+    return isinstance(fact, Predicate) and _is_known(fact.formula)
 
 
 def _is_known(formula: Formula) -> bool:

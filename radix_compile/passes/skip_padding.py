@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Blind
+from radix_compile.mask_facts import Blind, Score
 from radix_compile.passes.choose_cuts import Form, home, is_light, is_row, is_view, thin_source, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.prove_shift import hidden_padding
@@ -45,7 +45,8 @@ def _reader_of_padding(node: fx.Node, wanted: Wanted) -> fx.Node | None:
     """An op that takes ``node`` in full form and would notice that the padded rows were never computed.
 
     Attention does not (it hides them), pairs on their way to it do not, a view passes them on, and the program's
-    outputs may have them if they come straight from a scatter, which makes them zero.
+    outputs may have them if they come straight from a scatter, which makes them zero. But a mask with zeros in their
+    place would show them: what masks are made of has to come from the inputs themselves, in full form.
     """
     pair = all(value.is_pair for value in values_of(node))
     if node.op != "call_function" or not (pair or is_row(node)) or is_light(node):
@@ -57,9 +58,13 @@ def _reader_of_padding(node: fx.Node, wanted: Wanted) -> fx.Node | None:
         elif Form.FULL in wanted.runs.get(user, set()):
             values = values_of(user)
             harmless = any(v.attends is not None for v in values) or all(v.is_pair for v in values)
-            if not harmless and not (is_row(user) and is_view(user)):
+            if (not pair and _is_about_masks(node)) or (not harmless and not (is_row(user) and is_view(user))):
                 return user
     return None
+
+
+def _is_about_masks(node: fx.Node) -> bool:
+    return any(value.fact is not None and not isinstance(value.fact, Score) for value in values_of(node))
 
 
 def _is_scattered(node: fx.Node, wanted: Wanted) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -121,3 +122,27 @@ def test_off_where_attention_weights_are_an_output() -> None:
         )
     assert explanation.folded
     assert any('padding="skip" is off: output' in note for note in explanation.graphs[0].notes)
+
+
+@pytest.mark.parametrize("padding", ["exact", "skip"])
+def test_a_mask_that_the_model_computes(padding: str) -> None:
+    """Made of compact rows, it has entries by column that must not move, and no zeros for rows that are left out."""
+    torch.manual_seed(0)
+    table, weight = torch.randn(11, 8), torch.randn(8, 8)
+    table[:5, 0], table[5:, 0] = 1.0, -1.0  # tokens that are seen, and tokens that are not
+    ids = torch.tensor([[7, 3, 2, 1], [8, 9, 6, 3], [7, 3, 2, 4]])
+
+    def program(ids: Tensor) -> Tensor:
+        x = torch.nn.functional.embedding(ids, table)
+        q = (x @ weight)[:, None]
+        column = torch.arange(ids.shape[1])
+        mask = (x[..., 0] > 0)[:, None, None, :] & (column[None, :] <= column[:, None])
+        bias = torch.where(mask, 0.0, torch.finfo(x.dtype).min)
+        return x + torch.nn.functional.scaled_dot_product_attention(q, q, q, bias)[:, 0] @ weight
+
+    options = {"inner": "eager", "threshold": 1.0, "padding": padding}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = torch.compile(program, backend="radix", options=options)(ids)
+    torch.testing.assert_close(ours, program(ids))
+    assert radix_compile.stats().folded_calls == 1

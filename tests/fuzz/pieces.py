@@ -383,6 +383,7 @@ VIEWS = (
     (3, "x.reshape(B, D, S)", "y.reshape(B, S, D)"),
     (3, "x.reshape(D, B, S)", "y.reshape(B, S, D)"),
 )
+# Nothing that jumps where two entries are equal: those of equal rows are, but for rounding.
 ALONG = (
     "y.softmax({dim})",
     "y.cumsum({dim}) / y.shape[{dim}]",
@@ -393,14 +394,14 @@ ALONG = (
     "y / (1 + y.abs().amax({dim}, keepdim=True))",
     "y * y.norm(dim={dim}, keepdim=True)",
     "y + y.logsumexp({dim}, keepdim=True)",
-    "y + y.argmax({dim}, keepdim=True)",
+    "y + y.max({dim}, keepdim=True).values",
     "y * torch.arange(y.shape[{dim}]).reshape(-1, *[1] * (y.ndim - 1 - {dim}))",
     "torch.cat(y.split(1, {dim})[::-1], {dim})",
     "torch.stack(y.unbind({dim}), {dim})",
     "y.narrow({dim}, 0, 1).expand(y.shape) + y",
     "torch.sigmoid(y).cumprod({dim})",
     "y.index_select({dim}, torch.arange(y.shape[{dim}]))",
-    "y + torch.where(y > y.amin({dim}, keepdim=True), 0.5, 0.1)",
+    "y * torch.sigmoid(y - y.amin({dim}, keepdim=True))",
 )
 
 
