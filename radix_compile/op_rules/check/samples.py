@@ -954,7 +954,13 @@ POINTWISE: dict[OpOverload, list[Sample]] = {
     aten.frexp.Tensor: [compact(lambda t, op: t.item(t(op, t.x), 0)), compact(lambda t, op: t.item(t(op, t.x), 1))],
 }
 
-NO_RULE: dict[str, str] = {}
+NO_RULE: dict[str, str] = {
+    "aten.conv1d.default": "causal or not by its padding, which no rule looks at yet (Mamba-2, Qwen3-Next, LFM2)",
+    "aten.cross_entropy_loss.default": "a loss over all rows, which the pass fold_cross_entropy is for",
+    "aten.einsum.default": "an equation over any axes, which no rule reads yet",
+    "aten.linalg_solve_triangular.default": "solves over the columns of a chunk (the linear attention of Qwen3-Next)",
+    "aten.select_scatter.default": "writes column by column (the linear attention of Qwen3-Next)",
+}
 """Ops that models use at which folding stops by intention, and why."""
 
 NEVER_FOLDS = {aten.native_dropout.default, aten._transformer_encoder_layer_fwd.default}
