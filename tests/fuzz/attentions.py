@@ -182,6 +182,26 @@ def written_out(d: Draw) -> str:
     return by_hand(d, *causal_mask(d))
 
 
+@piece(Kind.ANY, when=lambda d: d.has("given"))
+def masked_by_the_caller(d: Draw) -> str:
+    """With a mask of whatever type the call has."""
+    lines, grouped = projections(d)
+    if grouped:
+        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
+    written = f"(({scores(d)}) + torch.where(given == 0, 0.0, {LOWEST})).softmax(-1) @ v"
+    as_bool = "given if given.dtype == torch.bool else given == 0"
+    way = d.one_of(
+        "y = F.scaled_dot_product_attention(q, k, v, given)",
+        "y = F.scaled_dot_product_attention(q, k, v, given)",
+        f"y = F.scaled_dot_product_attention(q, k, v, ({as_bool}) & torch.ones(S, S, dtype=torch.bool).tril())",
+        f"y = (({scores(d)}) + given).softmax(-1) @ v",
+        f"y = {written}",
+        "y = (q @ k.mT * (given == 0) / S) @ v",
+        "y = F.scaled_dot_product_attention(q, k, v, given) + given.double().clamp(min=-1).mean(-1)[..., None]",
+    )
+    return "\n".join([*lines, way, together(d)])
+
+
 @piece(Kind.CAUSAL)
 def with_sinks(d: Draw) -> str:
     """A softmax with weights that go to no key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
 import torch
@@ -11,15 +12,28 @@ from tests.fuzz.draw import Sizes
 
 Rows = list[list[int]]
 
-KEYS = ("positions", "padding", "kinds", "columns")
-"""The inputs that a program may have next to ``ids``: ``[B, S]``, but for ``columns``, which are ``[1, S]``."""
+KEYS = ("positions", "padding", "kinds", "columns", "given")
+"""The inputs that a program may have next to ``ids``: ``[B, S]``, ``[1, S]`` for ``columns``.
+
+``given`` is a mask of ``[B, 1, S, S]`` or ``[1, 1, S, S]``, mostly causal.
+"""
 
 
 def draw_inputs(random: Random) -> tuple[str, ...]:
     return tuple(name for name in KEYS if random.random() < (0.5 if name == "padding" else 0.3))
 
 
-def draw_batch(random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torch.dtype) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Given:
+    """What is the same about the masks of all batches of a program: is there one for all sequences, and of floats?"""
+
+    one_for_all: bool = False
+    floats: bool = False
+
+
+def draw_batch(
+    random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torch.dtype, given: Given
+) -> dict[str, Tensor]:
     """``ids`` and the given inputs; ``mask`` is the type of the padding mask.
 
     What is not random in them is a function of each sequence from its start, so that equal prefixes stay equal.
@@ -34,6 +48,7 @@ def draw_batch(random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torc
         "padding": padding,
         "kinds": ids.remainder(2) if random.random() < 0.5 else ids.cumsum(1).remainder(2),
         "columns": torch.arange(sizes.S)[None, :].remainder(random.randint(1, sizes.S)),
+        "given": _mask(random, ids, given),
     }
     return {name: batch[name] for name in ("ids", *inputs)}
 
@@ -60,6 +75,16 @@ def _pad(random: Random, rows: Rows, length: int) -> list[list[bool]]:
         row[:] = [0] * count + row if on_the_left else row + [0] * count
         hidden.append([True] * count + mask if on_the_left else mask + [True] * count)
     return hidden
+
+
+def _mask(random: Random, ids: Tensor, given: Given) -> Tensor:
+    """Some earlier keys are hidden, by the tokens at both ends; one time in eight the mask is not causal."""
+    seen = (ids[:, :, None] * random.randint(1, 5) + ids[:, None, :]) % random.randint(2, 4) != 0
+    if random.random() < 7 / 8:
+        seen = seen.tril() | torch.eye(ids.shape[1], dtype=torch.bool)
+    seen = seen[: 1 if given.one_for_all else len(ids), None]
+    floor = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+    return torch.where(seen, 0.0, floor) if given.floats else seen
 
 
 def _positions(random: Random, ids: Tensor, padding: Tensor) -> Tensor:

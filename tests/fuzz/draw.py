@@ -108,7 +108,7 @@ class Draw:
 
     def keys(self) -> str:
         """An integer input with one entry for each row."""
-        return self.one_of("ids", *(name for name in self.inputs if name != "columns"))
+        return self.one_of("ids", *(name for name in self.inputs if name not in ("columns", "given")))
 
     def column_numbers(self) -> str:
         """``[S]``, ``[1, S]`` or ``[B, S]``."""
