@@ -160,4 +160,13 @@ def _results(value: Any) -> tuple[Any, ...]:
 
 
 def _same(one: list[sympy.Expr], other: list[sympy.Expr]) -> bool:
-    return len(one) == len(other) and all(sympy.expand(a - b) == 0 for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """As expressions, or (``s**2 // s`` and ``s``) for numbers that are multiples of whatever shapes are divided by."""
+    if sympy.expand(a - b) == 0:
+        return True
+    symbols = sorted((a - b).free_symbols, key=str)
+    numbers = {symbol: 5040 * sympy.prime(100 + position) for position, symbol in enumerate(symbols)}
+    return bool((a - b).subs(numbers) == 0)
