@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 N ?= 2000
 
-.PHONY: help demo test compatibility fuzz lint format clean
+.PHONY: help demo test compatibility test-versions fuzz lint format clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(STAMP) ## compare radix with inductor on a batch of few-shot prompts
 	$(BIN)/python -m benchmarks.demo $(ARGS)
@@ -24,6 +24,9 @@ test: $(STAMP) ## run the tests
 
 compatibility: $(STAMP) ## run every family and form, and write docs/compatibility.md (half an hour)
 	$(BIN)/python -m tests.compatibility docs/compatibility.md --workers $(TEST_WORKERS) $(ARGS)
+
+test-versions: $(STAMP) ## run the end-to-end tests with other versions of torch and transformers (an hour)
+	$(BIN)/python -m tests.compatibility.versions --workers $(TEST_WORKERS) $(ARGS)
 
 fuzz: $(STAMP) ## compare N random programs folded and plain: make fuzz N=20000
 	$(BIN)/python -W ignore -m tests.fuzz --count $(N) $(ARGS)
@@ -38,7 +41,7 @@ format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) build dist radix_compile/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions build dist radix_compile/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 # torch comes first and pinned: asking for it without the version may fetch a different build.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from tests.compatibility import versions
 from tests.compatibility.cells import Cell, run_cell
 from tests.compatibility.families import FAMILIES, attentions
 from tests.compatibility.forms import FORMS
@@ -44,7 +45,10 @@ def page(found: Iterable[Cell]) -> str:
     head = HEAD.format(
         torch=torch.__version__, transformers=transformers.__version__, count=len(found), results=results
     )
-    return head + "\n".join([*_attention_table(found), "", *_form_table(found), "", *_reasons(found)]) + "\n"
+    sections = [*_attention_table(found), "", *_form_table(found), "", *_reasons(found)]
+    if versions.RESULTS.exists():
+        sections += ["", *versions.table()]
+    return head + "\n".join(sections) + "\n"
 
 
 def _attention_table(found: list[Cell]) -> Iterator[str]:
