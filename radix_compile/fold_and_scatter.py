@@ -165,7 +165,7 @@ def _split(ids: UInt32, positions: UInt32, bounds: list[int]) -> tuple[Array, UI
         order, shared = sort_equal_lengths([ids.reshape(batch, -1), positions.reshape(batch, -1)])
         grid, spread = rows.reshape(batch, -1), np.s_[:, None]
     else:
-        order, shared = sort_ragged(positions.astype(np.uint64) << np.uint64(32) | ids, bounds)
+        order, shared = sort_ragged([positions.astype(np.uint64) << np.uint64(32) | ids], bounds)
         grid, spread = rows, np.arange(batch).repeat(length)
     sharers = _first_sharers(order.tolist(), shared.tolist())
 

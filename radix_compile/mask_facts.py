@@ -49,11 +49,12 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
-    """``source[b, column[a]] <= source[b, column[b]]``."""
+    """``source[b, column[a]] - source[b, column[b]] <= bound``: ``Diff`` for positions."""
 
     source: fx.Node
     a: int
     b: int
+    bound: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ OPAQUE = Opaque()
 def conjunction(*formulas: Formula) -> Formula:
     terms: dict[Formula, None] = {}
     for formula in formulas:
-        terms.update(dict.fromkeys(formula.terms if isinstance(formula, And) else (formula,)))
+        terms.update(dict.fromkeys(terms_of(formula)))
     return next(iter(terms)) if len(terms) == 1 else And(tuple(terms))
 
 
@@ -101,10 +102,17 @@ def disjunction(*formulas: Formula) -> Formula:
     return Or(tuple(dict.fromkeys(formulas)))
 
 
+def terms_of(formula: Formula) -> tuple[Formula, ...]:
+    """What all has to hold for the predicate to hold."""
+    return formula.terms if isinstance(formula, And) else (formula,)
+
+
 def negation(formula: Formula) -> Formula:
     match formula:
         case Diff(a, b, bound):
             return Diff(b, a, -bound - 1)
+        case AtMost(source, a, b, bound):
+            return AtMost(source, b, a, -bound - 1)
         case And(terms):
             return Or(tuple(negation(term) for term in terms))
         case Or(terms):
@@ -125,7 +133,8 @@ def implies_causal(formula: Formula, query: int, key: int) -> bool:
         case And(terms):
             runs = {term.runs_of for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}}
             # Within one run positions grow by one per column, so "position at most mine" is "column at most mine".
-            ordered = any(isinstance(t, AtMost) and t.source in runs and (t.a, t.b) == (key, query) for t in terms)
+            positions = [term for term in terms if isinstance(term, AtMost) and term.source in runs]
+            ordered = any((term.a, term.b) == (key, query) and term.bound <= 0 for term in positions)
             return ordered or any(implies_causal(term, query, key) for term in terms)
         case Or(terms):
             return all(implies_causal(term, query, key) for term in terms)
@@ -136,9 +145,9 @@ def implies_causal(formula: Formula, query: int, key: int) -> bool:
 def holds_on_diagonal(formula: Formula, query: int, key: int) -> bool:
     """Is the predicate certain to hold where query and key are the same column?"""
     match formula:
-        case Diff(a, b, bound):
-            return {a, b} == {query, key} and bound >= 0
-        case Same() | AtMost():
+        case Diff() | AtMost():
+            return {formula.a, formula.b} == {query, key} and formula.bound >= 0
+        case Same():
             return {formula.a, formula.b} == {query, key}
         case Given():
             return (formula.query, formula.key) == (query, key)
@@ -170,7 +179,7 @@ def blind_rows(formula: Formula, query: int, key: int) -> Blind | None:
     """
     if holds_on_diagonal(formula, query, key):
         return None
-    terms = formula.terms if isinstance(formula, And) else (formula,)
+    terms = terms_of(formula)
     window: int | None = None
     keys: set[tuple[fx.Node, bool]] = set()
     for term in terms:
@@ -191,8 +200,7 @@ def blind_rows(formula: Formula, query: int, key: int) -> Blind | None:
 
 def hides(formula: Formula, blind: Blind, key: int) -> bool:
     """Are the keys that make rows blind hidden from every row?"""
-    terms = formula.terms if isinstance(formula, And) else (formula,)
-    return RowTrue(blind.source, key, blind.truth) in terms
+    return RowTrue(blind.source, key, blind.truth) in terms_of(formula)
 
 
 # --------------------------------------------------------------------------------------------------------- facts
@@ -234,6 +242,15 @@ class PerRow:
     dim: int
     exact: bool = True
     runs_of: fx.Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """Each entry is the entry of ``source`` at that row plus ``offset``."""
+
+    source: fx.Node
+    dim: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +323,7 @@ class Weights:
     key: int
 
 
-Fact = Index | Filled | PerRow | Step | Break | Predicate | Ones | Score | Masked | RowMax | Weights
+Fact = Index | Filled | PerRow | Shifted | Step | Break | Predicate | Ones | Score | Masked | RowMax | Weights
 
 
 def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
@@ -328,8 +345,8 @@ def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:
     match fact:
         case Index(dim, offset):
             return Index(to(dim), offset)
-        case PerRow(source, dim, exact, runs_of):
-            return PerRow(source, to(dim), exact, runs_of)
+        case PerRow() | Shifted():
+            return replace(fact, dim=to(fact.dim))
         case Predicate(formula):
             return Predicate(_remap_formula(formula, to))
         case Ones(formula):
@@ -352,8 +369,8 @@ def _remap_formula(formula: Formula, to: Callable[[int], int]) -> Formula:
             return RowTrue(source, to(dim), truth)
         case Same(source, a, b, runs_of):
             return Same(source, to(a), to(b), runs_of)
-        case AtMost(source, a, b):
-            return AtMost(source, to(a), to(b))
+        case AtMost(source, a, b, bound):
+            return AtMost(source, to(a), to(b), bound)
         case Given(source, query, key):
             return Given(source, to(query), to(key))
         case And(terms):

@@ -15,7 +15,7 @@ from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.passes.choose_cuts import Form, values_of
 from radix_compile.passes.fold_graph import Wanted
-from radix_compile.passes.mark_token_axes import Tokens
+from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.token_axes import Refusal
@@ -47,6 +47,7 @@ class PlanInputs:
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
+    ``runs``  program for the numbers of sequences that are packed in a row.
     ``lists`` whether the folded program takes the row lists of the nodes as well, for gradients.
     """
 
@@ -56,6 +57,7 @@ class PlanInputs:
     lists: bool = False
     front: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
+    runs: RowProgram | None = None
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one."""
@@ -71,14 +73,14 @@ class PlanInputs:
             blind = sightless((program(args, shape) != 0) == truth, window)
             if blind.any():
                 unique = blind if unique is None else unique | blind
+        breaks = None if self.runs is None else sequence_breaks(self.runs(args, shape))
         start: NDArray[Any] | None = None
-        if self.front is not None:
+        if self.front is not None and breaks is None:
             program, truth = self.front
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
-        return PrefixPlan.from_rows(
-            *_on_host(keys), *seen, unique=unique, skip=skip, start=start, pad_multiple_of=pad_multiple_of
-        )
+        options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
+        return PrefixPlan.from_rows(*_on_host(keys), *seen, **options, pad_multiple_of=pad_multiple_of)
 
     def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
@@ -111,6 +113,20 @@ def sightless(visible: BoolArray, window: int | None) -> BoolArray:
     return blind
 
 
+def sequence_breaks(numbers: NDArray[Any]) -> BoolArray | None:
+    """Where the next sequence of a row starts, from the numbers ``[B, S]`` of its sequences; None if nowhere.
+
+    In a row where a number comes back after another one, the rows between see none of it, but those behind do: such a
+    row of the batch is one sequence.
+    """
+    breaks = np.zeros(numbers.shape, np.bool_)
+    np.not_equal(numbers[:, 1:], numbers[:, :-1], out=breaks[:, 1:])
+    for row in np.flatnonzero((numbers[:, 1:] < numbers[:, :-1]).any(1)):
+        if len(np.unique(numbers[row])) <= breaks[row].sum():
+            breaks[row] = False
+    return breaks if breaks.any() else None
+
+
 def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     """What the plan needs, from an annotated graph and what was folded in it."""
     tokens: Tokens = captured.meta["tokens"]
@@ -123,10 +139,13 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     hidden: Blind | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
-    shift = prove_shift(captured)
-    front = (_row_program(captured, shift.source), shift.truth) if shift else None
+    starts = prove_shift(captured)
+    front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
+    runs = _row_program(captured, starts.runs) if starts.runs else None
+    if runs is None and tokens.layout.batch == 1:
+        raise CannotFold("there is one sequence only", expected=True)
     masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
-    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks)
+    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs)
 
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:

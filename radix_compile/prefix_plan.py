@@ -19,7 +19,7 @@ import torch
 
 from radix_compile.arrays import Array, Int64, as_array, as_multiple
 from radix_compile.fold_and_scatter import compute_fold_and_scatter, compute_fold_and_scatter_torch
-from radix_compile.prefix_sort import sort_equal_lengths
+from radix_compile.prefix_sort import sort_equal_lengths, sort_ragged
 
 __all__ = ["PrefixPlan", "compute_fold_and_scatter", "compute_fold_and_scatter_torch"]
 
@@ -34,15 +34,18 @@ class PrefixPlan:
     Attributes:
         fold: int64 ``[T']``, the flat row index ``b * S + s`` of one row per node, then any padding.
         scatter: int64 ``[B * S]``, the node of every row, -1 for rows left out.
-        order: int64 ``[B]``, the sequences in lexicographic order of their row keys.
-        shared: int64 ``[B]``, for each sequence of `order` the length of the prefix that it shares with the one
+        order: int64 ``[N]``, the sequences in lexicographic order of their row keys.
+        shared: int64 ``[N]``, for each sequence of `order` the length of the prefix that it shares with the one
             before it (0 for the first).
+        bounds: int64 ``[N + 1]``, the flat index of the first row of each sequence, then ``B * S``. ``N`` is ``B``
+            and all are of length ``S``, unless several sequences are packed in a row.
     """
 
     fold: Int64
     scatter: Int64
     order: Int64
     shared: Int64
+    bounds: Int64
 
     @property
     def tokens(self) -> int:
@@ -62,22 +65,20 @@ class PrefixPlan:
         out are in no list, and padding of `fold` has an empty one. ``pieces`` ``[P]`` are the places in `rows` where
         the pieces of `PIECE` entries start, of lists that are longer than one; often there are none.
         """
-        batch, count, nodes = len(self.order), len(self.scatter), len(self.fold)
-        length = count // max(batch, 1)
-        node = self.scatter.reshape(batch, length)[self.order]
+        sequences, count, nodes = len(self.order), len(self.scatter), len(self.fold)
         starts = np.zeros(nodes + 1, np.int64)
-        np.cumsum(np.bincount(node.ravel() + 1, minlength=nodes + 1)[1:], out=starts[1:])
-        # The rows of a node lie in one column, in neighbouring sequences of the order, that of `fold` first. So a
-        # row's place in its list is how far its sequence is from that one. Rows without a node go behind the end.
-        place = np.empty(batch, np.int64)
-        place[self.order] = np.arange(batch)
-        offset = np.append(starts[:-1] - place[self.fold // max(length, 1)], 0)
-        target = offset[node]
-        target += np.arange(batch)[:, None]
-        target[node < 0] = count
+        np.cumsum(np.bincount(self.scatter + 1, minlength=nodes + 1)[1:], out=starts[1:])
+        # The rows of a node lie in neighbouring sequences of the order, one in each, that of `fold` first. So a row's
+        # place in its list is how far its sequence is from that one. Rows without a node go behind the end.
+        place = np.empty(sequences, np.int64)
+        place[self.order] = np.arange(sequences)
+        place = place.repeat(np.diff(self.bounds))  # of each row
+        target = np.append(starts[:-1] - place[self.fold], 0)[self.scatter]
+        target += place
+        target[self.scatter < 0] = count
         rows = np.zeros(count + 1, np.int64)
-        rows[target] = (self.order * length)[:, None] + np.arange(length)
-        return rows[:-1], starts, _pieces(starts) if batch > PIECE else np.empty(0, np.int64)
+        rows[target] = np.arange(count)
+        return rows[:-1], starts, _pieces(starts) if sequences > PIECE else np.empty(0, np.int64)
 
     @property
     def compression(self) -> float:
@@ -92,6 +93,7 @@ class PrefixPlan:
         unique: Array | torch.Tensor | None = None,
         skip: Array | torch.Tensor | None = None,
         start: Array | torch.Tensor | None = None,
+        breaks: Array | torch.Tensor | None = None,
         pad_multiple_of: SupportsIndex | None = None,
     ) -> PrefixPlan:
         """Plan for a batch whose row key at ``(b, s)`` is ``(keys[0][b, s], keys[1][b, s], ...)``.
@@ -103,13 +105,16 @@ class PrefixPlan:
             skip: bool ``[B, S]``, rows that get no node.  Must be equal on rows of equal path.
             start: integer ``[B]``, the column at which each sequence starts, for rows that do not depend on their
                 column.  The rows in front of it are in no path and get nodes of their own.
+            breaks: bool ``[B, S]``, the rows with which a sequence begins, for several packed in a row; column 0
+                always does.  Not together with `start`.
             pad_multiple_of: repeat ``fold[0]`` at the end of `fold` up to a multiple of this (an empty `fold`
                 stays empty).
 
         Raises:
             TypeError: an argument is no array or tensor, a key is not integer or bool, a mask is not bool,
                 `pad_multiple_of` is not an integer.
-            ValueError: no key, a shape that is not the ``[B, S]`` of ``keys[0]``, `pad_multiple_of` below 1.
+            ValueError: no key, a shape that is not the ``[B, S]`` of ``keys[0]``, both `start` and `breaks`,
+                `pad_multiple_of` below 1.
         """
         if not keys:
             raise ValueError("keys: at least one array is needed")
@@ -119,10 +124,16 @@ class PrefixPlan:
             raise ValueError(f"keys[0] must have shape [B, S], got {list(shape)}")
         own = None if unique is None else as_array("unique", unique, "b")
         left_out = None if skip is None else as_array("skip", skip, "b")
-        for name, array in (*((f"keys[{i}]", c) for i, c in enumerate(columns)), ("unique", own), ("skip", left_out)):
+        first = None if breaks is None else as_array("breaks", breaks, "b")
+        named = {f"keys[{i}]": column for i, column in enumerate(columns)}
+        for name, array in (*named.items(), ("unique", own), ("skip", left_out), ("breaks", first)):
             if array is not None and array.shape != shape:
                 raise ValueError(f"{name} must have the shape {list(shape)} of keys[0], got {list(array.shape)}")
         multiple = as_multiple(pad_multiple_of)
+        if first is not None and start is not None:
+            raise ValueError("start and breaks cannot be given together")
+        if first is not None and first[:, 1:].any():
+            return _from_packed(columns, own, left_out, first, multiple)
 
         length = shape[1]
         turn = None if start is None else _turn(as_array("start", start, "iu"), shape)
@@ -135,32 +146,66 @@ class PrefixPlan:
         order, shared = sort_equal_lengths(columns)
         offset = np.arange(length)
         new = offset >= shared[:, None]
-        if own is not None:
-            own = own[order]
-            new |= own
-        if left_out is not None:
-            left_out = left_out[order]
-            new &= ~left_out
-        nodes = new.cumsum().reshape(shape)
-        nodes -= 1
-        for i, prefix in enumerate(shared.tolist()):
-            # One copy per sequence: maximum.accumulate down the columns does the same, ten times slower.
-            if own is None:
-                nodes[i, :prefix] = nodes[i - 1, :prefix]
-            else:
-                np.copyto(nodes[i, :prefix], nodes[i - 1, :prefix], where=~own[i, :prefix])
-        if left_out is not None:
-            nodes[left_out] = -1
+        own = None if own is None else own[order].ravel()
+        left_out = None if left_out is None else left_out[order].ravel()
+        nodes = _number(new.ravel(), own, left_out, shared, np.arange(shape[0]) * length)
 
-        scatter = np.empty_like(nodes)
+        scatter = np.empty(shape, np.int64)
         fold = ((order * length)[:, None] + (offset if turn is None else turn[order]))[new]
         if turn is None:
-            scatter[order] = nodes
+            scatter[order] = nodes.reshape(shape)
         else:
-            scatter[order[:, None], turn[order]] = nodes
-        if extra := -fold.size % multiple if fold.size else 0:
-            fold = np.concatenate([fold, np.full(extra, fold[0])])
-        return cls(fold, scatter.ravel(), order, shared)
+            scatter[order[:, None], turn[order]] = nodes.reshape(shape)
+        bounds = np.arange(shape[0] + 1) * length
+        return cls(_filled(fold, multiple), scatter.ravel(), order, shared, bounds)
+
+
+def _from_packed(
+    columns: list[Array], own: Array | None, left_out: Array | None, first: Array, multiple: int
+) -> PrefixPlan:
+    """`PrefixPlan.from_rows` for sequences of any lengths, which begin where `first` is true, and in column 0."""
+    begins = first.copy()
+    begins[:, 0] = True
+    bounds = np.append(np.flatnonzero(begins), begins.size)
+    order, shared = sort_ragged([column.ravel() for column in columns], bounds.tolist())
+    lengths = np.diff(bounds)[order]
+    end = lengths.cumsum()
+    offset = np.arange(begins.size) - (end - lengths).repeat(lengths)
+    row = bounds[order].repeat(lengths) + offset  # in the order of the tree
+    new = offset >= shared.repeat(lengths)
+    own = None if own is None else own.ravel()[row]
+    left_out = None if left_out is None else left_out.ravel()[row]
+    scatter = np.empty(begins.size, np.int64)
+    scatter[row] = _number(new, own, left_out, shared, end - lengths)
+    return PrefixPlan(_filled(row[new], multiple), scatter, order, shared, bounds)
+
+
+def _number(new: Array, own: Array | None, left_out: Array | None, shared: Int64, begin: Int64) -> Int64:
+    """The nodes of rows in the order of the tree, in which sequence ``i`` starts at ``begin[i]``; writes to `new`."""
+    if own is not None:
+        new |= own
+    if left_out is not None:
+        new &= ~left_out
+    nodes: Int64 = new.cumsum()
+    nodes -= 1
+    before = 0
+    for prefix, here in zip(shared.tolist(), begin.tolist(), strict=True):
+        # One copy per sequence: maximum.accumulate down the columns does the same, ten times slower.
+        source, target = nodes[before : before + prefix], nodes[here : here + prefix]
+        if own is None:
+            target[:] = source
+        else:
+            np.copyto(target, source, where=~own[here : here + prefix])
+        before = here
+    if left_out is not None:
+        nodes[left_out] = -1
+    return nodes
+
+
+def _filled(fold: Int64, multiple: int) -> Int64:
+    """`fold` with its first entry repeated up to a multiple."""
+    extra = -fold.size % multiple if fold.size else 0
+    return np.concatenate([fold, np.full(extra, fold[0])]) if extra else fold
 
 
 def _turn(start: Array, shape: tuple[int, ...]) -> Int64 | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from radix_compile.arrays import Array, Int64
 
@@ -46,9 +45,13 @@ def sort_equal_lengths(columns: list[Array]) -> tuple[Int64, Int64]:
     return order, shared
 
 
-def sort_ragged(keys: NDArray[np.uint64], bounds: list[int]) -> tuple[Int64, Int64]:
-    """As `sort_equal_lengths` for packed row keys ``[T]``; memory is O(T) however the lengths differ."""
-    data, width = keys.tobytes(), keys.itemsize
+def sort_ragged(columns: list[Array], bounds: list[int]) -> tuple[Int64, Int64]:
+    """As `sort_equal_lengths` for packed columns ``[T]``; memory is O(T) however the lengths differ."""
+    if len(columns) == 1:
+        keys = columns[0]
+    else:
+        keys = np.stack([c.astype(np.int64) for c in columns], axis=-1)  # uint64 wraps around, as above
+    data, width = keys.tobytes(), keys.nbytes // max(len(keys), 1)
     sequences = [data[start * width : end * width] for start, end in pairwise(bounds)]
     order = np.array(sorted(range(len(sequences)), key=sequences.__getitem__))
     edges = np.array(bounds)
@@ -57,8 +60,9 @@ def sort_ragged(keys: NDArray[np.uint64], bounds: list[int]) -> tuple[Int64, Int
     span = np.minimum(length[1:], length[:-1])
     end = span.cumsum()
     begin = end - span
-    at = np.arange(end[-1])
+    at = np.arange(end[-1]) if len(end) else np.arange(0)
     differs = keys[at + (start[1:] - begin).repeat(span)] != keys[at + (start[:-1] - begin).repeat(span)]
+    differs = differs if differs.ndim == 1 else differs.any(1)
     found = np.append(differs.nonzero()[0], len(at))
     shared = np.zeros_like(length)
     np.minimum(found[found.searchsorted(begin)] - begin, span, out=shared[1:])

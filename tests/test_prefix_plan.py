@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from itertools import pairwise
 from typing import Any
 
@@ -18,28 +19,53 @@ settings.register_profile("prefix_plan", deadline=None, max_examples=150)
 settings.load_profile("prefix_plan")
 
 
-def brute_force(keys: list[np.ndarray], unique: np.ndarray, skip: np.ndarray, plan: PrefixPlan) -> np.ndarray:
+Sequences = list[list[tuple[int, int]]]
+"""The rows ``(b, s)`` of each sequence."""
+
+
+def split(shape: tuple[int, ...], breaks: np.ndarray | None = None) -> Sequences:
+    sequences: Sequences = []
+    for b, s in np.ndindex(*shape):
+        if s == 0 or (breaks is not None and breaks[b, s]):
+            sequences.append([])
+        sequences[-1].append((b, s))
+    return sequences if shape[1] else [[] for _ in range(shape[0])]
+
+
+def paths_of(sequence: list[tuple[int, int]], keys: list[np.ndarray]) -> list[tuple]:
+    return [tuple(int(k[row]) for k in keys) for row in sequence]
+
+
+def brute_force(
+    keys: list[np.ndarray], unique: np.ndarray, skip: np.ndarray, plan: PrefixPlan, sequences: Sequences
+) -> np.ndarray:
     """The scatter index by its definition: walk the sequences in the plan's order with a dict of paths."""
-    batch, length = keys[0].shape
-    scatter = np.full((batch, length), -1)
+    scatter = np.full(keys[0].shape, -1)
     nodes: dict[tuple, int] = {}
     count = 0
-    for b in plan.order:
+    for number in plan.order:
         path: tuple = ()
-        for s in range(length):
-            path += (tuple(int(k[b, s]) for k in keys),)
-            if skip[b, s]:
+        for row, key in zip(sequences[number], paths_of(sequences[number], keys), strict=True):
+            path += (key,)
+            if skip[row]:
                 continue
-            if path not in nodes or unique[b, s]:
+            if path not in nodes or unique[row]:
                 nodes[path] = count
                 count += 1
-            scatter[b, s] = nodes[path]
+            scatter[row] = nodes[path]
     return scatter.ravel()
 
 
-def check_plan(plan: PrefixPlan, keys: list[np.ndarray], unique: np.ndarray, skip: np.ndarray) -> None:
+def check_plan(
+    plan: PrefixPlan,
+    keys: list[np.ndarray],
+    unique: np.ndarray,
+    skip: np.ndarray,
+    breaks: np.ndarray | None = None,
+) -> None:
     batch, length = keys[0].shape
-    expected = brute_force(keys, unique, skip, plan)
+    sequences = split(keys[0].shape, breaks)
+    expected = brute_force(keys, unique, skip, plan, sequences)
     np.testing.assert_array_equal(plan.scatter, expected)
     nodes = int(expected.max(initial=-1)) + 1
     assert plan.compact_tokens == nodes
@@ -47,14 +73,16 @@ def check_plan(plan: PrefixPlan, keys: list[np.ndarray], unique: np.ndarray, ski
     assert plan.compression == (nodes / plan.tokens if plan.tokens else 1.0)
     # `fold` picks one row of each node, nodes in order.
     np.testing.assert_array_equal(plan.scatter[plan.fold[:nodes]], np.arange(nodes))
-    assert all(a.dtype == np.int64 and a.flags.c_contiguous for a in (plan.fold, plan.scatter, plan.order, plan.shared))
+    arrays = (plan.fold, plan.scatter, plan.order, plan.shared, plan.bounds)
+    assert all(a.dtype == np.int64 and a.flags.c_contiguous for a in arrays)
+    assert plan.bounds.tolist() == [0, *np.cumsum([len(sequence) for sequence in sequences])]
     # `order` is a permutation, and sorted: equal prefixes are adjacent, `shared` is the true common prefix.
-    assert sorted(plan.order.tolist()) == list(range(batch))
-    paths = [[tuple(int(k[b, s]) for k in keys) for s in range(length)] for b in plan.order]
-    common = [0] + [next((j for j in range(length) if p[j] != q[j]), length) for p, q in pairwise(paths)]
-    assert plan.shared.tolist() == common[:batch]
+    assert sorted(plan.order.tolist()) == list(range(len(sequences)))
+    paths = [paths_of(sequences[number], keys) for number in plan.order]
+    common = [0] + [len(os.path.commonprefix(pair)) for pair in pairwise(paths)]
+    assert plan.shared.tolist() == common[: len(sequences)]
     for s in range(1, length + 1):
-        prefixes = [tuple(p[:s]) for p in paths]
+        prefixes = [tuple(p[:s]) for p in paths if len(p) >= s]
         changes = sum(p != q for p, q in pairwise(prefixes))
         assert changes == max(len(set(prefixes)) - 1, 0), "equal prefixes are not adjacent"
 
@@ -87,15 +115,14 @@ def row_keys(draw: Any) -> list[np.ndarray]:
     return columns
 
 
-def path_mask(keys: list[np.ndarray], salt: int, share: int) -> np.ndarray:
+def path_mask(keys: list[np.ndarray], salt: int, share: int, breaks: np.ndarray | None = None) -> np.ndarray:
     """A pseudo-random bool mask that is a function of the path."""
-    batch, length = keys[0].shape
-    mask = np.zeros((batch, length), bool)
-    for b in range(batch):
+    mask = np.zeros(keys[0].shape, bool)
+    for sequence in split(keys[0].shape, breaks):
         path = salt
-        for s in range(length):
-            path = hash((path, *(int(k[b, s]) for k in keys)))
-            mask[b, s] = path % 8 < share
+        for row, key in zip(sequence, paths_of(sequence, keys), strict=True):
+            path = hash((path, key))
+            mask[row] = path % 8 < share
     return mask
 
 
@@ -142,14 +169,31 @@ def test_what_is_in_front_of_one_sequence_is_not_the_end_of_another() -> None:
     assert len({*first, *second}) == 5
 
 
-@given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.integers(1, 5))
-def test_row_lists_hold_the_rows_of_each_node(
-    columns: list, salt: int, unique_share: int | None, skip_share: int | None, pad: int
+@given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.floats(0, 1))
+def test_sequences_packed_in_rows_have_paths_of_their_own(
+    columns: list, salt: int, unique_share: int | None, skip_share: int | None, often: float
 ) -> None:
     keys = [column for column, _ in columns]
-    unique = None if unique_share is None else path_mask(keys, salt, unique_share)
-    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share)
-    plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, pad_multiple_of=pad)
+    breaks = np.random.default_rng(salt).random(keys[0].shape) < often
+    none = np.zeros(keys[0].shape, bool)
+    unique = None if unique_share is None else path_mask(keys, salt, unique_share, breaks)
+    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share, breaks)
+    before = breaks.copy()
+    plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, breaks=breaks)
+    check_plan(plan, keys, none if unique is None else unique, none if skip is None else skip, breaks)
+    np.testing.assert_array_equal(breaks, before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.integers(1, 5))
+def test_row_lists_hold_the_rows_of_each_node(
+    packed: bool, columns: list, salt: int, unique_share: int | None, skip_share: int | None, pad: int
+) -> None:
+    keys = [column for column, _ in columns]
+    breaks = np.random.default_rng(salt).random(keys[0].shape) < 0.4 if packed else None
+    unique = None if unique_share is None else path_mask(keys, salt, unique_share, breaks)
+    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share, breaks)
+    plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, breaks=breaks, pad_multiple_of=pad)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_plan, "PIECE", 2)
         rows, starts, pieces = plan.row_lists()
@@ -255,6 +299,9 @@ KEY, MASK = np.zeros((2, 3), np.int64), np.zeros((2, 3), bool)
         (ValueError, "start", (KEY,), {"start": np.array([0, 3])}),
         (ValueError, "start", (KEY,), {"start": np.array([-1, 0])}),
         (TypeError, "start", (KEY,), {"start": np.zeros(2)}),
+        (ValueError, "breaks", (KEY,), {"breaks": MASK[:1]}),
+        (ValueError, "start and breaks", (KEY,), {"breaks": MASK, "start": np.zeros(2, np.int64)}),
+        (TypeError, "breaks", (KEY,), {"breaks": KEY}),
         (ValueError, "pad_multiple_of", (KEY,), {"pad_multiple_of": 0}),
         (TypeError, r"keys\[0\]", (np.zeros((2, 3)),), {}),
         (TypeError, r"keys\[0\]", ([[1, 2]],), {}),

@@ -9,8 +9,6 @@ from radix_compile.arrays import describe
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import RULES, Rule, tensor_inputs
 from radix_compile.token_axes import (
-    BATCH,
-    SEQ,
     Layout,
     Marks,
     Mixes,
@@ -80,15 +78,14 @@ def _causal(node: fx.Node, layout: Layout) -> Marks:
     if not rows:
         raise Mixes("none of its tensors has one entry for each row")
     for one in rows:
-        if value_of(one).axes[:2] != ((BATCH,), (SEQ,)):
+        if value_of(one).axes[:2] != layout.rows:
             raise Mixes("its tensors are not [batch, sequence, ...]")
         if value_of(one).blind:
             raise Mixes("reads rows that saw no key in an earlier layer")
     outputs = node.meta["val"]
     shapes = [one.shape for one in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]
-    values = [
-        Value(((BATCH,), (SEQ,), *(plain_axis(as_size(n)) for n in shape[2:])), full_only=True) for shape in shapes
-    ]
+    features = [tuple(plain_axis(as_size(size)) for size in shape[2:]) for shape in shapes]
+    values = [Value((*layout.rows, *axes), full_only=True) for axes in features]
     return tuple(values) if isinstance(outputs, tuple | list) else values[0]
 
 

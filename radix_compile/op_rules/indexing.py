@@ -105,6 +105,8 @@ def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node
     for dim, counter in enumerate(indices):
         fact = value_of(counter).fact
         own = [size for size in shape_of(counter) if size != 1]
+        if value.axes[dim] == () and own == []:
+            continue  # whatever the index is, there is one entry only
         if not isinstance(fact, Index) or fact.offset != 0 or own != [sizes[dim]] or fact.dim in moved.values():
             return None
         axes[fact.dim] = value.axes[dim]

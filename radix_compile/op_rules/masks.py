@@ -30,6 +30,7 @@ from radix_compile.mask_facts import (
     RowTrue,
     Same,
     Score,
+    Shifted,
     Step,
     Weights,
     conjunction,
@@ -101,10 +102,27 @@ def _compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
     if isinstance(left, Index) and isinstance(right, Index) and left.dim != right.dim:
         a, b = (left, right) if sign > 0 else (right, left)
         return Predicate(Diff(a.dim, b.dim, slack - (a.offset - b.offset)))
-    if isinstance(left, PerRow) and isinstance(right, PerRow) and slack == 0 and _same_source(left, right):
-        a_row, b_row = (left, right) if sign > 0 else (right, left)
-        return Predicate(AtMost(a_row.source, a_row.dim, b_row.dim))
+    first, second = _as_shifted(left), _as_shifted(right)
+    if first and second and first.source is second.source and first.dim != second.dim:
+        one, other = (first, second) if sign > 0 else (second, first)
+        return Predicate(AtMost(one.source, one.dim, other.dim, slack - (one.offset - other.offset)))
     return None
+
+
+def _as_shifted(fact: Fact | None) -> Shifted | None:
+    if isinstance(fact, PerRow) and fact.exact:
+        return Shifted(fact.source, fact.dim, 0)
+    return fact if isinstance(fact, Shifted) else None
+
+
+def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
+    """An index or a row's integer plus a number, in a type in which that does not wrap around."""
+    if isinstance(fact, Index):
+        return Index(fact.dim, fact.offset + amount)
+    shifted = _as_shifted(fact)
+    if shifted is None or node.meta["val"].dtype not in (torch.int32, torch.int64):
+        return None
+    return Shifted(shifted.source, shifted.dim, shifted.offset + amount)
 
 
 def _same_source(left: PerRow, right: PerRow) -> bool:
@@ -207,9 +225,9 @@ def _add(node: fx.Node) -> Fact | None:
     if argument(node, "alpha") != 1:
         return None
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(node.args[1], int) and isinstance(left, Index | PerRow | Shifted):
+        return _shifted(node, left, node.args[1])
     for fact, other in ((left, right), (right, left)):
-        if isinstance(fact, Index) and isinstance(node.args[1], int):
-            return Index(fact.dim, fact.offset + node.args[1])
         if isinstance(fact, Masked):
             if isinstance(other, Masked):
                 both = conjunction(fact.visible, other.visible)
@@ -222,8 +240,8 @@ def _add(node: fx.Node) -> Fact | None:
 @_derives(aten.sub.Tensor)
 def _sub(node: fx.Node) -> Fact | None:
     fact, other = fact_of(node.args[0]), fact_of(node.args[1])
-    if isinstance(fact, Index) and isinstance(node.args[1], int) and argument(node, "alpha") == 1:
-        return Index(fact.dim, fact.offset - node.args[1])
+    if isinstance(node.args[1], int) and isinstance(fact, Index | PerRow | Shifted):
+        return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
         # The floor was far below the largest visible entry, and now that is zero at most.
         return replace(fact, bounded=False, centred=fact.is_certain) if argument(node, "alpha") == 1 else None

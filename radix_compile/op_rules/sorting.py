@@ -20,8 +20,6 @@ from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.reductions import along
 from radix_compile.op_rules.table import VIEW_LIKE, argument, rule, source_of
 from radix_compile.token_axes import (
-    BATCH,
-    SEQ,
     Arrangement,
     Kind,
     Layout,
@@ -61,7 +59,7 @@ def sort(node: fx.Node, layout: Layout) -> Marks:
     dim = argument(node, "dim") % max(len(value.axes), 1)
     if not any(map(has_tokens, value.axes[dim : dim + 1])):
         return along(node, layout)
-    if len(value.axes) != 1 or value.axes[0][:2] != (BATCH, SEQ):
+    if len(value.axes) != 1 or value.axes[0][: len(layout.row)] != layout.row:
         feature(value.axes[dim], "sorts along")
     by = Sorted("sorted", node, value.axes[0])
     order = _arranged(by, Kind.ORDER)

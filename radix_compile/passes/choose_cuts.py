@@ -6,12 +6,15 @@ import operator
 from enum import Enum
 
 import sympy
+import torch
 from torch import fx
 
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
 from radix_compile.token_axes import Layout, Token, Value, marks_of
+
+aten = torch.ops.aten
 
 
 class Form(Enum):
@@ -64,11 +67,9 @@ def is_light(node: fx.Node) -> bool:
 def _is_cheap(node: fx.Node) -> bool:
     if node.op != "call_function":
         return True
-    if any(value.mixed is not None for value in values_of(node)):
-        return False
     if any(value.full_only for value in values_of(node)):
         return all(value.attends is None for value in values_of(node))
-    return is_view(node) or rule_for(node.target) is elementwise
+    return is_view(node) or node.target is aten.slice.Tensor or rule_for(node.target) is elementwise
 
 
 def home(node: fx.Node) -> Form:

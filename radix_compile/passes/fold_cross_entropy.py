@@ -95,7 +95,8 @@ def _scattered(node: fx.Node) -> fx.Node | None:
 
 def _has_rows_in_order(node: fx.Node) -> bool:
     """Are its dimensions the tokens, sequence by sequence, and one of features?"""
-    return value_of(node).axes[:-1] in (((BATCH,), (SEQ,)), ((BATCH, SEQ),))
+    atoms = tuple(atom for axis in value_of(node).axes[:-1] for atom in axis)
+    return atoms in ((BATCH, SEQ), (SEQ,))
 
 
 def _behind_views(node: fx.Node) -> fx.Node:

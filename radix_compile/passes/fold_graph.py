@@ -211,7 +211,7 @@ class _Rewriter:
         return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
 
     def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:
-        if before == after:
+        if len(before) == len(after):
             return node
         shape = self._compact_shape(after) if compact else [self._full_size(axis) for axis in after]
         return self.graph.call_function(aten.reshape.default, (node, shape))
@@ -246,11 +246,16 @@ def _relaxed(node: fx.Node) -> fx.Node:
 
 
 def apart(axes: Axes) -> Axes:
-    """The axes with the token atoms in dimensions of their own."""
+    """The axes of a row value with the token atoms in dimensions of their own, a batch of one too."""
     result: list[Axis] = []
     for axis in axes:
         if len(axis) > 1 and any(isinstance(atom, Token) for atom in axis):
             result.extend((atom,) for atom in axis)
         else:
             result.append(axis)
+    if (BATCH,) in result:
+        return tuple(result)
+    if () not in result:
+        return ((BATCH,), *result)
+    result[result.index(())] = (BATCH,)
     return tuple(result)

@@ -65,7 +65,8 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
     """Write a :class:`Value` to every node, and :class:`Tokens` to ``gm.meta["tokens"]``."""
     ids = _token_ids(gm.graph)
     batch, seq = shape_of(ids)
-    if batch == 1 or seq == 1:
+    packed = bool(gm.graph.find_nodes(op="call_function", target=aten.eq.Tensor))  # sequences are told apart by number
+    if (batch == 1 and not packed) or seq == 1:
         what = "there is one sequence only" if batch == 1 else "sequences of one token share nothing"
         raise CannotFold(what, expected=True)
     if batch == 0 or seq == 0:
@@ -121,7 +122,7 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
             return given_mask_value(node)
         if node not in tokens.keys:
             return _with_row(node, Value(plain_axes(node) if is_tensor(node) else ()))
-        return _with_row(node, Value(((BATCH,), (SEQ,))))
+        return _with_row(node, Value(tokens.layout.rows))
     if node.op == "get_attr":
         return Value(plain_axes(node) if is_tensor(node) else (), fact=_literal(node))
     if node.target is operator.getitem:
@@ -129,7 +130,9 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         return source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
     try:
         marks = _apply_rule(node, tokens)
-        return tuple(_checked(value, node) for value in marks) if isinstance(marks, tuple) else _checked(marks, node)
+        if isinstance(marks, tuple):
+            return tuple(_checked(value, tokens.layout) for value in marks)
+        return _checked(marks, tokens.layout)
     except Mixes as verdict:
         return Value((), mixed=refuse(node, str(verdict)))
 
@@ -190,8 +193,8 @@ def _with_row(node: fx.Node, value: Value) -> Value:
         return value
     if value.is_row:
         along = [dim for dim, axis in enumerate(value.axes) if axis]
-        if len(along) == 2 and value.axes[along[0]] == (BATCH,) and value.axes[along[1]] == (SEQ,):
-            return value.with_fact(PerRow(node, along[1] - tensor.ndim))
+        if tuple(value.axes[dim] for dim in along) in (((BATCH,), (SEQ,)), ((SEQ,),)):
+            return value.with_fact(PerRow(node, along[-1] - tensor.ndim))
     elif value.is_constant and tensor.ndim == 2 and value.axes[1] and _is_uniform(value.axes[0]):
         return value.with_fact(PerRow(node, -1))
     return value
@@ -201,7 +204,7 @@ def _is_uniform(axis: Axis) -> bool:
     return all(isinstance(atom, Uniform) for atom in axis)
 
 
-def _checked(value: Value, node: fx.Node) -> Value:
+def _checked(value: Value, layout: Layout) -> Value:
     """Tokens in a value come as one batch axis and one sequence axis, or two for pairs; or as one sorted axis."""
     if value.mixed is not None:
         return value
@@ -212,6 +215,7 @@ def _checked(value: Value, node: fx.Node) -> Value:
     arranged = [atom for atom in atoms if isinstance(atom, Sorted)]
     if len(arranged) == 1 and not (BATCH in atoms or SEQ in atoms):
         return value
-    if arranged or count_tokens(value.axes) not in ((1, 1), (1, 2)):
+    batches = 1 if BATCH in layout.row else 0
+    if arranged or count_tokens(value.axes) not in ((batches, 1), (batches, 2)):
         raise Mixes("combines different sequences")
     return value

@@ -1,17 +1,22 @@
-"""Prove that rows do not depend on their column: then left padding of different length does not keep prefixes apart.
+"""Prove that rows do not depend on their column: then paths need not start at the first one.
 
 A column gets into a row by a table with one entry for each column, by an op along the sequence, or by a mask. If there
-is no such table, if attention is the only op along the sequence, if its masks compare columns with each other alone,
-and if every one of them hides the padding, then a row is a function of the rows from the first visible one on,
-wherever that is.
+is no such table, if attention is the only op along the sequence, and if its masks compare columns with each other alone,
+then a row is a function of the rows that it sees, wherever they are. Two kinds of masks end what it sees on the left:
+
+- one that hides padding: sequences with left padding start behind it;
+- one that hides the other sequences of several packed in a row, numbered one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, Predicate, hides
+from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, PerRow, Predicate, Same, Weights, hides, terms_of
 from radix_compile.passes.choose_cuts import Form, is_row, values_of
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.token_axes import Uniform, refuse, value_of
@@ -19,18 +24,24 @@ from radix_compile.token_axes import Uniform, refuse, value_of
 aten = torch.ops.aten
 
 
-def prove_shift(captured: fx.GraphModule) -> Blind | None:
-    """The padding that may be in front of sequences without a part in the paths of their rows.
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Where paths may start: behind ``padding``, and where the numbers ``runs`` ``[B, S]`` of sequences change."""
 
-    None if the graph hides none from every attention, or a row may depend on its column. Needs ``fold_graph``; writes
-    the first op that brings a column in to ``meta["column"]``.
+    padding: Blind | None = None
+    runs: fx.Node | None = None
+
+
+def prove_shift(captured: fx.GraphModule) -> Starts:
+    """Where the paths of rows may start, other than at the first column.
+
+    Needs ``fold_graph``; writes the first op that brings a column in to ``meta["column"]``.
     """
-    wanted: Wanted = captured.meta["wanted"]
-    padding = hidden_padding(captured)
-    reader = _first_reader_of_columns(captured.graph, wanted)
+    runs = separate_runs(captured)
+    reader = _first_reader_of_columns(captured.graph, captured.meta["wanted"], runs)
     captured.meta["column"] = None if reader is None else refuse(reader, "")
     by_column = captured.meta["tokens"].masks  # which columns the caller's own masks show, wherever a sequence starts
-    return padding if captured.meta["column"] is None and not by_column else None
+    return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)
 
 
 def hidden_padding(captured: fx.GraphModule) -> Blind | None:
@@ -41,27 +52,52 @@ def hidden_padding(captured: fx.GraphModule) -> Blind | None:
         return None
     source, truth = sources.pop()
     padding = Blind(source, None, truth)
-    seen = [value.attends for value in values if value.attends is not None]
-    return padding if all(hides(weights.visible, padding, weights.key) for weights in seen) else None
+    return padding if all(hides(seen.visible, padding, seen.key) for seen in _attentions(captured)) else None
 
 
-def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted) -> fx.Node | None:
+def separate_runs(captured: fx.GraphModule) -> fx.Node | None:
+    """The numbers that tell the sequences of a row apart: every attention shows a row the ones with its own alone."""
+    numbers = [
+        {term.source: None for term in terms_of(seen.visible) if isinstance(term, Same) and _are_pair(term, seen)}
+        for seen in _attentions(captured)
+    ]
+    return next((one for one in numbers[0] if all(one in other for other in numbers)), None) if numbers else None
+
+
+def _are_pair(term: Same, seen: Weights) -> bool:
+    return {term.a, term.b} == {seen.query, seen.key}
+
+
+def _attentions(captured: fx.GraphModule) -> Iterator[Weights]:
+    for node in captured.graph.nodes:
+        if node.op != "output":
+            yield from (value.attends for value in values_of(node) if value.attends is not None)
+
+
+def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | None) -> fx.Node | None:
     """The first op after which a row may depend on its column.
 
     A mask that compares columns with each other is excepted, as long as it is on its way to attention. Where it meets
-    keys, it has an entry for each query, which another row in compact form would have in another place.
+    keys, it has an entry for each query, which another row in compact form would have in another place. The numbers
+    ``runs`` and what they are counted from are excepted as long as they only tell rows of one sequence from others.
     """
     masks: set[fx.Node] = set()
+    numbers = _numbering(graph, runs)
     node: fx.Node
     for node in graph.nodes:
         if node.op != "call_function" or node not in wanted.forms:
+            continue
+        if node in numbers:
+            if Form.COMPACT in wanted.forms[node]:
+                return node
             continue
         values = values_of(node)
         along_sequence = any(value.full_only and value.attends is None for value in values)
         moves_nothing = node.target is aten.index.Tensor  # by indices that count: the entries stay where they are
         tables = [(table, dim) for value in values for table, dim, how in value.operands if how == "column"]
         tables = [(table, dim) for table, dim in tables if not _is_uniform(table, dim)]
-        if (along_sequence and not moves_nothing) or not all(_compares_columns(table) for table, _ in tables):
+        counts = not numbers.isdisjoint(node.all_input_nodes) and not _tells_apart(node, numbers, runs)
+        if (along_sequence and not moves_nothing) or counts or not all(_compares_columns(table) for table, _ in tables):
             return node
         attends = any(value.attends is not None for value in values)
         if is_row(node) and not attends and (tables or not masks.isdisjoint(node.all_input_nodes)):
@@ -69,6 +105,41 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted) -> fx.Node | None:
             if Form.COMPACT in wanted.forms[node]:
                 return node
     return None
+
+
+def _numbering(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
+    """The numbers of the sequences, if they are counted along the row, the values on the way to them, and views."""
+    behind = set() if runs is None else {runs}
+    for node in reversed(graph.nodes):
+        if node in behind:
+            behind.update(node.all_input_nodes)
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in behind:
+            if any(value.full_only for value in values_of(node)) or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        elif runs in found and node.op == "call_function":
+            fact = values_of(node)[0].fact
+            if isinstance(fact, PerRow) and fact.source is runs and fact.exact:
+                found.add(node)
+    return found
+
+
+def _tells_apart(node: fx.Node, numbers: set[fx.Node], runs: fx.Node | None) -> bool:
+    """Does a predicate read the numbers only to ask whether two of them are the same?"""
+    fact = values_of(node)[0].fact
+    if not isinstance(fact, Predicate) or not _is_known(fact.formula):
+        return False
+    read = [atom for atom in _atoms(fact.formula) if getattr(atom, "source", None) in numbers]
+    return all(isinstance(atom, Same) and atom.source is runs for atom in read)
+
+
+def _atoms(formula: Formula) -> Iterator[Formula]:
+    if isinstance(formula, And | Or):
+        for term in formula.terms:
+            yield from _atoms(term)
+    else:
+        yield formula
 
 
 def _is_uniform(table: fx.Node, dim: int) -> bool:
@@ -81,5 +152,4 @@ def _compares_columns(table: fx.Node) -> bool:
 
 
 def _is_known(formula: Formula) -> bool:
-    terms = formula.terms if isinstance(formula, And | Or) else ()
-    return not isinstance(formula, Opaque) and all(map(_is_known, terms))
+    return not any(isinstance(atom, Opaque) for atom in _atoms(formula))
