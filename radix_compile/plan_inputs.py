@@ -135,7 +135,6 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     blind = dict.fromkeys(b for node in folded for value in values_of(node) for b in sorted(value.blind, key=str))
     needed = _ancestors([*folded, *(b.source for b in blind)])
     placeholders = captured.graph.find_nodes(op="placeholder")
-    keys = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys)
     hidden: Blind | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
@@ -144,6 +143,10 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     runs = _row_program(captured, starts.runs) if starts.runs else None
     if runs is None and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", expected=True)
+    # Numbers that only tell sequences apart are no part of their rows.
+    keys = tuple(
+        i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
+    )
     masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
     return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs)
 

@@ -108,12 +108,14 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
 
 
 def _numbering(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
-    """The numbers of the sequences, if they are counted along the row, the values on the way to them, and views."""
-    behind = set() if runs is None else {runs}
+    """The numbers of the sequences, if they are given or counted along the row, what is on the way to them, and views."""
+    if runs is None:
+        return set()
+    behind = {runs}
     for node in reversed(graph.nodes):
         if node in behind:
             behind.update(node.all_input_nodes)
-    found: set[fx.Node] = set()
+    found = {runs} if runs.op == "placeholder" else set()
     for node in graph.nodes:
         if node in behind:
             if any(value.full_only for value in values_of(node)) or not found.isdisjoint(node.all_input_nodes):

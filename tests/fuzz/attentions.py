@@ -225,12 +225,19 @@ def with_sinks(d: Draw) -> str:
 def packed_documents(d: Draw) -> str:
     """Attention inside runs of the positions."""
     first = "torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1)"
-    ordered = d.one_of(
-        "keys <= queries", "positions[:, None, None, :] <= positions[:, None, :, None]", "~(keys > queries)"
-    )
+    key, query = "positions[:, None, None, :]", "positions[:, None, :, None]"
+    ordered = d.one_of("keys <= queries", f"{key} <= {query}", f"{key} < {query} + 1", "~(keys > queries)")
     mask = f"(run[:, None, None, :] == run[:, None, :, None]) & ({ordered})"
+    if d.chance(0.3):
+        width = d.number(1, d.sizes.S)
+        mask += d.one_of(f" & ({key} > {query} - {width})", f" & ({query} < {key} + {width})", f" & {window(d)}")
     text = d.one_of(fused, by_hand)(d, mask, False)
-    return f"run = ({first} != 1).cumsum(-1)\n{text}"
+    if d.chance(0.1):
+        text += "\ny = y + run[..., None]"
+    counted = d.one_of(f"({first} != 1).cumsum(-1)", *["(ids == 1).cumsum(-1)", "ids.clamp(max=2)"] * d.chance(0.2))
+    if counted[0] == "(" and "positions" not in counted or "clamp" in counted:
+        text = text.replace(ordered, "keys <= queries")
+    return f"run = {counted}\n{text}"
 
 
 # ---------------------------------------------------------------------------------------------------------- mixing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -32,13 +32,13 @@ class Given:
 
 
 def draw_batch(
-    random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torch.dtype, given: Given
+    random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torch.dtype, given: Given, packed: bool = False
 ) -> dict[str, Tensor]:
     """``ids`` and the given inputs; ``mask`` is the type of the padding mask.
 
     What is not random in them is a function of each sequence from its start, so that equal prefixes stay equal.
     """
-    rows = _tree(random, sizes, whole=random.random() < 0.3)
+    rows, starts = _packed(random, sizes) if packed else (_tree(random, sizes, whole=random.random() < 0.3), [])
     hidden = _pad(random, rows, sizes.S)
     ids = torch.tensor(rows)
     padding = (~torch.tensor(hidden)).to(mask)
@@ -50,6 +50,8 @@ def draw_batch(
         "columns": torch.arange(sizes.S)[None, :].remainder(random.randint(1, sizes.S)),
         "given": _mask(random, ids, given),
     }
+    if packed and random.random() < 0.8:
+        batch["positions"] = torch.tensor(starts)
     return {name: batch[name] for name in ("ids", *inputs)}
 
 
@@ -62,6 +64,20 @@ def _tree(random: Random, sizes: Sizes, whole: bool) -> Rows:
         kept = parent[: max(random.randint(0, length), random.randint(0, length))]
         rows.append(kept + [random.randrange(1, sizes.V) for _ in range(length - len(kept))])
     return rows
+
+
+def _packed(random: Random, sizes: Sizes) -> tuple[Rows, Rows]:
+    """Rows full of sequences of a tree, cut where a row ends, and their positions."""
+    rows: Rows = [[] for _ in range(sizes.B)]
+    positions: Rows = [[] for _ in range(sizes.B)]
+    sequences = _tree(random, replace(sizes, B=sizes.B * sizes.S, S=random.randint(2, 6)), whole=False)
+    for row, columns in zip(rows, positions, strict=True):
+        while len(row) < sizes.S:
+            sequence = sequences.pop()[: sizes.S - len(row)]
+            first = random.choice([0, 0, 0, 0, len(row)])
+            row += sequence
+            columns += [min(first + place, sizes.S - 1) for place in range(len(sequence))]
+    return rows, positions
 
 
 def _pad(random: Random, rows: Rows, length: int) -> list[list[bool]]:

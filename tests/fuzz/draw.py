@@ -68,6 +68,7 @@ class Draw:
     ``shapes``  of the weights, by name.
     ``fixed``   if the program is for this number of sequences or columns alone.
     ``padded``  if every causal mask is to hide the padding.
+    ``packed``  if attention is mostly to stay within sequences of which there are several in a row.
     """
 
     random: Random
@@ -76,6 +77,7 @@ class Draw:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fixed: bool = False
     padded: bool = False
+    packed: bool = False
 
     def write(self, piece: Piece) -> str:
         """The piece's text, with a new parameter for every ``w(shape)`` in it."""
@@ -112,6 +114,8 @@ class Draw:
 
     def column_numbers(self) -> str:
         """``[S]``, ``[1, S]`` or ``[B, S]``."""
+        if self.packed and self.chance(0.9):
+            return "positions"
         return self.one_of("torch.arange(S)", *(name for name in ("columns", "positions") if self.has(name)))
 
 

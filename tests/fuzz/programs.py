@@ -22,6 +22,9 @@ Forward = Callable[..., tuple[Tensor, ...]]
 
 _NUMBERS = itertools.count()
 
+PACKED = ("packed_documents",)
+"""The causal pieces that keep sequences apart of which there are several in a row."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -111,13 +114,13 @@ def _assignments(block: Block) -> list[str]:
     return [f"x, z = h{block.source}, h{block.other}" if reads_other else f"x = h{block.source}"]
 
 
-def draw_program(random: Random, sizes: Sizes, inputs: tuple[str, ...]) -> Program:
+def draw_program(random: Random, sizes: Sizes, inputs: tuple[str, ...], packed: bool = False) -> Program:
     """An embedding, some pieces, and perhaps a loss."""
-    d = Draw(random, sizes, inputs)
+    d = Draw(random, sizes, inputs, packed=packed)
     seed = random.randrange(2**31)
-    d.padded = d.has("padding") and d.chance(0.3)
+    d.padded = not packed and d.has("padding") and d.chance(0.3)
     kinds = {Kind.POSITION_WISE: 5, Kind.CAUSAL: 4}
-    if not d.padded and d.chance(0.6):
+    if not d.padded and not packed and d.chance(0.6):
         kinds |= {Kind.MIXING: 2, Kind.ANY: 2}
     blocks = [_embedding(d)]
     for _ in range(d.number(2, 6)):
@@ -128,7 +131,9 @@ def draw_program(random: Random, sizes: Sizes, inputs: tuple[str, ...]) -> Progr
 
 def draw_piece(d: Draw, kinds: dict[Kind, int]) -> Piece:
     kind = d.random.choices([*kinds], [*kinds.values()])[0]
-    return d.one_of(*(piece for piece in PIECES if piece.kind is kind and piece.when(d)))
+    possible = [piece for piece in PIECES if piece.kind is kind and piece.when(d)]
+    packed = [piece for piece in possible if piece.name in PACKED]
+    return d.one_of(*(packed if d.packed and packed and d.chance(0.95) else possible))
 
 
 def program_of(d: Draw, *pieces: Piece) -> Program:
