@@ -47,9 +47,8 @@ def sort_equal_lengths(columns: list[Array]) -> tuple[Int64, Int64]:
 
 def sort_ragged(columns: list[Array], bounds: list[int]) -> tuple[Int64, Int64]:
     """As `sort_equal_lengths` for packed columns ``[T]``; memory is O(T) however the lengths differ."""
-    if len(columns) == 1:
-        keys = columns[0]
-    else:
+    keys = columns[0]
+    if len(columns) > 1:
         keys = np.stack([c.astype(np.int64) for c in columns], axis=-1)  # uint64 wraps around, as above
     data, width = keys.tobytes(), keys.nbytes // max(len(keys), 1)
     sequences = [data[start * width : end * width] for start, end in pairwise(bounds)]

@@ -6,8 +6,9 @@ only reader and writer of that annotation (``node.meta["radix"]``); the rules th
 
 An axis is a tuple of atoms, outermost first, because a reshape merges and splits dimensions: ``[B, S, D]`` has the axes
 ``((BATCH,), (SEQ,), (Feature(D),))`` and its reshape to ``[B*S, D]`` has ``((BATCH, SEQ), (Feature(D),))``. A dimension
-of size one has the empty axis ``()``, the batch too where it is one row of packed sequences. Axes come from the structure of the program, never from a size that happens to
-be equal: a feature dimension as long as the sequence stays a feature dimension.
+of size one has the empty axis ``()``, the batch too where it is one row of packed sequences. Axes come from the
+structure of the program, never from a size that happens to be equal: a feature dimension as long as the sequence stays
+a feature dimension.
 
 The definition everything rests on: a value with axes is *determined* when its entry at sequence ``b`` and columns
 ``i, j, ...`` (one for each ``SEQ`` atom) is a function of the paths of the rows ``(b, i), (b, j), ...`` alone, the same
@@ -248,7 +249,10 @@ class Value:
     @property
     def is_row(self) -> bool:
         """One entry per row: may live in compact form."""
-        return self.mixed is None and count_tokens(self.axes) in ((1, 1), (0, 1))  # no batch axis: one row of packed ones
+        return self.mixed is None and count_tokens(self.axes) in (
+            (1, 1),
+            (0, 1),
+        )  # no batch axis: one row of packed ones
 
     @property
     def is_pair(self) -> bool:

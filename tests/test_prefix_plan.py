@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +33,10 @@ def split(shape: tuple[int, ...], breaks: np.ndarray | None = None) -> Sequences
 
 def paths_of(sequence: list[tuple[int, int]], keys: list[np.ndarray]) -> list[tuple]:
     return [tuple(int(k[row]) for k in keys) for row in sequence]
+
+
+def common_prefix(one: list[tuple], other: list[tuple]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def brute_force(
@@ -79,7 +82,7 @@ def check_plan(
     # `order` is a permutation, and sorted: equal prefixes are adjacent, `shared` is the true common prefix.
     assert sorted(plan.order.tolist()) == list(range(len(sequences)))
     paths = [paths_of(sequences[number], keys) for number in plan.order]
-    common = [0] + [len(os.path.commonprefix(pair)) for pair in pairwise(paths)]
+    common = [0] + [common_prefix(*pair) for pair in pairwise(paths)]
     assert plan.shared.tolist() == common[: len(sequences)]
     for s in range(1, length + 1):
         prefixes = [tuple(p[:s]) for p in paths if len(p) >= s]

@@ -1,8 +1,8 @@
 """Prove that rows do not depend on their column: then paths need not start at the first one.
 
 A column gets into a row by a table with one entry for each column, by an op along the sequence, or by a mask. If there
-is no such table, if attention is the only op along the sequence, and if its masks compare columns with each other alone,
-then a row is a function of the rows that it sees, wherever they are. Two kinds of masks end what it sees on the left:
+is no such table, if attention is the only op along the sequence, and if its masks compare columns with each other
+alone, then a row is a function of the rows that it sees, wherever they are. Two kinds of masks end what it sees on the left:
 
 - one that hides padding: sequences with left padding start behind it;
 - one that hides the other sequences of several packed in a row, numbered one after the other.
@@ -108,7 +108,7 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
 
 
 def _numbering(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
-    """The numbers of the sequences, if they are given or counted along the row, what is on the way to them, and views."""
+    """The numbers of the sequences, if they are given or counted along the row, all on the way to them, and views."""
     if runs is None:
         return set()
     behind = {runs}

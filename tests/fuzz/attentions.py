@@ -235,7 +235,7 @@ def packed_documents(d: Draw) -> str:
     if d.chance(0.1):
         text += "\ny = y + run[..., None]"
     counted = d.one_of(f"({first} != 1).cumsum(-1)", *["(ids == 1).cumsum(-1)", "ids.clamp(max=2)"] * d.chance(0.2))
-    if counted[0] == "(" and "positions" not in counted or "clamp" in counted:
+    if "positions" not in counted:
         text = text.replace(ordered, "keys <= queries")
     return f"run = {counted}\n{text}"
 

@@ -1,4 +1,4 @@
-"""Sequences packed in a row have paths of their own exactly where no row sees, or can tell, what is in front of them."""
+"""Sequences packed in a row have paths of their own exactly where no row sees, or can tell, what is in front."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Mask = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def packed(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, positions that restart with each text, and the numbers of the texts, padded with texts of one token."""
+    """Token ids, positions that restart with each text, the numbers of the texts; padded with texts of one token."""
     texts = np.array_split(np.array(TEXTS, dtype=object), rows)
     longest = max(sum(map(len, part)) for part in texts)
     ids, positions, numbers = (torch.zeros(rows, longest, dtype=torch.long) for _ in range(3))
@@ -223,7 +223,7 @@ def test_a_text_that_goes_on_later_is_one_with_what_is_between() -> None:
 
 @pytest.mark.parametrize(("rows", "options"), [(1, {}), (2, {}), (1, {"sliding_window": 3})])
 def test_a_model_of_transformers(rows: int, options: dict[str, int]) -> None:
-    """Padding-free: all texts in a row, and positions that restart. The second call is shorter, nothing is recompiled."""
+    """Padding-free: all texts in a row, and positions that restart. The second call compiles nothing."""
     model = build("Mistral" if options else "Qwen3", **options)
     exact = in_float64(model)
     settings = {"inner": "aot_eager", "threshold": 1.0, "strict": True, "verify": True}
@@ -235,7 +235,10 @@ def test_a_model_of_transformers(rows: int, options: dict[str, int]) -> None:
         with torch.no_grad():
             assert_as_exact(compiled(**call).logits, model(**call).logits, exact(**call).logits)
     stats = radix_compile.stats()
-    assert (stats.folded_compiles, stats.folded_calls) == (1, 2)
+    assert (stats.plain_compiles, stats.folded_calls) == (
+        1,
+        2,
+    )  # Dynamo may start over before it compiles the plain one
     assert stats.compact_tokens == 2 * paths_by_text(ids, positions)
 
 
