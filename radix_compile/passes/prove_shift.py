@@ -2,7 +2,8 @@
 
 A column gets into a row by a table with one entry for each column, by an op along the sequence, or by a mask. If there
 is no such table, if attention is the only op along the sequence, and if its masks compare columns with each other
-alone, then a row is a function of the rows that it sees, wherever they are. Two kinds of masks end what it sees on the left:
+alone, then a row is a function of the rows that it sees, wherever they are. Two kinds of masks end what it sees on the
+left:
 
 - one that hides padding: sequences with left padding start behind it;
 - one that hides the other sequences of several packed in a row, numbered one after the other.
