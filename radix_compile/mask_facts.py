@@ -292,7 +292,8 @@ class Masked:
 
     ``bounded`` if the visible entries are of ordinary size; ``strict`` if hidden entries are minus infinity;
     ``scaled`` if they are not, and have been divided since: they must not be again. ``centred`` if the largest entry of
-    each row has been subtracted, and the hidden entries are far below it, whatever is visible.
+    each row has been subtracted, and the hidden entries are far below it, whatever is visible. ``zero`` if the visible
+    entries are.
     """
 
     visible: Formula
@@ -300,6 +301,7 @@ class Masked:
     strict: bool
     scaled: bool = False
     centred: bool = False
+    zero: bool = False
 
     @property
     def is_certain(self) -> bool:

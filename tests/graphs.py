@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from radix_compile.backend import rewrite
+from radix_compile.capture import capture
 from radix_compile.options import Options
 from radix_compile.report import GraphReport
 
@@ -24,6 +25,19 @@ def folded(program: Callable[..., Any], *args: Any, dynamic: bool | None = None,
 
     with torch.no_grad():
         torch.compile(program, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    return graphs[-1]
+
+
+def captured(program: Callable[..., Any], *args: Any) -> fx.GraphModule:
+    """The graph of ``program(*args)`` that the passes start from."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(capture(gm, inputs))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(program, backend=backend, fullgraph=True)(*args)
     return graphs[-1]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Score, Weights, blind_rows, hides
-from radix_compile.op_rules.table import argument, rule
+from radix_compile.op_rules.masks import ORDINARY, is_bounded
+from radix_compile.op_rules.table import argument, operand, rule
 from radix_compile.token_axes import (
     SEQ,
     Axes,
@@ -66,6 +67,19 @@ def addmm(node: fx.Node, layout: Layout) -> Value:
     return replace(result, axes=(*result.axes[:-1], *plain_axes(node)[-1:]))  # uniform weights, a bias that is not
 
 
+@rule(aten.baddbmm.default)
+def baddbmm(node: fx.Node, layout: Layout) -> Value:
+    """Scores with a bias, as ALiBi makes them."""
+    bias = argument(node, "self")
+    result = product(node, argument(node, "batch1"), argument(node, "batch2"), layout)
+    if not result.is_pair:
+        raise Mixes("adds to a product that is not one of queries and keys")
+    axes, uses = broadcast(layout, [Operand(node, result, result.axes), operand(bias)])
+    ordinary = [1 / ORDINARY <= abs(argument(node, factor)) <= ORDINARY for factor in ("alpha", "beta")]
+    bounded = all(ordinary) and is_bounded(bias, node.meta["val"].dtype)
+    return Value(axes, fact=Score() if bounded else None, operands=(*result.operands, *uses))
+
+
 def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
     """``left @ right``, with batch dimensions broadcast."""
     a, b = value_of(left), value_of(right)
@@ -78,7 +92,7 @@ def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Val
         feature(axis, "contracts")
     # Batch dimensions line up; of the last two, one comes from each side.
     sides = [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
-    axes, uses = broadcast(layout, sides, exact=node.target is aten.bmm.default)
+    axes, uses = broadcast(layout, sides, exact=node.target in (aten.bmm.default, aten.baddbmm.default))
     result = Value((*axes[:-2], a.axes[-2], b.axes[-1]), operands=uses)
     return result.with_fact(Score()) if result.is_pair else result
 

@@ -37,6 +37,7 @@ from radix_compile.mask_facts import (
     disjunction,
     negation,
 )
+from radix_compile.op_rules.bounds import bounds_of
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import Value, value_of
 
@@ -89,8 +90,19 @@ def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
     return isinstance(fact, Filled) and fact.value <= torch.finfo(dtype).min / 2
 
 
-def is_bounded(fact: Fact | None) -> bool:
-    return isinstance(fact, Score) or (isinstance(fact, Filled) and abs(fact.value) <= ORDINARY)
+def is_bounded(value: Any, dtype: torch.dtype) -> bool:
+    """Is a tensor or number of ordinary size in that dtype? Where it is wide, so are whole numbers, and parts of them.
+
+    The lowest number of such a dtype is nearly 1e39, and no 64-bit integer is 1e19.
+    """
+    if isinstance(fact_of(value), Score):
+        return True
+    bounds = bounds_of(value)
+    return bounds is not None and max(map(abs, bounds)) <= (2.0**64 if _is_wide(dtype) else ORDINARY)
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return torch.finfo(dtype).max > 1e30
 
 
 # ------------------------------------------------------------------------------------------- comparing two columns
@@ -224,7 +236,8 @@ def _not(node: fx.Node) -> Fact | None:
 def _add(node: fx.Node) -> Fact | None:
     if argument(node, "alpha") != 1:
         return None
-    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    (first, second), dtype = node.args[:2], node.meta["val"].dtype
+    left, right = fact_of(first), fact_of(second)
     if isinstance(node.args[1], int) and isinstance(left, Index | PerRow | Shifted):
         return _shifted(node, left, node.args[1])
     for fact, other in ((left, right), (right, left)):
@@ -232,9 +245,10 @@ def _add(node: fx.Node) -> Fact | None:
             if isinstance(other, Masked):
                 both = conjunction(fact.visible, other.visible)
                 strict, scaled = fact.strict and other.strict, fact.scaled or other.scaled
-                return Masked(both, fact.bounded and other.bounded, strict, scaled)
-            return replace(fact, bounded=fact.bounded and is_bounded(other), centred=False)
-    return Score() if is_bounded(left) and is_bounded(right) else None
+                return Masked(both, fact.bounded and other.bounded, strict, scaled, zero=fact.zero and other.zero)
+            ordinary = fact.bounded and is_bounded(second if fact is left else first, dtype)
+            return replace(fact, bounded=ordinary, centred=False, zero=False)
+    return Score() if dtype.is_floating_point and is_bounded(first, dtype) and is_bounded(second, dtype) else None
 
 
 @_derives(aten.sub.Tensor)
@@ -244,7 +258,9 @@ def _sub(node: fx.Node) -> Fact | None:
         return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
         # The floor was far below the largest visible entry, and now that is zero at most.
-        return replace(fact, bounded=False, centred=fact.is_certain) if argument(node, "alpha") == 1 else None
+        return (
+            replace(fact, bounded=False, centred=fact.is_certain, zero=False) if argument(node, "alpha") == 1 else None
+        )
     return None
 
 
@@ -266,8 +282,11 @@ def _scaled_mask(mask: Masked, divisor: float, dtype: torch.dtype) -> Masked | N
     """Minus infinity stays it; a floor near the lowest number of a wide type stays far below any score, once."""
     if mask.strict and 0 < divisor < math.inf:
         return replace(mask, bounded=mask.bounded and 1 / ORDINARY <= divisor <= ORDINARY, centred=False)
-    wide = torch.finfo(dtype).max > ORDINARY**4
-    return replace(mask, scaled=True, centred=False) if wide and not mask.scaled and 1 <= divisor <= ORDINARY else None
+    return (
+        replace(mask, scaled=True, centred=False)
+        if _is_wide(dtype) and not mask.scaled and 1 <= divisor <= ORDINARY
+        else None
+    )
 
 
 @_derives(aten.max.other, aten.maximum.default)
@@ -288,14 +307,16 @@ def _tanh(node: fx.Node) -> Fact | None:
 # ------------------------------------------------------------------------------------------------- applying masks
 
 
-def _masked(visible: Formula, kept: Fact | None, floor: Fact | None) -> Fact:
+def _masked(visible: Formula, source: Any, floor: Fact | None, dtype: torch.dtype) -> Fact:
+    kept = fact_of(source)
     if isinstance(kept, Masked):
         visible, bounded, strict = conjunction(visible, kept.visible), kept.bounded, kept.strict
     else:
-        bounded, strict = is_bounded(kept), True
+        bounded, strict = is_bounded(source, dtype), True
     assert isinstance(floor, Filled)
     scaled = isinstance(kept, Masked) and kept.scaled
-    return Masked(visible, bounded, strict and floor.value == -math.inf, scaled)
+    zero = kept.zero if isinstance(kept, Masked) else kept == Filled(0)
+    return Masked(visible, bounded, strict and floor.value == -math.inf, scaled, zero=zero)
 
 
 @_derives(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
@@ -308,9 +329,9 @@ def _where(node: fx.Node) -> Fact | None:
     formula = as_formula(value_of(condition))
     kept, other = fact_of(first), fact_of(second)
     if is_hidden(other, dtype):
-        return _masked(formula, kept, other)
+        return _masked(formula, first, other, dtype)
     if is_hidden(kept, dtype):
-        return _masked(negation(formula), other, kept)
+        return _masked(negation(formula), second, kept, dtype)
     return None
 
 
@@ -322,4 +343,4 @@ def _masked_fill(node: fx.Node) -> Fact | None:
     floor = fact_of(value)
     if not dtype.is_floating_point or not is_hidden(floor, dtype):
         return None
-    return _masked(negation(as_formula(value_of(mask))), fact_of(source), floor)
+    return _masked(negation(as_formula(value_of(mask))), source, floor, dtype)

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, remap, stored
+from radix_compile.mask_facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, negation, remap, stored
 from radix_compile.op_rules.table import argument, operand, rule, source_of
 from radix_compile.token_axes import (
     SEQ,
@@ -71,6 +71,8 @@ def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | 
         return stored(fact, after)
     if before == after or (before.is_floating_point and after.is_floating_point):
         return fact
+    if isinstance(fact, Masked) and fact.zero and after == torch.bool:
+        return Predicate(negation(fact.visible))
     if isinstance(fact, Predicate) and before == torch.bool:
         return Ones(fact.formula)
     if isinstance(fact, Ones):

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from radix_compile.capture import CaptureError, capture
 from tests.compatibility.cells import ERRORS
 from tests.compatibility.families import FAMILIES, attentions, build_family
-from tests.compatibility.forms import FORMS
+from tests.compatibility.forms import FORMS, without_gradients
 
 
 def ops_of(family: str, attention: str, form: str) -> set[str]:
@@ -32,7 +32,7 @@ def ops_of(family: str, attention: str, form: str) -> set[str]:
 
     torch._dynamo.reset()
     model = build_family(family, attention)
-    with contextlib.suppress(*ERRORS):  # it cannot be called in that way
+    with contextlib.suppress(*ERRORS), without_gradients(form):  # it cannot be called in that way
         FORMS[form](model, torch.compile(model, backend=backend))
     return found
 

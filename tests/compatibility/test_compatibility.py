@@ -12,10 +12,10 @@ from tests.compatibility.families import FAMILIES, attentions
 from tests.compatibility.forms import FORMS
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-PARTLY = {"Mamba2", "Qwen3Next", "Lfm2", "Mpt", "Bloom"}
+PARTLY = {"Mamba2", "Qwen3Next", "Lfm2"}
 """Causal families of which something is not proved yet."""
 FOLD = sorted(name for name, family in FAMILIES.items() if family.causal and name not in PARTLY)
-DECLINED = {"packed in one row", "embeddings", "static cache"}
+DECLINED = {"embeddings", "static cache"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

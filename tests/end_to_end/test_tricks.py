@@ -155,7 +155,26 @@ def empty_changes_dtype(x: Tensor, ids: Tensor) -> Tensor:
     return x + (joined * 100).double()[..., None]
 
 
+def biased(x: Tensor, bias: Tensor) -> Tensor:
+    """Under a mask that is the lowest number, not minus infinity."""
+    heads = x[:, None].expand(B, B, S, D)
+    return (torch.where(causal(), heads @ heads.mT + bias, LOWEST).softmax(-1) @ heads).mean(1)
+
+
+def by_distance(x: Tensor, ids: Tensor) -> Tensor:
+    query, key = columns()
+    slopes = torch.pow(torch.tensor(2.0**-2), arange(1, B + 1)).double()
+    return biased(x, slopes[:, None, None] * (key - query))
+
+
+def as_low_as_the_mask(x: Tensor, ids: Tensor, slope: Tensor) -> Tensor:
+    """The first row sees all the others."""
+    query, _ = columns()
+    return biased(x, slope * (S - query))
+
+
 FOLDS: dict[str, tuple[Any, ...]] = {
+    "a bias by distance": (by_distance,),
     "an empty tensor that changes the dtype": (empty_changes_dtype,),
     "window": (lambda x, ids: attention(x, window(3)),),
     "not the future": (seeing(lambda: ~(columns()[1] > columns()[0])),),
@@ -218,6 +237,10 @@ FOLDS: dict[str, tuple[Any, ...]] = {
 }
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "a bias as low as the mask": (as_low_as_the_mask, ones(1) * LOWEST / S),
+    "a bias as low as the mask, computed": (
+        lambda x, ids: as_low_as_the_mask(x, ids, torch.pow(ones(1) * 2, arange(1023, 1024)) * (-2 / S)),
+    ),
     "one column too many": (seeing(lambda: columns()[1] <= columns()[0] + 1),),
     "strictly earlier": (seeing(lambda: columns()[1] < columns()[0]),),
     "before the window": (seeing(lambda: causal() & (columns()[1] < columns()[0] - 3)),),

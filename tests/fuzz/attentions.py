@@ -221,6 +221,29 @@ def with_sinks(d: Draw) -> str:
     return "\n".join([*lines, together(d)])
 
 
+@piece(Kind.CAUSAL)
+def biased_by_distance(d: Draw) -> str:
+    """ALiBi: a slope for each head, times columns or places."""
+    mask, blind = causal_mask(d)
+    lines, grouped = projections(d)
+    if grouped:
+        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
+    slopes = d.one_of("0.5 ** torch.arange(1, H + 1)", "1 / torch.arange(1, H + 1)", "w(H)")
+    lines += [INDICES, f"slopes = ({slopes})[:, None, None]"]
+    distances = ["slopes * (keys - queries)", "slopes * torch.arange(S)", "slopes * (1 - queries)"]
+    if d.has("padding"):
+        distances.append("slopes * ((padding.long().cumsum(-1) - 1) * padding)[:, None, None, :]")
+    lines.append(f"bias = {d.one_of(*distances)}")
+    if d.chance(0.4):
+        merged = "q.reshape(B * H, S, E), k.reshape(B * H, S, E).mT"
+        lines.append(f"scores = torch.baddbmm((bias + q.new_zeros(B, H, 1, S)).reshape(B * H, -1, S), {merged})")
+        lines.append("scores = scores.view(B, H, S, S)")
+    else:
+        lines.append("scores = q @ k.mT + bias")
+    lines.append(f"y = torch.where({mask}, scores, {floor(d, blind)}).softmax(-1) @ v")
+    return "\n".join([*lines, together(d)])
+
+
 @piece(Kind.CAUSAL, when=lambda d: d.has("positions") and not d.padded)
 def packed_documents(d: Draw) -> str:
     """Attention inside runs of the positions."""

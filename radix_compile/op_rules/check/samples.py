@@ -74,6 +74,11 @@ def rolled(t: Recorder) -> fx.Node:
     return t(aten.roll.default, t.x, [-1], [1])
 
 
+def repeated_weight(t: Recorder) -> fx.Node:
+    """``[B, D, D]``, the same matrix for every sequence."""
+    return t(aten.expand.default, t.weight, [BATCH, FEATURES, FEATURES])
+
+
 UNARY = [compact(unary), refused("no rule", lambda t, op: t(op, rolled(t)))]
 
 
@@ -380,8 +385,15 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
             ),
         ),
     ],
+    aten.baddbmm.default: [
+        pair(lambda t, op: t(op, t.square, t.x, t(aten.transpose.int, t.x, 1, 2))),
+        pair(lambda t, op: t(op, t.x, t.x, t(aten.transpose.int, t.x, 1, 2), beta=0.5, alpha=2)),
+        refused("not one of queries and keys", lambda t, op: t(op, t.bias, t.x, repeated_weight(t))),
+        refused("sums over the rows", lambda t, op: t(op, t.square, t(aten.transpose.int, t.x, 1, 2), t.x)),
+        refused("table lines up with the batch", lambda t, op: t(op, t.sequences, t.x, t(aten.mT.default, t.x))),
+    ],
     aten.bmm.default: [
-        compact(lambda t, op: t(op, t.x, t(aten.expand.default, t.weight, [BATCH, FEATURES, FEATURES]))),
+        compact(lambda t, op: t(op, t.x, repeated_weight(t))),
         pair(lambda t, op: t(op, t.x, t(aten.transpose.int, t.x, 1, 2))),
         refused("sums over the rows", lambda t, op: t(op, t(aten.transpose.int, t.x, 1, 2), t.x)),
         refused(
