@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -32,6 +34,8 @@ def flops(node: fx.Node) -> int:
         return 2 * _numel(query) * _hint(key.shape[-2]) + 2 * _numel(query) // _hint(query.shape[-1]) * _hint(
             key.shape[-2]
         ) * _hint(value.shape[-1])
+    if node.target is aten.einsum.default:
+        return _equation_flops(node)
     if isinstance(node.target, OpOverload) and node.target.name() in GROUPED_PRODUCTS:
         weight, dim = node.args[1].meta["val"], -2  # type: ignore[union-attr]
     elif node.target in _PRODUCTS:
@@ -41,6 +45,15 @@ def flops(node: fx.Node) -> int:
         return 0
     contracted = weight.shape[dim] if weight.ndim > 1 else weight.shape[0]
     return 2 * _numel(node.meta["val"]) * _hint(contracted)
+
+
+def _equation_flops(node: fx.Node) -> int:
+    terms = node.args[0].replace(" ", "").partition("->")[0].split(",")  # type: ignore[union-attr]
+    sizes: dict[str, int] = {}
+    for term, tensor in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type]
+        shape = tensor.meta["val"].shape
+        sizes.update(zip(term, map(_hint, shape), strict=False))  # an ellipsis is not counted
+    return 2 * math.prod(sizes.values())
 
 
 def _numel(tensor: torch.Tensor) -> int:

@@ -11,14 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from radix_compile.given_masks import rows_seen
+from radix_compile.column_reach import ReachCheck
+from radix_compile.given_masks import RunsPlain, rows_seen
 from radix_compile.mask_facts import Blind
-from radix_compile.passes.choose_cuts import Form, values_of
+from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.token_axes import Refusal
+from radix_compile.token_axes import Refusal, values_of
+from radix_compile.torch_internals import size_symbols
 
 BoolArray = NDArray[np.bool_]
 
@@ -48,6 +50,7 @@ class PlanInputs:
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``runs``  program for the numbers of sequences that are packed in a row.
+    ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
     ``lists`` whether the folded program takes the row lists of the nodes as well, for gradients.
     """
 
@@ -58,9 +61,12 @@ class PlanInputs:
     front: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
     runs: RowProgram | None = None
+    scans: ReachCheck | None = None
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one."""
+        if self.scans is not None and not self.scans(args):
+            raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
         seen = [rows for rows in (rows_seen(args[i]) for i in self.masks) if rows is not None]
         keys = [args[i] for i in self.keys]
         shape = tuple(keys[0].shape)
@@ -148,7 +154,9 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
     )
     masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
-    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs)
+    symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
+    scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
+    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs, scans)
 
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:

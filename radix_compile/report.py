@@ -11,10 +11,11 @@ from torch import fx
 
 from radix_compile.cost import flops
 from radix_compile.mask_facts import RowMax
-from radix_compile.passes.choose_cuts import Form, values_of
+from radix_compile.op_rules.table import tensor_inputs
+from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import Tokens
-from radix_compile.token_axes import Refusal, refuse
+from radix_compile.token_axes import Refusal, refuse, values_of
 
 aten = torch.ops.aten
 
@@ -72,9 +73,15 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
         if attention is not None:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
-    report.notes += captured.meta.get("notes", [])
+    report.notes += [*captured.meta.get("notes", []), *_scans(tokens, wanted)]
     report.refusals = _that_matter(captured.graph, tokens)
     return report
+
+
+def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
+    followed = [node for node in tokens.scans if Form.COMPACT in wanted.forms.get(node, ())]
+    modules = dict.fromkeys(refuse(node, "").module for node in followed)
+    return [f"scan or convolution in {module}: proved causal; runs in full form" for module in modules]
 
 
 def _attention(node: fx.Node) -> Attention | None:
@@ -93,12 +100,23 @@ def _attention(node: fx.Node) -> Attention | None:
 
 
 def _that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:
-    """Refusals with arithmetic behind them. (Picking the last token of a finished output is one without.)"""
+    """Refusals with arithmetic behind them. (Picking the last token of a finished output is one without.)
+
+    A scan is not all proved causal: its last state is not. Of what it refuses, only products with weights matter.
+    """
     blamed: set[Refusal] = set()
+    scanned = {step.name for step in tokens.steps}
     for node in graph.nodes:
-        if node.op == "call_function" and flops(node):
-            blamed |= {value.mixed for value in values_of(node) if value.mixed is not None}
+        if node.op == "call_function" and flops(node) and node not in tokens.steps:
+            refusals = {value.mixed for value in values_of(node) if value.mixed is not None}
+            if not _has_weights(node):
+                refusals = {refusal for refusal in refusals if refusal.node not in scanned}
+            blamed |= refusals
     return [refusal for refusal in tokens.refusals if refusal in blamed]
+
+
+def _has_weights(node: fx.Node) -> bool:
+    return any(value.is_constant for arg in tensor_inputs(node) for value in values_of(arg))
 
 
 def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:

@@ -283,6 +283,11 @@ def value_of(node: fx.Node) -> Value:
     return marks
 
 
+def values_of(node: fx.Node) -> tuple[Value, ...]:
+    marks = marks_of(node)
+    return marks if isinstance(marks, tuple) else (marks,)
+
+
 def count_tokens(axes: Axes) -> tuple[int, int]:
     """How many axes of sequences and of columns there are."""
     atoms = [atom for axis in axes for atom in axis]

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis
 from torch._functorch.aot_autograd import aot_export_module
@@ -138,7 +140,7 @@ def fake_results(gm: fx.GraphModule, plan_sizes: Mapping[str, int]) -> dict[fx.N
     example = next(value for value in examples if isinstance(value, FakeTensor))
     mode = example.fake_mode
     quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
-    with quiet, mode:
+    with quiet, mode, enable_python_dispatcher():  # without it ops take no symbols that have no C++ kernel for them
         plan = [torch.empty(size, dtype=torch.int64, device=example.device) for size in plan_sizes.values()]
         interpreter = _FakeRun(gm, garbage_collect_values=False)
         interpreter.run(*examples, *plan)
@@ -160,6 +162,19 @@ def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
         return one == other
     hints = [size if isinstance(size, int) else size.node.hint for size in (one, other)]
     return hints[0] == hints[1] and bool(one == other)
+
+
+def size_symbols(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int, int]]:
+    """The sizes of inputs that are symbols: which input, which dimension, and the number in this call."""
+    found: dict[sympy.Symbol, tuple[int, int, int]] = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        sizes: Sequence[Any] = value.shape if isinstance(value, torch.Tensor) else ()
+        for dim, size in enumerate(sizes):
+            symbol = getattr(getattr(size, "node", None), "expr", None)
+            if isinstance(symbol, sympy.Symbol):
+                found.setdefault(symbol, (position, dim, int(size.node.hint)))
+    return found
 
 
 def is_parameter_or_buffer(example: Any) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from radix_compile.op_rules.table import argument
-from radix_compile.passes.choose_cuts import Form, values_of
+from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import apart
-from radix_compile.token_axes import BATCH, SEQ, Token, Value, refuse
+from radix_compile.token_axes import BATCH, SEQ, Token, Value, refuse, values_of
 
 Program = Callable[..., Any]
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.passes.choose_cuts import Form, has_compact_form, values_of
-from radix_compile.token_axes import BATCH, SEQ, Axis, Layout, Sorted, Token, Value, as_size, refuse
+from radix_compile.passes.choose_cuts import Form, has_compact_form
+from radix_compile.token_axes import BATCH, SEQ, Axis, Layout, Sorted, Token, Value, as_size, refuse, values_of
 
 NODES = 1_000_003
 """The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""

@@ -97,6 +97,47 @@ def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Val
     return result.with_fact(Score()) if result.is_pair else result
 
 
+@rule(aten.einsum.default)
+def einsum(node: fx.Node, layout: Layout) -> Value:
+    """Rows times weights, scores of rows, or attention weights times values: the labels say which."""
+    tensors = argument(node, "tensors")
+    terms, result = labels_of(argument(node, "equation"), len(tensors))
+    summed = [label for label in dict.fromkeys("".join(terms)) if label not in result]
+    order = [*summed, *result]
+    operands = []
+    for tensor, term in zip(tensors, terms, strict=True):
+        value = value_of(tensor)
+        placed = dict(zip(term, value.axes, strict=True))
+        operands.append(Operand(tensor, value, tuple(placed.get(label, ()) for label in order)))
+    axes, uses = broadcast(layout, operands)
+    if uses:
+        raise Mixes("a table lines up with tokens in an equation")
+    over = [(label, axis) for label, axis in zip(summed, axes, strict=False) if has_tokens(axis)]
+    kept = axes[len(summed) :]
+    if not over:
+        value = Value(kept)
+        return value.with_fact(Score()) if value.is_pair else value
+    (label, axis), *others = over
+    by_fact = sorted(zip(tensors, terms, strict=True), key=lambda pair: not isinstance(value_of(pair[0]).fact, Weights))
+    (weights, term), *rows = by_fact
+    fact = value_of(weights).fact
+    if others or len(rows) != 1 or axis != (SEQ,) or not isinstance(fact, Weights):
+        raise Mixes("sums over the rows of a sequence")
+    ((source, _),) = rows
+    if term.find(label) - len(term) != fact.key or not value_of(source).is_row:
+        raise Mixes("attention weights meet something that is not one value vector for each row")
+    return attend(kept, fact, value_of(weights), value_of(source))
+
+
+def labels_of(equation: str, count: int) -> tuple[list[str], str]:
+    """The labels of the dimensions of each operand of an equation, and of the result."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or "." in left or len(terms) != count or any(len(set(term)) < len(term) for term in [*terms, right]):
+        raise Mixes("an equation of a kind that is not read: with '...', with a label twice, or without '->'")
+    return terms, right
+
+
 def _vector_product(a: Value, b: Value) -> Value:
     if not b.is_constant:
         raise Mixes("a product with a vector that differs from row to row")

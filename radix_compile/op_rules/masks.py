@@ -16,6 +16,7 @@ from radix_compile.mask_facts import (
     OPAQUE,
     TRUE,
     AtMost,
+    Blind,
     Break,
     Diff,
     Fact,
@@ -39,7 +40,7 @@ from radix_compile.mask_facts import (
 )
 from radix_compile.op_rules.bounds import bounds_of
 from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import Value, value_of
+from radix_compile.token_axes import SEQ, Value, value_of
 
 aten = torch.ops.aten
 FACTS: dict[OpOverload, Callable[[fx.Node], Fact | None]] = {}
@@ -302,6 +303,20 @@ def _maximum(node: fx.Node) -> Fact | None:
 @_derives(aten.tanh.default)
 def _tanh(node: fx.Node) -> Fact | None:
     return Score()
+
+
+def blanked(node: fx.Node) -> frozenset[Blind]:
+    """What is blind no longer: times zero where they are padding, as before a scan, rows that saw no key are zero."""
+    if node.target is not aten.mul.Tensor:
+        return frozenset()
+    found: set[Blind] = set()
+    for fact, rows in (node.args[:2], node.args[1::-1]):
+        mask = fact_of(fact)
+        if isinstance(mask, PerRow) and isinstance(rows, fx.Node) and value_of(rows).is_row:
+            axes = value_of(rows).axes
+            if -mask.dim <= len(axes) and axes[mask.dim] == (SEQ,):
+                found |= {b for b in value_of(rows).blind if b.source is mask.source and b.truth}
+    return frozenset(found)
 
 
 # ------------------------------------------------------------------------------------------------- applying masks

@@ -12,7 +12,7 @@ from torch import fx
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
-from radix_compile.token_axes import Layout, Token, Value, marks_of
+from radix_compile.token_axes import Layout, Token, values_of
 
 aten = torch.ops.aten
 
@@ -75,11 +75,6 @@ def _is_cheap(node: fx.Node) -> bool:
 def home(node: fx.Node) -> Form:
     form: Form = node.meta["home"]
     return form
-
-
-def values_of(node: fx.Node) -> tuple[Value, ...]:
-    marks = marks_of(node)
-    return marks if isinstance(marks, tuple) else (marks,)
 
 
 def is_row(node: fx.Node) -> bool:

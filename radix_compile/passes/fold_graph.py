@@ -18,8 +18,8 @@ from torch import fx
 
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
-from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source, values_of
-from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of
+from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
+from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix

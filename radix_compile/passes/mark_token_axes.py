@@ -9,11 +9,14 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from radix_compile.column_reach import Reaches, steps_to
 from radix_compile.cost import flops
 from radix_compile.given_masks import given_mask_value, given_masks
 from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
+from radix_compile.op_rules.masks import blanked
 from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
+from radix_compile.reach_rules import reach_rule_for
 from radix_compile.token_axes import (
     BATCH,
     SEQ,
@@ -34,20 +37,28 @@ from radix_compile.token_axes import (
     plain_axes,
     refuse,
     shape_of,
+    values_of,
 )
-from radix_compile.torch_internals import same_size
+from radix_compile.torch_internals import same_size, size_symbols
 
 aten = torch.ops.aten
 
 
 @dataclass
 class Tokens:
-    """The token axes of a graph: their sizes, the inputs that are row keys or masks, and where folding stops."""
+    """The token axes of a graph: their sizes, the inputs that are row keys or masks, and where folding stops.
+
+    ``scans`` are the nodes that are causal by the columns that they read, and what their rules said; ``steps`` those
+    on the way there.
+    """
 
     layout: Layout
     keys: list[fx.Node]
+    reaches: Reaches
     masks: list[fx.Node] = field(default_factory=list)
     refusals: dict[Refusal, fx.Node] = field(default_factory=dict)
+    scans: dict[fx.Node, Refusal] = field(default_factory=dict)
+    steps: set[fx.Node] = field(default_factory=set)
 
 
 class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
@@ -73,18 +84,30 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
         raise CannotFold("the batch is empty", expected=True)
     keys = [node for node in gm.graph.find_nodes(op="placeholder") if _is_key_input(node) and _lines_up(node, ids)]
     layout = Layout(*shape_of(ids))  # after the line above, which may have found two symbols to be one
-    tokens = Tokens(layout, keys, given_masks(gm.graph, ids))
+    reaches = Reaches(layout, {symbol: hint for symbol, (*_, hint) in size_symbols(gm.graph).items()}, reach_rule_for)
+    tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
     gm.meta["tokens"] = tokens
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
         marks = _infer(node, tokens)
-        values = marks if isinstance(marks, tuple) else (marks,)
-        for value in values:
+        mark(node, marks)
+        if any(value.mixed is not None for value in values_of(node)):
+            _mark_scan(node, tokens)
+        for value in values_of(node):
             if value.mixed is not None:
                 tokens.refusals.setdefault(value.mixed, node)
-        mark(node, marks)
     return gm
+
+
+def _mark_scan(node: fx.Node, tokens: Tokens) -> None:
+    """Where no axis can be followed, an entry may still read no column later than its own (see ``column_reach``)."""
+    axes = tokens.reaches.causal_axes(node) if is_tensor(node) else None
+    refusal = values_of(node)[0].mixed
+    if axes is not None and refusal is not None:
+        tokens.steps.update(steps_to(node))
+        tokens.scans[node] = refusal
+        mark(node, Value(axes, full_only=True))
 
 
 def _is_key_input(node: fx.Node) -> bool:
@@ -147,7 +170,7 @@ def _literal(node: fx.Node) -> Filled | None:
 
 
 def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
-    inputs = [value for arg in node.all_input_nodes for value in _values(arg)]
+    inputs = [value for arg in node.all_input_nodes for value in values_of(arg)]
     mixed = next((value.mixed for value in inputs if value.mixed is not None), None)
     if mixed is not None and node.target not in MIXED_INPUTS_ALLOWED:
         return Value((), mixed=mixed)
@@ -158,16 +181,11 @@ def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
         raise Mixes("no rule for this op, so it may mix rows")
-    blind = frozenset().union(*(value.blind for value in inputs))
+    blind = frozenset().union(*(value.blind for value in inputs)) - blanked(node)
     marks = rule(node, tokens.layout)
     if isinstance(marks, tuple):
         return tuple(replace(value, blind=value.blind | blind) for value in marks)
     return _with_row(node, replace(marks, blind=marks.blind | blind) if marks.mixed is None else marks)
-
-
-def _values(node: fx.Node) -> tuple[Value, ...]:
-    marks = marks_of(node)
-    return marks if isinstance(marks, tuple) else (marks,)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, PerRow, Predicate, Same, Weights, hides, terms_of
-from radix_compile.passes.choose_cuts import Form, is_row, values_of
+from radix_compile.passes.choose_cuts import Form, is_row
 from radix_compile.passes.fold_graph import Wanted
-from radix_compile.token_axes import Uniform, refuse, value_of
+from radix_compile.token_axes import Uniform, refuse, value_of, values_of
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ those of any kind nothing is promised, they may fold or not.
 
 from __future__ import annotations
 
-from tests.fuzz import attentions  # noqa: F401 - importing it registers its pieces
+from tests.fuzz import attentions, scans  # noqa: F401 - importing them registers their pieces
 from tests.fuzz.draw import PIECES, Draw, Kind, Piece, piece
 
 __all__ = ["PIECES", "Piece"]

@@ -22,10 +22,10 @@ from radix_compile.op_rules.check.recorder import SEQ as COLUMNS
 from radix_compile.op_rules.check.recorder import Recorder, sample_inputs, shuffle_later
 from radix_compile.op_rules.check.samples import NEVER_FOLDS, NEVER_REFUSED, NO_RULE, POINTWISE, SAMPLES, Sample
 from radix_compile.op_rules.table import RULES
-from radix_compile.passes.choose_cuts import Form, values_of
+from radix_compile.passes.choose_cuts import Form
 from radix_compile.pipeline import run_pipeline
 from radix_compile.plan_inputs import plan_inputs
-from radix_compile.token_axes import SEQ, value_of
+from radix_compile.token_axes import SEQ, value_of, values_of
 
 aten = torch.ops.aten
 FOLDS = ("compact", "full", "pair", "constant", "arranged")
@@ -129,10 +129,13 @@ def _expect(holds: bool, otherwise: str) -> None:
 
 def check_verdict(node: fx.Node, sample: Sample) -> None:
     """What the rule said of an annotated node is the sample's verdict, and its axes multiply to the shape."""
+    graph = node.graph.owning_module
+    assert graph is not None
     for value in values_of(node):
         if sample.verdict == "refused":
-            reason = value.mixed.reason if value.mixed is not None else ""
-            _expect(value.mixed is not None, f"not refused: {value}")
+            refusal = value.mixed or graph.meta["tokens"].scans.get(node)  # of a scan, what the rule said of it
+            reason = "" if refusal is None else refusal.reason
+            _expect(refusal is not None, f"not refused: {value}")
             _expect(sample.reason in reason, f"refused because it {reason!r}, not {sample.reason!r}")
             continue
         _expect(value.mixed is None, f"refused: {value.mixed}")
@@ -144,8 +147,6 @@ def check_verdict(node: fx.Node, sample: Sample) -> None:
         _expect(said == sample.verdict, f"said to be {said}, and it is {sample.verdict}")
         values, outputs = values_of(node), node.meta["val"]
         output = outputs[values.index(value)] if isinstance(outputs, tuple | list) else outputs
-        graph = node.graph.owning_module
-        assert graph is not None
         layout = graph.meta["tokens"].layout
         sizes = [layout.axis_size(axis) for axis in value.axes]
         _expect(sizes == list(output.shape), f"the axes {value.axes} are not those of {list(output.shape)}")

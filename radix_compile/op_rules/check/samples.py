@@ -79,6 +79,16 @@ def repeated_weight(t: Recorder) -> fx.Node:
     return t(aten.expand.default, t.weight, [BATCH, FEATURES, FEATURES])
 
 
+def head_weights(t: Recorder) -> fx.Node:
+    """``[H, E, E]``"""
+    return t(aten.add.Tensor, t.square, t(aten.reshape.default, t.sequences, [HEADS, 1, 1]))
+
+
+def columns_weights(t: Recorder) -> fx.Node:
+    """``[S, D, D]``, another matrix for each column."""
+    return t(aten.mul.Tensor, t.weight, t(aten.unsqueeze.default, t.columns, 2))
+
+
 UNARY = [compact(unary), refused("no rule", lambda t, op: t(op, rolled(t)))]
 
 
@@ -384,6 +394,30 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
                 op, t(aten.t.default, t(aten.view.default, t.x, MERGED)), t(aten.view.default, t.x, MERGED)
             ),
         ),
+    ],
+    aten.einsum.default: [
+        compact(lambda t, op: t(op, "bsd,ed->bse", [t.x, t.weight])),
+        compact(lambda t, op: t(op, "bsi,bsj->bsij", [t.x, t.x])),
+        compact(lambda t, op: t(op, "bhse,hef->bhsf", [t.heads, head_weights(t)])),
+        compact(lambda t, op: t(op, "bsd,d,bse->bsed", [t.x, t.bias, t.x])),
+        compact(lambda t, op: t(op, "bsd->sb", [t.x])),
+        pair(lambda t, op: t(op, "bhqe,bhke->bhqk", [t.heads, t.heads])),
+        full(lambda t, op: t(op, "bhqk,bkhe->bqhe", [t.weights, t.wide])),
+        full(lambda t, op: t(op, "bkhe,bhqk->bqhe", [t.wide, t.weights])),
+        full(lambda t, op: t(op, "bhqk,bqhe->bqhe", [t.weights, t.wide])),
+        refused("sums over the rows", lambda t, op: t(op, "bsd,bsd->bd", [t.x, t.x])),
+        refused("sums over the rows", lambda t, op: t(op, "bhqk,bkhe->bqhe", [t.full_weights, t.wide])),
+        refused("one value vector", lambda t, op: t(op, "bhqk,bkhe->bkhe", [t.weights, t.wide])),
+        refused("one value vector", lambda t, op: t(op, "bhqk,bhkj->bhqj", [t.weights, t.scores])),
+        refused("sums over the rows", lambda t, op: t(op, "bsd,bsd->sd", [t.x, t.x])),
+        refused("different sequences", lambda t, op: t(op, "bsd,ase->bsa", [t.x, t.x])),
+        refused("sums over the rows", lambda t, op: t(op, "bsd,bde->bse", [t.x, t.x])),
+        refused(
+            "table lines up", lambda t, op: t(op, "bsd,bed->bse", [t.x, t(aten.mul.Tensor, t.weight, t.sequences)])
+        ),
+        refused("table lines up", lambda t, op: t(op, "bsd,sde->bse", [t.x, columns_weights(t)])),
+        refused("not read", lambda t, op: t(op, "...d,ed->...e", [t.x, t.weight])),
+        refused("not read", lambda t, op: t(op, "bsd,ed", [t.x, t.weight])),
     ],
     aten.baddbmm.default: [
         pair(lambda t, op: t(op, t.square, t.x, t(aten.transpose.int, t.x, 1, 2))),
@@ -967,11 +1001,10 @@ POINTWISE: dict[OpOverload, list[Sample]] = {
 }
 
 NO_RULE: dict[str, str] = {
-    "aten.conv1d.default": "causal or not by its padding, which no rule looks at yet (Mamba-2, Qwen3-Next, LFM2)",
+    "aten.conv1d.default": "causal or not by its padding: column_reach says which",
     "aten.cross_entropy_loss.default": "a loss over all rows, which the pass fold_cross_entropy is for",
-    "aten.einsum.default": "an equation over any axes, which no rule reads yet",
-    "aten.linalg_solve_triangular.default": "solves over the columns of a chunk (the linear attention of Qwen3-Next)",
-    "aten.select_scatter.default": "writes column by column (the linear attention of Qwen3-Next)",
+    "aten.linalg_solve_triangular.default": "solves over the columns of a chunk: column_reach says which it reads",
+    "aten.select_scatter.default": "writes column by column: column_reach follows them",
 }
 """Ops that models use at which folding stops by intention, and why."""
 

@@ -1,0 +1,96 @@
+"""Linear attention in chunks, states that are handed on, convolutions: causal ones, and some that only look it."""
+
+from __future__ import annotations
+
+from tests.fuzz.draw import Draw, Kind, piece
+
+
+def in_chunks(d: Draw, diagonal: int = 0) -> tuple[int, list[str]]:
+    """The size of a chunk, and lines that cut ``x`` into ``parts`` ``[B, n, size, D]`` and make their ``decay``."""
+    size = d.number(1, 4)
+    return size, [
+        f"n = -(-S // {size})",
+        f"parts = F.pad(x, (0, 0, 0, n * {size} - S)).reshape(B, n, {size}, D)",
+        f"lower = torch.ones({size}, {size}, dtype=torch.bool).tril({diagonal})",
+        "total = -parts.mean(-1).abs().cumsum(-1)",
+        "decay = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -math.inf).exp()",
+        "inner = " + d.one_of("parts @ parts.mT * decay", "torch.einsum('bnid,bnjd->bnij', parts, parts) * decay"),
+    ]
+
+
+def scan(d: Draw) -> str:
+    size, lines = in_chunks(d)
+    way = d.one_of("within", "equation", "delta rule", "handed on", "one by one", "summed")
+    if way == "within":
+        lines.append("y = inner @ parts")
+    elif way == "equation":
+        lines.append("y = torch.einsum('bnij,bnjd->bnid', inner, parts)")
+    elif way == "delta rule":
+        lines.append("y = torch.linalg.solve_triangular(inner, parts, upper=False, unitriangular=True)")
+    elif way == "handed on":
+        lines += [
+            "state = torch.einsum('bnid,bnie->bnde', parts, parts).cumsum(1)",
+            "state = torch.cat([torch.zeros_like(state[:, :1]), state], 1)[:, :-1]",
+            "y = inner @ parts + parts @ state",
+        ]
+    elif way == "one by one":
+        lines += [
+            "state, y = x.new_zeros(B, D, D), torch.zeros_like(parts)",
+            "for i in range(n):",
+            "    y[:, i] = parts[:, i] @ state + inner[:, i] @ parts[:, i]",
+            "    state = state * total[:, i, -1].exp()[:, None, None] + parts[:, i].mT @ parts[:, i]",
+        ]
+    else:
+        lines.append("y = parts.cumsum(2) + F.pad(parts.sum(2, keepdim=True), (0, 0, 0, 0, 1, 0))[:, :-1]")
+    return "\n".join([*lines, f"y = y.reshape(B, n * {size}, D)[:, :S] / S"])
+
+
+@piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
+def scanned(d: Draw) -> str:
+    return scan(d)
+
+
+@piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
+def convolved(d: Draw) -> str:
+    taps, apart = d.number(1, 4), d.number(1, 2)
+    behind = (taps - 1) * apart
+    weight, groups = d.one_of((f"w(D, 1, {taps})", "D"), (f"w(D, D, {taps})", "1"))
+    return f"y = F.conv1d(x.mT, {weight}, w(D), padding={behind}, dilation={apart}, groups={groups})[..., :S].mT"
+
+
+@piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
+def linear_attention(d: Draw) -> str:
+    scores = d.one_of("(x @ x.mT).tril()", "x @ x.mT * torch.ones(S, S).tril()", "(x @ x.mT).sigmoid().tril()")
+    return f"y = ({scores}) @ {d.one_of('x', 'z')} / S"
+
+
+@piece(Kind.ANY)
+def nearly_scanned(d: Draw) -> str:
+    """One column or chunk off, or the other way round."""
+    size, lines = in_chunks(d, d.number(-1, 1))
+    lines += [
+        "y = "
+        + d.one_of(
+            "inner @ parts",
+            "inner.mT @ parts",
+            "inner @ parts.flip(1)",
+            "inner @ parts + parts.mean(2, keepdim=True)",
+            "parts @ (parts.mT @ parts)",
+            "parts.cumsum(1)",
+            "parts.flip(2).cumsum(2).flip(2)",
+            "torch.linalg.solve_triangular(inner.mT, parts, upper=True, unitriangular=True)",
+            "parts.roll(1, 1)",
+            "inner @ parts.roll(1, 0)",
+            "(inner + 0.1) @ parts",
+        ),
+        f"y = y.reshape(B, n * {size}, D)",
+        d.one_of("y = y[:, :S] / S", f"y = y[:, n * {size} - S:] / S"),
+    ]
+    return "\n".join(lines)
+
+
+@piece(Kind.ANY)
+def nearly_convolved(d: Draw) -> str:
+    taps = d.number(2, 4)
+    first = d.number(0, taps - 1)
+    return f"y = F.conv1d(x.mT, w(D, D, {taps}), padding={taps - 1})[..., {first}:S + {first}].mT"
