@@ -13,15 +13,15 @@ from torch import fx
 from radix_compile import torch_internals as internals
 from radix_compile.arrays import as_multiple
 from radix_compile.capture import CaptureError, capture, first_line
-from radix_compile.given_masks import RunsPlain
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
-from radix_compile.pipeline import Observer, run_pass, run_pipeline
+from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
 from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
+from radix_compile.row_contents import RunsPlain
 from radix_compile.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,10 @@ class RadixBackend:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
             as_rewritten = _copied(rewritten) if options.verify else None  # the inner backend may write to its own
             folded = _compile_folded(captured, rewritten, example_inputs, options)
-        except (CaptureError, CannotFold) as refusal:
+        except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason = False, str(refusal)
+            if isinstance(refusal, PassFailed):
+                log.error("a mistake in radix_compile: please report it", exc_info=refusal)
             self._say_so(report, options, expected=getattr(refusal, "expected", False))
             self.report(report)
             return _compile_plain(gm, example_inputs, options)
@@ -118,7 +120,7 @@ def rewrite(
 ) -> tuple[fx.GraphModule, fx.GraphModule, PlanInputs]:
     """The captured graph, its folded form and how to plan a call; ``report`` is filled in on the way.
 
-    Raises ``CaptureError`` or ``CannotFold``; ``gm`` is left as it was.
+    Raises ``CaptureError``, ``CannotFold`` or ``PassFailed``; ``gm`` is left as it was.
     """
     captured = capture(gm, example_inputs)
     if observe is not None:
@@ -187,7 +189,8 @@ def _choose_per_call(
 
     def run(*args: Any) -> Any:
         ids = args[first_key]
-        if ids.numel() < options.min_tokens:
+        rows = ids.shape[0] * ids.shape[1]
+        if rows < options.min_tokens:
             COUNTERS.ran_plain("fewer rows than min_tokens")
             return plain(*args)
         started = time.perf_counter()
@@ -196,7 +199,7 @@ def _choose_per_call(
         except RunsPlain as reason:
             COUNTERS.ran_plain(str(reason))
             return plain(*args)
-        pays = 0 < plan.compact_tokens <= options.threshold * ids.numel()
+        pays = 0 < plan.compact_tokens <= options.threshold * rows
         arrays = inputs.arrays(plan, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)
         if not pays:

@@ -28,7 +28,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
     ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
     The result takes the same inputs in the same order. Its nodes carry ``val``, ``stack_trace`` and
-    ``nn_module_stack``; placeholders of parameters and buffers carry ``is_static``. Of the graph, ``meta`` says whether
+    ``nn_module_stack``; placeholders of parameters and buffers carry ``is_static``, and those with a gradient
+    ``needs_gradient``. Of the graph, ``meta`` says whether
     activation checkpointing regions were inlined (``checkpointed``) and whether a call may be followed by a backward
     pass (``differentiable``). Raises :class:`CaptureError`; ``gm`` is left as it was.
     """
@@ -138,6 +139,7 @@ def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, exampl
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
         new.meta["is_static"] = internals.is_parameter_or_buffer(example)
+        new.meta["needs_gradient"] = torch.is_grad_enabled() and getattr(example, "requires_grad", False)
 
 
 def _tidy(gm: fx.GraphModule) -> None:

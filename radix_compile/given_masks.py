@@ -9,11 +9,8 @@ from torch import Tensor, fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.mask_facts import Given, Masked, Predicate
+from radix_compile.row_contents import RunsPlain
 from radix_compile.token_axes import BATCH, SEQ, Axis, Value, as_size, plain_axes, plain_axis
-
-
-class RunsPlain(Exception):  # noqa: N818 - a verdict about a call, not an error in it
-    """This call cannot run folded. The message is the reason."""
 
 
 def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
@@ -22,7 +19,7 @@ def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
 
 
 def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
-    tensor, (batch, seq) = node.meta.get("val"), ids.meta["val"].shape
+    tensor, (batch, seq) = node.meta.get("val"), ids.meta["val"].shape[:2]
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or node.meta.get("is_static"):
         return False
     if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):

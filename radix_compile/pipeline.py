@@ -13,6 +13,7 @@ from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
 from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
+from radix_compile.torch_internals import must_propagate
 from radix_compile.verify_graph import verify_graph
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,14 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+"""What a pass raises that has a mistake in it."""
+
+
+class PassFailed(Exception):  # noqa: N818 - a verdict about a graph, as CannotFold is
+    """A pass has a mistake in it, which nobody's call should be lost to. The message says which pass and what."""
+
+
 def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> fx.GraphModule:
     """Run every pass on a captured graph. ``observe(pass name, graph)`` is called after each.
 
@@ -43,9 +52,17 @@ def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None, verify: bo
 
 
 def run_pass(apply: Pass, gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> fx.GraphModule:
-    """One pass, timed, checked (all the more with ``verify``) and logged."""
+    """One pass, timed, checked (all the more with ``verify``) and logged.
+
+    Raises :class:`PassFailed`, or with ``verify`` the error itself.
+    """
     started = time.perf_counter()
-    gm = apply(gm)
+    try:
+        gm = apply(gm)
+    except BUGS as error:
+        if verify or ALWAYS_VERIFY or must_propagate(error):
+            raise
+        raise PassFailed(f"{apply.__name__} failed: {type(error).__name__}: {error}") from error
     gm.graph.lint()
     gm.recompile()
     log.debug("%s: %d nodes, %.1f ms", apply.__name__, len(gm.graph.nodes), 1e3 * (time.perf_counter() - started))

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import fx
 
 from radix_compile.column_reach import ReachCheck
-from radix_compile.given_masks import RunsPlain, rows_seen
+from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.row_contents import RunsPlain, row_numbers
 from radix_compile.token_axes import Refusal, values_of
 from radix_compile.torch_internals import size_symbols
 
@@ -44,7 +45,7 @@ class RowProgram:
 class PlanInputs:
     """Which inputs are the row keys, which rows are nodes of their own, which are left out.
 
-    ``keys``  positions of the row-key inputs, each ``[B, S]``.
+    ``keys``  positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
     ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
@@ -69,7 +70,7 @@ class PlanInputs:
             raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
         seen = [rows for rows in (rows_seen(args[i]) for i in self.masks) if rows is not None]
         keys = [args[i] for i in self.keys]
-        shape = tuple(keys[0].shape)
+        shape = (keys[0].shape[0], keys[0].shape[1])
         unique: BoolArray | None = None
         skip: BoolArray | None = None
         if self.skip is not None:
@@ -104,10 +105,12 @@ class PlanInputs:
 
 
 def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
-    """One copy for all keys where they live on a device: each copy waits for it."""
+    """One copy for all keys where they live on a device: each copy waits for it. Embedded rows by their contents."""
+    embedded: list[NDArray[Any]] = [row_numbers(key) for key in keys if key.ndim > 2]
+    keys = [key for key in keys if key.ndim == 2]
     if len(keys) > 1 and keys[0].device.type != "cpu":
-        return list(torch.stack([key.long() for key in keys]).numpy(force=True))
-    return [key.numpy(force=True) for key in keys]
+        return embedded + list(torch.stack([key.long() for key in keys]).numpy(force=True))
+    return embedded + [key.numpy(force=True) for key in keys]
 
 
 def sightless(visible: BoolArray, window: int | None) -> BoolArray:
@@ -166,7 +169,9 @@ def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | No
     if column is None or padding is None:
         return None
     placeholders = captured.graph.find_nodes(op="placeholder")
-    shape = tuple(args[placeholders.index(captured.meta["tokens"].keys[0])].shape)  # sizes, where others are symbols
+    shape = tuple(args[placeholders.index(captured.meta["tokens"].keys[0])].shape)[
+        :2
+    ]  # sizes, where others are symbols
     shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
     if shown[:, 0].all():
         return None

@@ -319,6 +319,24 @@ class Operand:
     axes: Axes
 
 
+def tidy(axis: Axis) -> Axis:
+    """One feature atom for each run of atoms that are no tokens."""
+    result: list[Atom] = []
+    for atom in axis:
+        last = result[-1] if result else None
+        if isinstance(atom, Token) or last is None or isinstance(last, Token):
+            result.append(atom)
+        else:
+            kind = Uniform if isinstance(atom, Uniform) and isinstance(last, Uniform) else Feature
+            result[-1] = kind(last.size * atom.size)
+    return tuple(result)
+
+
+def _repeats_for_sequences(layout: Layout, own: Axis, axis: Axis) -> bool:
+    """Is a constant's dimension, that lines up with sequences and something else, the same for all sequences?"""
+    return len(axis) > 1 and axis[0] is BATCH and not has_tokens(axis[1:]) and own[0] == Uniform(layout.batch)
+
+
 def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
     """The one meaning of dimensions that line up, or ``Mixes`` if they mean different things."""
     varying = [axis for axis in axes if not all(isinstance(atom, Uniform) for atom in axis)]
@@ -326,7 +344,7 @@ def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
         return max(axes, key=len, default=())
     if all(axis == varying[0] for axis in varying):
         return varying[0]
-    tokens = [axis for axis in varying if has_tokens(axis)]
+    tokens = [tidy(axis) for axis in varying if has_tokens(axis)]
     if not tokens:
         return plain_axis(layout.axis_size(varying[0]))
     if all(axis == tokens[0] for axis in tokens):
@@ -349,6 +367,7 @@ def broadcast(
     rank = max((len(operand.axes) for operand in operands), default=0)
     result: list[Axis] = []
     uses: list[tuple[fx.Node, int, str]] = []
+    repeats = False
     for dim in range(-rank, 0):
         lined_up = [operand for operand in operands if len(operand.axes) >= -dim]
         axis = _merge(layout, [operand.axes[dim] for operand in lined_up])
@@ -362,6 +381,9 @@ def broadcast(
             uniform = all(isinstance(atom, Uniform) for atom in own)
             if not uniform and axis != (SEQ,) and not operand.value.is_constant:
                 raise Mixes(f"dimensions that line up mean different things: {axis} and {own}")
+            if operand.value.is_constant and _repeats_for_sequences(layout, own, axis):
+                repeats = True
+                continue
             if len(axis) > 1 and (exact or not uniform):
                 raise Mixes("a table lines up with tokens and something else at once")
             if axis != (SEQ,) and not uniform:
@@ -371,4 +393,6 @@ def broadcast(
             # A value with token axes elsewhere makes pairs here, and pairs have no compact form to prepare it for.
             if operand.value.is_constant:
                 uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))
+    if repeats and count_tokens(tuple(result))[1] < 2:  # as above: of pairs nothing need be prepared
+        raise Mixes("a table lines up with tokens and something else at once")
     return tuple(result), tuple(dict.fromkeys(uses))

@@ -45,6 +45,25 @@ def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
     return torch.compile(model, backend="radix", options=settings)
 
 
+def test_a_mistake_in_a_pass_does_not_lose_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain program runs, with a warning; it is an error with ``strict``, and with ``verify``."""
+
+    def broken(gm: fx.GraphModule) -> fx.GraphModule:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("radix_compile.pipeline.PASSES", (broken,))
+    monkeypatch.setattr("radix_compile.pipeline.ALWAYS_VERIFY", False)
+    model = Net()
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="nothing folds: broken failed: KeyError: 'lost'"):
+            ours = compiled(model, verify=False, strict=False)(IDS)
+        torch.testing.assert_close(ours, model(IDS))
+        for options in ({"verify": False}, {"strict": False}):
+            torch._dynamo.reset()
+            with pytest.raises(Exception, match="lost"):
+                compiled(model, **options)(IDS)
+
+
 # ------------------------------------------------------------------------------------------------------------ graphs
 
 

@@ -131,16 +131,17 @@ def regroup(layout: Layout, axes: Axes, shape: Sequence[Size]) -> tuple[Axes, di
 
 
 def _tidy(axis: Axis) -> Axis:
-    """One feature atom for each run of feature (or uniform) atoms."""
-    tidy: list[Atom] = []
+    """One atom for each run of features; of uniform ones, which stay apart, as of something repeated."""
+    result: list[Atom] = []
     for atom in axis:
-        last = tidy[-1] if tidy else None
-        if isinstance(atom, Token) or last is None or isinstance(last, Token):
-            tidy.append(atom)
+        last = result[-1] if result else None
+        if isinstance(atom, Feature) and isinstance(last, Feature):
+            result[-1] = Feature(last.size * atom.size)
+        elif isinstance(atom, Uniform) and isinstance(last, Uniform):
+            result[-1] = Uniform(last.size * atom.size)
         else:
-            kind = Uniform if isinstance(atom, Uniform) and isinstance(last, Uniform) else Feature
-            tidy[-1] = kind(last.size * atom.size)
-    return tuple(tidy)
+            result.append(atom)
+    return tuple(result)
 
 
 @rule(aten.expand.default, view_like=True, shape="size")
@@ -321,15 +322,13 @@ def stack(node: fx.Node, layout: Layout) -> Value:
 @rule(aten.repeat.default)
 def repeat(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
-    repeats = argument(node, "repeats")
-    shape = shape_of(node)
-    axes: Axes = ((),) * (len(shape) - len(source.axes)) + source.axes
+    repeats = [times.meta["val"] if isinstance(times, fx.Node) else times for times in argument(node, "repeats")]
+    axes: Axes = ((),) * (len(repeats) - len(source.axes)) + source.axes
     for axis, times in zip(axes, repeats, strict=True):
         if times != 1:
             feature(axis, "repeats")
-    return Value(
-        tuple(axis if times == 1 else plain_axis(size) for axis, times, size in zip(axes, repeats, shape, strict=True))
-    )
+    before = [() if times == 1 else (Uniform(as_size(times)),) for times in repeats]
+    return Value(tuple(_tidy((*more, *axis)) for more, axis in zip(before, axes, strict=True)))
 
 
 @rule(aten.repeat_interleave.self_int)

@@ -74,16 +74,21 @@ class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an err
 
 def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
     """Write a :class:`Value` to every node, and :class:`Tokens` to ``gm.meta["tokens"]``."""
-    ids = _token_ids(gm.graph)
-    batch, seq = shape_of(ids)
+    ids = _token_ids(gm.graph) or _embedded(gm.graph)
+    batch, seq = shape_of(ids)[:2]
     packed = bool(gm.graph.find_nodes(op="call_function", target=aten.eq.Tensor))  # sequences are told apart by number
     if (batch == 1 and not packed) or seq == 1:
         what = "there is one sequence only" if batch == 1 else "sequences of one token share nothing"
         raise CannotFold(what, expected=True)
     if batch == 0 or seq == 0:
         raise CannotFold("the batch is empty", expected=True)
-    keys = [node for node in gm.graph.find_nodes(op="placeholder") if _is_key_input(node) and _lines_up(node, ids)]
-    layout = Layout(*shape_of(ids))  # after the line above, which may have found two symbols to be one
+    inputs = gm.graph.find_nodes(op="placeholder")
+    keys = [node for node in inputs if _is_key_input(node) and _lines_up(node, ids)]
+    if not _is_key_input(ids):
+        keys = [node for node in inputs if node in keys or (_is_embedded(node) and _lines_up(node, ids))]
+        if any(node.meta.get("needs_gradient") for node in keys):
+            raise CannotFold("the embedded input has a gradient, which every row needs its own of: pass input_ids")
+    layout = Layout(*shape_of(ids)[:2])  # after the line above, which may have found two symbols to be one
     reaches = Reaches(layout, {symbol: hint for symbol, (*_, hint) in size_symbols(gm.graph).items()}, reach_rule_for)
     tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
     gm.meta["tokens"] = tokens
@@ -111,18 +116,24 @@ def _mark_scan(node: fx.Node, tokens: Tokens) -> None:
 
 
 def _is_key_input(node: fx.Node) -> bool:
+    """``[batch, sequence]`` integers: token ids, positions, masks."""
     if not is_tensor(node) or node.meta.get("is_static"):
         return False
     value = node.meta["val"]
     return value.ndim == 2 and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
+def _is_embedded(node: fx.Node) -> bool:
+    """``[batch, sequence, features]``: what is computed from token ids before the graph begins."""
+    return is_tensor(node) and node.meta["val"].ndim == 3 and not node.meta.get("is_static")
+
+
 def _lines_up(node: fx.Node, ids: fx.Node) -> bool:
-    sizes = zip(node.meta["val"].shape, ids.meta["val"].shape, strict=True)
+    sizes = zip(node.meta["val"].shape[:2], ids.meta["val"].shape[:2], strict=True)
     return all(same_size(one, other) for one, other in sizes)
 
 
-def _token_ids(graph: fx.Graph) -> fx.Node:
+def _token_ids(graph: fx.Graph) -> fx.Node | None:
     """The token ids: the ``[batch, sequence]`` integer input that is looked up in an embedding table."""
     shapes = []
     for lookup in graph.find_nodes(op="call_function", target=aten.embedding.default):
@@ -135,8 +146,21 @@ def _token_ids(graph: fx.Graph) -> fx.Node:
             shapes.append(tuple(node.meta["val"].shape))
     if shapes:
         raise CannotFold(f"token ids have the shape {list(shapes[0])}; expected [batch, sequence]")
-    beside_the_model = not any(flops(node) for node in graph.nodes)
-    raise CannotFold("the graph takes no token ids (no embedding is looked up by an integer input)", beside_the_model)
+    return None
+
+
+def _embedded(graph: fx.Graph) -> fx.Node:
+    """The rows, if they come embedded: the first ``[batch, sequence, features]`` input in floating point.
+
+    Whatever it is, two rows of it that hold the same are the same; if it is something else, nothing will be proved.
+    """
+    if not any(flops(node) for node in graph.nodes):
+        raise CannotFold("there is no token-wise arithmetic in it", expected=True)
+    node: fx.Node
+    for node in graph.find_nodes(op="placeholder"):
+        if _is_embedded(node) and node.meta["val"].dtype.is_floating_point:
+            return node
+    raise CannotFold("the graph takes no token ids (no embedding is looked up by an integer input), and no embeddings")
 
 
 def _infer(node: fx.Node, tokens: Tokens) -> Marks:
@@ -145,7 +169,7 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
             return given_mask_value(node)
         if node not in tokens.keys:
             return _with_row(node, Value(plain_axes(node) if is_tensor(node) else ()))
-        return _with_row(node, Value(tokens.layout.rows))
+        return _with_row(node, Value((*tokens.layout.rows, *plain_axes(node)[2:])))
     if node.op == "get_attr":
         return Value(plain_axes(node) if is_tensor(node) else (), fact=_literal(node))
     if node.target is operator.getitem:

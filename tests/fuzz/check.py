@@ -20,13 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import radix_compile
 from radix_compile import backend
 from radix_compile.capture import CaptureError, capture
-from radix_compile.given_masks import RunsPlain
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import run_pass, run_pipeline
 from radix_compile.plan_inputs import plan_inputs
 from radix_compile.report import report_on
+from radix_compile.row_contents import RunsPlain
 from tests.fuzz.batches import Given, draw_batch, draw_inputs
 from tests.fuzz.draw import draw_sizes
 from tests.fuzz.programs import Program, draw_program

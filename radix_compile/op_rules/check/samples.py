@@ -89,6 +89,17 @@ def columns_weights(t: Recorder) -> fx.Node:
     return t(aten.mul.Tensor, t.weight, t(aten.unsqueeze.default, t.columns, 2))
 
 
+def heads_bias(t: Recorder) -> fx.Node:
+    """``[H, 1, S]``, a bias for each head and column."""
+    return t(aten.mul.Tensor, t(aten.reshape.default, t.sequences, [HEADS, 1, 1]), t(aten.mT.default, t.columns))
+
+
+def merged_heads(t: Recorder) -> tuple[fx.Node, fx.Node]:
+    """``[B * H, S, E]`` and ``[B * H, E, S]``: queries and keys."""
+    merged = t(aten.reshape.default, t.heads, [BATCH * HEADS, SEQ, SEQ])
+    return merged, t(aten.transpose.int, merged, 1, 2)
+
+
 UNARY = [compact(unary), refused("no rule", lambda t, op: t(op, rolled(t)))]
 
 
@@ -422,6 +433,11 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
     aten.baddbmm.default: [
         pair(lambda t, op: t(op, t.square, t.x, t(aten.transpose.int, t.x, 1, 2))),
         pair(lambda t, op: t(op, t.x, t.x, t(aten.transpose.int, t.x, 1, 2), beta=0.5, alpha=2)),
+        pair(lambda t, op: t(op, t(aten.repeat.default, heads_bias(t), [BATCH, 1, 1]), *merged_heads(t))),
+        refused(
+            "table lines up with tokens and something else",
+            lambda t, op: t(op, t(aten.repeat_interleave.self_int, heads_bias(t), BATCH, 0), *merged_heads(t)),
+        ),
         refused("not one of queries and keys", lambda t, op: t(op, t.bias, t.x, repeated_weight(t))),
         refused("sums over the rows", lambda t, op: t(op, t.square, t(aten.transpose.int, t.x, 1, 2), t.x)),
         refused("table lines up with the batch", lambda t, op: t(op, t.sequences, t.x, t(aten.mT.default, t.x))),
