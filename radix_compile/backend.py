@@ -199,7 +199,7 @@ def _choose_per_call(
         except RunsPlain as reason:
             COUNTERS.ran_plain(str(reason))
             return plain(*args)
-        pays = 0 < plan.compact_tokens <= options.threshold * rows
+        pays = 1 < plan.compact_tokens <= options.threshold * rows  # one node has not been compiled for
         arrays = inputs.arrays(plan, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)
         if not pays:

@@ -106,7 +106,7 @@ def unbacked_plan_inputs(rows: int | torch.SymInt, most: int, device: torch.devi
     assert shape_env is not None, "Dynamo's fake mode has symbolic shapes"
     with mode:
         nodes = shape_env.create_unbacked_symint()
-        torch._check(nodes >= 1)
+        torch._check(nodes >= 2)  # is it one, and so a dimension that broadcasts? is asked in places
         torch._check(nodes <= most)
         sizes: list[int | torch.SymInt] = [nodes, rows]
         if lists:

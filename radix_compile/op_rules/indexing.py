@@ -17,6 +17,7 @@ from radix_compile.token_axes import (
     Value,
     broadcast,
     feature,
+    has_tokens,
     plain_axes,
     shape_of,
     value_of,
@@ -40,18 +41,22 @@ def gather(node: fx.Node, layout: Layout) -> Value:
     rank = len(shape_of(node))
     dim = argument(node, "dim") % rank
     tensors = tensor_inputs(node)
+    from_table = node.target is aten.gather.default and value_of(tensors[0]).is_constant
     parts = []
     for part in tensors:
         axes = value_of(part).axes
         if len(axes) != rank:
             raise Mixes("looks up rows with an index of another rank")
-        feature(axes[dim], "looks up along")
+        if not from_table:
+            feature(axes[dim], "looks up along")
         parts.append(operand(part, (*axes[:dim], (), *axes[dim + 1 :])))
     for other, sizes in enumerate(zip(*map(shape_of, tensors), strict=True)):
         if other != dim and len(set(sizes)) != 1:
             raise Mixes("looks up only a part of the rows")
     axes, uses = broadcast(layout, parts, exact=True)
-    return Value((*axes[:dim], *plain_axes(node)[dim : dim + 1], *axes[dim + 1 :]), operands=uses)
+    along = value_of(tensors[1]).axes[dim] if from_table else ()
+    found = along if has_tokens(along) else plain_axes(node)[dim]
+    return Value((*axes[:dim], found, *axes[dim + 1 :]), operands=uses)
 
 
 @rule(aten.index_select.default)
@@ -60,7 +65,9 @@ def index_select(node: fx.Node, layout: Layout) -> Value:
     dim = argument(node, "dim") % len(source.axes)
     feature(source.axes[dim], "selects along")
     if not indices.is_constant:
-        raise Mixes("selects by an index that differs from row to row")
+        if not source.is_constant:
+            raise Mixes("selects by an index that differs from row to row")
+        return Value((*source.axes[:dim], *indices.axes, *source.axes[dim + 1 :]))
     return Value((*source.axes[:dim], *plain_axes(node)[dim : dim + 1], *source.axes[dim + 1 :]))
 
 

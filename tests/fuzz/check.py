@@ -43,10 +43,6 @@ FALLBACKS = ("cannot compile the folded program", "lowering to ATen failed")
 """Warnings of the backend that it ran plain where it should not have had to."""
 
 
-KNOWN: tuple[str, ...] = ("Could not guard on data-dependent expression Eq(u0, 1)",)
-"""What failures say that are not mended yet, see ``test_known``: such examples are counted, and the others go on."""
-
-
 @dataclass(frozen=True)
 class Example:
     """``route`` is "passes" (the pipeline, and the folded graph as it is), or an inner backend of ``torch.compile``."""
@@ -73,7 +69,6 @@ class Outcome:
     folded: int = 0
     refused: int = 0
     discarded: int = 0
-    known: int = 0
     skipped_padding: int = 0
     tokens: int = 0
     compact_tokens: int = 0
@@ -107,15 +102,6 @@ def draw_example(seed: int, compiled: float = 0.1) -> Example:
 
 def check(example: Example, outcome: Outcome) -> None:
     """Raises one of :data:`FAILURES` if the folded program does not compute what the plain one does."""
-    try:
-        _check(example, outcome)
-    except FAILURES as error:
-        if not any(known in str(error) for known in KNOWN):
-            raise
-        outcome.add(known=1)
-
-
-def _check(example: Example, outcome: Outcome) -> None:
     with _float64(), _kernels(example), torch.set_grad_enabled(example.gradients):
         outcome.add(examples=1)
         outcome.routes[example.route] = outcome.routes.get(example.route, 0) + 1

@@ -100,6 +100,17 @@ def merged_heads(t: Recorder) -> tuple[fx.Node, fx.Node]:
     return merged, t(aten.transpose.int, merged, 1, 2)
 
 
+def table_rows(t: Recorder) -> fx.Node:
+    """``[B, S, D]``, for each row numbers of rows of a table that is as long as the sequence."""
+    rows = t(aten.unsqueeze.default, t(aten.remainder.Scalar, t.ids, SEQ), 2)
+    return t(aten.repeat.default, rows, [1, 1, FEATURES])
+
+
+def same_table_rows(t: Recorder) -> fx.Node:
+    """``[1, D, D]``, the same for all rows of the batch."""
+    return t(aten.zeros.default, [1, FEATURES, FEATURES], dtype=torch.int64)
+
+
 UNARY = [compact(unary), refused("no rule", lambda t, op: t(op, rolled(t)))]
 
 
@@ -589,6 +600,14 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
     aten.gather.default: [
         compact(lambda t, op: t(op, t.x, 2, table_of_numbers(t))),
         compact(lambda t, op: t(op, t(aten.expand.default, t.square, [BATCH, SEQ, SEQ]), 2, table_of_numbers(t))),
+        compact(lambda t, op: t(op, t(aten.repeat.default, t.square, [BATCH, 1, 1]), 1, table_rows(t))),
+        constant(
+            lambda t, op: t(aten.add.Tensor, t.x, t(op, t(aten.unsqueeze.default, t.weight, 0), 1, same_table_rows(t)))
+        ),
+        refused(
+            "table lines up with the batch",
+            lambda t, op: t(op, t(aten.mul.Tensor, t.square, t.sequences), 1, table_rows(t)),
+        ),
         refused("looks up along the sequence", lambda t, op: t(op, t.x, 1, table_of_numbers(t))),
         refused("looks up along the batch", lambda t, op: t(op, t.x, 0, t(aten.remainder.Scalar, numbers(t), BATCH))),
         refused(
@@ -658,9 +677,12 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         compact(lambda t, op: t(op, t.x, 2, t(aten.arange.start_step, 0, FEATURES, 2))),
         refused("selects along the sequence", lambda t, op: t(op, t.x, 1, t(aten.arange.default, SEQ))),
         refused("selects along the batch", lambda t, op: t(op, t.x, 0, t(aten.arange.default, BATCH))),
+        compact(
+            lambda t, op: t(op, t.square, 0, t(aten.view.default, t(aten.remainder.Scalar, t.ids, SEQ), [BATCH * SEQ])),
+        ),
         refused(
             "index that differs",
-            lambda t, op: t(op, t.square, 0, t(aten.view.default, t(aten.remainder.Scalar, t.ids, SEQ), [BATCH * SEQ])),
+            lambda t, op: t(op, t.x, 2, t(aten.view.default, t(aten.remainder.Scalar, t.ids, SEQ), [BATCH * SEQ])),
         ),
     ],
     aten.index.Tensor: [
