@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from radix_compile.op_rules.flex import FLEX
 from radix_compile.op_rules.sorting import GROUPED_PRODUCTS
 from radix_compile.op_rules.table import argument
 
@@ -29,8 +31,8 @@ def flops(node: fx.Node) -> int:
     """
     if node.op != "call_function":
         return 0
-    if node.target is aten.scaled_dot_product_attention.default:
-        query, key, value = (argument(node, name).meta["val"] for name in ("query", "key", "value"))
+    if node.target in (aten.scaled_dot_product_attention.default, FLEX):
+        query, key, value = (one.meta["val"] for one in _attended(node))
         return 2 * _numel(query) * _hint(key.shape[-2]) + 2 * _numel(query) // _hint(query.shape[-1]) * _hint(
             key.shape[-2]
         ) * _hint(value.shape[-1])
@@ -45,6 +47,13 @@ def flops(node: fx.Node) -> int:
         return 0
     contracted = weight.shape[dim] if weight.ndim > 1 else weight.shape[0]
     return 2 * _numel(node.meta["val"]) * _hint(contracted)
+
+
+def _attended(node: fx.Node) -> Iterable[fx.Node]:
+    """Query, key and value of attention as one op."""
+    if node.target is FLEX:
+        return node.args[:3]  # type: ignore[return-value]
+    return (argument(node, name) for name in ("query", "key", "value"))
 
 
 def _equation_flops(node: fx.Node) -> int:

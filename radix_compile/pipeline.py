@@ -13,6 +13,7 @@ from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
 from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
+from radix_compile.passes.spell_out_flex import spell_out_flex
 from radix_compile.torch_internals import must_propagate
 from radix_compile.verify_graph import verify_graph
 
@@ -26,6 +27,7 @@ ALWAYS_VERIFY = False
 
 PASSES: tuple[Pass, ...] = (
     merge_duplicates,  # first, because what is one node is annotated, gathered and scattered once
+    spell_out_flex,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
     choose_cuts,  # after mark_token_axes, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there

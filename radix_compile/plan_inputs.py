@@ -14,6 +14,7 @@ from torch import fx
 from radix_compile.column_reach import ReachCheck
 from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
+from radix_compile.op_rules.flex import BlockTables, listed_blocks
 from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
@@ -49,6 +50,7 @@ class PlanInputs:
     ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
+    ``blocks`` where the tables of flex_attention's blocks are.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``runs``  program for the numbers of sequences that are packed in a row.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
@@ -63,14 +65,16 @@ class PlanInputs:
     masks: tuple[int, ...] = ()
     runs: RowProgram | None = None
     scans: ReachCheck | None = None
+    blocks: tuple[BlockTables, ...] = ()
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one."""
         if self.scans is not None and not self.scans(args):
             raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
-        seen = [rows for rows in (rows_seen(args[i]) for i in self.masks) if rows is not None]
         keys = [args[i] for i in self.keys]
         shape = (keys[0].shape[0], keys[0].shape[1])
+        seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
+        rows = [*_on_host(keys), *(one for one in seen if one is not None)]
         unique: BoolArray | None = None
         skip: BoolArray | None = None
         if self.skip is not None:
@@ -87,7 +91,7 @@ class PlanInputs:
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
         options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
-        return PrefixPlan.from_rows(*_on_host(keys), *seen, **options, pad_multiple_of=pad_multiple_of)
+        return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
 
     def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
@@ -159,7 +163,17 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
-    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs, scans)
+    place = placeholders.index
+    blocks = tuple(
+        BlockTables(
+            (place(one.partial[0]), place(one.partial[1])),
+            None if one.full is None else (place(one.full[0]), place(one.full[1])),
+            one.query_size,
+            one.key_size,
+        )
+        for one in tokens.blocks
+    )
+    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs, scans, blocks)
 
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:

@@ -67,7 +67,7 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
     for node in captured.graph.nodes:
         if node in compact:
             report.flops_compact += flops(node)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node in wanted.runs:
             report.flops_full += flops(node)
         attention = _attention(node)
         if attention is not None:

@@ -147,6 +147,13 @@ def fake_results(gm: fx.GraphModule, plan_sizes: Mapping[str, int]) -> dict[fx.N
     return dict(interpreter.env)
 
 
+def evaluate(node: fx.Node) -> None:
+    """Write to ``node.meta["val"]`` what the op returns, in the fake mode of its inputs or of the compilation."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: arg.meta["val"])
+    with fake_mode(), enable_python_dispatcher():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def upper_bound(size: int | torch.SymInt) -> int:
     """The size itself; of a symbol a number well above it, with a guard that it stays below that in every call."""
     if isinstance(size, int):

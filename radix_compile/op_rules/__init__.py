@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from radix_compile.op_rules import attention, contractions, creation, indexing, reductions, sequence, sorting, views
+from radix_compile.op_rules import (
+    attention,
+    contractions,
+    creation,
+    flex,
+    indexing,
+    reductions,
+    sequence,
+    sorting,
+    views,
+)
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import RULES, Rule
 
@@ -17,7 +27,7 @@ FAMILIES = (attention, contractions, creation, indexing, reductions, sequence, s
 def rule_for(op: Any) -> Rule | None:
     """The rule of an op: its row, or elementwise if torch tags it so and it draws no random numbers."""
     if not isinstance(op, OpOverload):
-        return None
+        return flex.flex_attention if op is flex.FLEX else None
     found = RULES.get(op) or RULES.get(str(op.name()))
     if found is not None:
         return found

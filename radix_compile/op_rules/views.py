@@ -55,6 +55,8 @@ def type_as(node: fx.Node, layout: Layout) -> Value:
     aten.clone.default,
     aten.lift_fresh_copy.default,
     aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
     aten.contiguous.default,
     view_like=True,
 )

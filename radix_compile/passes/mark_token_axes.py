@@ -14,6 +14,7 @@ from radix_compile.cost import flops
 from radix_compile.given_masks import given_mask_value, given_masks
 from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.op_rules import rule_for
+from radix_compile.op_rules.flex import FLEX, Blocks, arguments_of
 from radix_compile.op_rules.masks import blanked
 from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
 from radix_compile.reach_rules import reach_rule_for
@@ -48,6 +49,7 @@ aten = torch.ops.aten
 class Tokens:
     """The token axes of a graph: their sizes, the inputs that are row keys or masks, and where folding stops.
 
+    ``blocks`` are the tables of blocks of flex_attention, which are part of the rows' keys as well.
     ``scans`` are the nodes that are causal by the columns that they read, and what their rules said; ``steps`` those
     on the way there.
     """
@@ -56,6 +58,7 @@ class Tokens:
     keys: list[fx.Node]
     reaches: Reaches
     masks: list[fx.Node] = field(default_factory=list)
+    blocks: list[Blocks] = field(default_factory=list)
     refusals: dict[Refusal, fx.Node] = field(default_factory=dict)
     scans: dict[fx.Node, Refusal] = field(default_factory=dict)
     steps: set[fx.Node] = field(default_factory=set)
@@ -99,6 +102,9 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
         mark(node, marks)
         if any(value.mixed is not None for value in values_of(node)):
             _mark_scan(node, tokens)
+        elif node.target is FLEX:
+            blocks = arguments_of(node).blocks
+            tokens.blocks += [blocks] if blocks not in tokens.blocks else []
         for value in values_of(node):
             if value.mixed is not None:
                 tokens.refusals.setdefault(value.mixed, node)

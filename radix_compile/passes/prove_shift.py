@@ -41,7 +41,8 @@ def prove_shift(captured: fx.GraphModule) -> Starts:
     runs = separate_runs(captured)
     reader = _first_reader_of_columns(captured.graph, captured.meta["wanted"], runs)
     captured.meta["column"] = None if reader is None else refuse(reader, "")
-    by_column = captured.meta["tokens"].masks  # which columns the caller's own masks show, wherever a sequence starts
+    tokens = captured.meta["tokens"]
+    by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
     return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from radix_compile import pipeline
 from tests.compatibility import versions
 from tests.compatibility.cells import Cell, run_cell
 from tests.compatibility.families import FAMILIES, attentions
-from tests.compatibility.forms import FORMS
+from tests.compatibility.forms import FORMS, forms_of
 
 HEAD = """# Compatibility
 
@@ -33,7 +34,7 @@ def cells() -> Iterator[tuple[str, str, str]]:
     """Every attention with right padding; every form with the attention that transformers would take."""
     for family in FAMILIES:
         for number, attention in enumerate(attentions(family)):
-            forms = FORMS if number == 0 else ["right padding"]
+            forms = forms_of(family) if number == 0 else forms_of(family)[:1]
             yield from ((family, attention, form) for form in forms)
 
 
@@ -53,13 +54,14 @@ def page(found: Iterable[Cell]) -> str:
 
 def _attention_table(found: list[Cell]) -> Iterator[str]:
     yield "## Families and attention, right padding\n"
-    yield "| family | sdpa | eager | tokens | |"
-    yield "| --- | --- | --- | --- | --- |"
+    kinds = ("sdpa", "eager", "flex_attention")
+    yield f"| family | {' | '.join(kinds)} | tokens | |"
+    yield "| --- |" + " --- |" * (len(kinds) + 2)
     for family in FAMILIES:
-        own = {cell.attention: cell for cell in found if cell.family == family and cell.form == "right padding"}
-        shown = [own[kind].result if kind in own else "-" for kind in ("sdpa", "eager")]
+        own = {cell.attention: cell for cell in found if cell.family == family and cell.form == forms_of(family)[0]}
+        shown = " | ".join(own[kind].result if kind in own else "-" for kind in kinds)
         counted = next((f"{one.tokens} -> {one.compact_tokens}" for one in own.values() if one.tokens), "")
-        yield f"| {family} | {shown[0]} | {shown[1]} | {counted} | {FAMILIES[family].note} |"
+        yield f"| {family} | {shown} | {counted} | {FAMILIES[family].note} |"
 
 
 def _form_table(found: list[Cell]) -> Iterator[str]:
@@ -94,6 +96,11 @@ def _short(reason: str) -> str:
     return reason.split(" at /")[0].replace("|", "/")
 
 
+def _check_everything() -> None:
+    """A mistake in a pass is a crash here, and no decline."""
+    pipeline.ALWAYS_VERIFY = True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="compatibility", description="Run the compatibility matrix.")
     parser.add_argument("page", type=Path, help="where to write it, for example docs/compatibility.md")
@@ -107,7 +114,7 @@ def main() -> int:
         if (not options.family or cell[0] in options.family) and (not options.form or cell[2] in options.form)
     ]
     found = []
-    with ProcessPoolExecutor(options.workers) as pool:
+    with ProcessPoolExecutor(options.workers, initializer=_check_everything) as pool:
         for cell in pool.map(run_cell, *zip(*wanted, strict=True)):
             print(cell, flush=True)
             found.append(cell)

@@ -52,6 +52,8 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -
             plain = logits(call(model, model))
         except ERRORS as error:
             return Cell(family, attention, form, "unsupported", first_line(error))
+        if not all(tensor.isfinite().all() for tensor in plain):
+            return Cell(family, attention, form, "unsupported", "the plain model's results are not finite")
         exact_model = in_float64(model)
         try:
             exact = logits(call(exact_model, exact_model))
@@ -102,8 +104,8 @@ class Reporting(RadixBackend):
 
 
 def logits(output: Any) -> list[Tensor]:
-    """What a caller reads: the loss if there is one, and the logits."""
-    found = [getattr(output, name, None) for name in ("loss", "logits")]
+    """What a caller reads: the loss if there is one, and the logits, or without a head the hidden state."""
+    found = [getattr(output, name, None) for name in ("loss", "logits", "last_hidden_state")]
     return [tensor.detach() for tensor in found if tensor is not None]
 
 

@@ -29,6 +29,10 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
+WIDTHS = ("hidden_size", "head_dim", "n_embd", "d_model", "word_embed_proj_dim", "query_pre_attn_scalar")
+"""Sizes that grow with the width of a head."""
+
+
 @dataclass(frozen=True)
 class Family:
     """``own`` sizes where a config names them its own way, otherwise ``SIZES`` with ``changes``."""
@@ -39,6 +43,7 @@ class Family:
     model: str = ""
     note: str = ""
     causal: bool = True
+    images: bool = False
 
 
 FAMILIES = {
@@ -144,18 +149,54 @@ FAMILIES = {
         note="state space",
     ),
     "Lfm2": Family({"layer_types": ["conv", "full_attention"]}, note="convolution"),
+    "Qwen3ForSequenceClassification": Family(
+        {"num_labels": 3}, config="Qwen3Config", model="Qwen3ForSequenceClassification", note="a head for sequences"
+    ),
+    "Qwen3ForTokenClassification": Family(
+        {"num_labels": 3}, config="Qwen3Config", model="Qwen3ForTokenClassification", note="a head for tokens"
+    ),
     "Bert": Family(model="BertForMaskedLM", note="bidirectional", causal=False),
     "ModernBert": Family(
         {"cls_token_id": 1, "sep_token_id": 2}, model="ModernBertForMaskedLM", note="bidirectional", causal=False
     ),
     "XLMRoberta": Family(model="XLMRobertaForMaskedLM", note="bidirectional", causal=False),
+    "T5Encoder": Family(
+        own={
+            **SPECIAL,
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
+        config="T5Config",
+        model="T5EncoderModel",
+        note="bidirectional",
+        causal=False,
+    ),
+    "ViT": Family(
+        own={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        model="ViTModel",
+        note="images",
+        causal=False,
+        images=True,
+    ),
 }
 
 
 def attentions(name: str) -> list[str]:
-    """The implementations that this family has, of those that a graph with token ids can be had of here."""
+    """The implementations that this family has; of those the first is what transformers would take."""
     model = _model_class(FAMILIES[name], name)
-    return ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
+    flex = ["flex_attention"] if getattr(model, "_supports_flex_attn", False) else []
+    return [*(["sdpa"] if getattr(model, "_supports_sdpa", False) else []), "eager", *flex]
 
 
 def _model_class(family: Family, name: str) -> Any:
@@ -166,6 +207,8 @@ def build_family(name: str, attention: str) -> nn.Module:
     """The model in eval mode, with weights large enough to tell rows apart, the same ones every time."""
     family = FAMILIES[name]
     sizes = {**SIZES, **family.changes} if family.own is None else family.own
+    if attention == "flex_attention":  # inductor's kernel for CPUs is wrong where heads are narrow
+        sizes = {name: 4 * size if name in WIDTHS else size for name, size in sizes.items()}
     config = getattr(transformers, family.config or f"{name}Config")(**sizes)
     config._attn_implementation = attention
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.compatibility.families import VOCABULARY
+from tests.compatibility.families import FAMILIES, VOCABULARY
 
 Call = Callable[..., Any]
 LENGTHS = (24, 22, 18, 24, 20, 17)
@@ -114,6 +114,10 @@ def _inference_mode(model: nn.Module, call: Call) -> Any:
         return _right(model, call)
 
 
+def _images(model: nn.Module, call: Call) -> Any:
+    return call(pixel_values=torch.randn(BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+
+
 FORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
     "right padding": _right,
     "ids only": _ids_only,
@@ -131,9 +135,15 @@ FORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
     "labels": _labels,
     "autocast": _autocast,
     "inference mode": _inference_mode,
+    "images": _images,
 }
 
 
 def without_gradients(form: str) -> contextlib.AbstractContextManager[Any]:
     """Labels are for training; everything else is asked for without gradients."""
     return contextlib.nullcontext() if form == "labels" else torch.no_grad()
+
+
+def forms_of(family: str) -> list[str]:
+    """The ways in which to call that family."""
+    return ["images"] if FAMILIES[family].images else [form for form in FORMS if form != "images"]

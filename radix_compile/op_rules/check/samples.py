@@ -441,6 +441,14 @@ SAMPLES: dict[OpOverload | str, list[Sample]] = {
         refused("not read", lambda t, op: t(op, "...d,ed->...e", [t.x, t.weight])),
         refused("not read", lambda t, op: t(op, "bsd,ed", [t.x, t.weight])),
     ],
+    aten.to.dtype: [
+        compact(over_features(torch.float64)),
+        refused("no rule", lambda t, op: t(op, rolled(t), torch.float32)),
+    ],
+    aten.to.dtype_layout: [
+        compact(over_features(dtype=torch.float64)),
+        refused("no rule", lambda t, op: t(op, rolled(t), dtype=torch.float32)),
+    ],
     aten.baddbmm.default: [
         pair(lambda t, op: t(op, t.square, t.x, t(aten.transpose.int, t.x, 1, 2))),
         pair(lambda t, op: t(op, t.x, t.x, t(aten.transpose.int, t.x, 1, 2), beta=0.5, alpha=2)),

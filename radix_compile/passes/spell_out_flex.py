@@ -1,0 +1,80 @@
+"""Write flex_attention's masks out on all pairs of query and key, so that they are read like any other mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile import torch_internals as internals
+from radix_compile.op_rules.flex import FLEX, arguments_of
+
+aten = torch.ops.aten
+
+
+def spell_out_flex(gm: fx.GraphModule) -> fx.GraphModule:
+    """Add to the graph what ``mask_mod`` and ``score_mod`` say of all pairs, ``[B, H, S, S]``: nothing reads it.
+
+    The nodes are for ``mark_token_axes`` alone: ``node.meta["visible"]`` and ``node.meta["scores"]`` of each
+    flex_attention lead to them, and they are never run.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=FLEX):
+        found = arguments_of(node)
+        with gm.graph.inserting_before(node):
+            index = _indices(gm.graph, found.query, found.key)
+            node.meta["visible"] = _inlined(gm, found.mask_mod, [*index, *found.mask_buffers], node)
+            product = _scores(gm.graph, found.query, found.key)
+            node.meta["scores"] = _inlined(gm, found.score_mod, [product, *index, *found.score_buffers], node)
+    return gm
+
+
+def _call(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(op, args)
+    internals.evaluate(node)
+    return node
+
+
+def _indices(graph: fx.Graph, query: fx.Node, key: fx.Node) -> list[fx.Node]:
+    """The numbers of sequence, head, query and key, each along a dimension of its own."""
+    batch, heads, rows, _ = query.meta["val"].shape
+    made = []
+    for dim, size in enumerate((batch, heads, rows, key.meta["val"].shape[2])):
+        node = graph.call_function(aten.arange.default, (size,), {"device": query.meta["val"].device})
+        internals.evaluate(node)
+        for other in range(4):
+            node = node if other == dim else _call(graph, aten.unsqueeze.default, node, other)
+        made.append(node)
+    return made
+
+
+def _scores(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:
+    """Products of queries with queries, which are to rows what those with keys are, and have as many heads."""
+    if not internals.same_size(query.meta["val"].shape[2], key.meta["val"].shape[2]):
+        return query  # another number of keys: not read
+    return _call(graph, aten.matmul.default, query, _call(graph, aten.transpose.int, query, 2, 3))
+
+
+def _inlined(gm: fx.GraphModule, name: fx.Node, inputs: Sequence[fx.Node], like: fx.Node) -> fx.Node:
+    """The result of a subgraph, with its nodes in the graph."""
+    body: fx.GraphModule = getattr(gm, str(name.target))
+    placeholders = body.graph.find_nodes(op="placeholder")
+    copies: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+    for node in body.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = _place(like.meta)
+            internals.evaluate(copies[node])
+    (result,) = _outputs(body)
+    made: fx.Node = copies[result]
+    return made
+
+
+def _outputs(body: fx.GraphModule) -> Sequence[fx.Node]:
+    result = body.graph.output_node().args[0]
+    return result if isinstance(result, tuple | list) else (result,)  # type: ignore[return-value]
+
+
+def _place(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: meta[key] for key in ("stack_trace", "nn_module_stack") if key in meta}
