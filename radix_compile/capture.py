@@ -42,7 +42,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
             raise
         raise CaptureError(f"lowering to ATen failed: {first_line(error)}") from error
     if mutated:
-        raise CaptureError(f"the program writes to its inputs ({', '.join(mutated)})")
+        raise CaptureError(_writes(gm, captured, mutated))
     _copy_placeholder_facts(gm, captured, example_inputs)
     _tidy(captured)
     captured.meta["checkpointed"] = checkpointed
@@ -50,6 +50,15 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     )
     return captured
+
+
+def _writes(gm: fx.GraphModule, captured: fx.GraphModule, mutated: Sequence[str]) -> str:
+    before, after = gm.graph.find_nodes(op="placeholder"), captured.graph.find_nodes(op="placeholder")
+    names = [internals.source_name(old) for old, new in zip(before, after, strict=True) if new.name in mutated]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    cache = any("past_key_values" in name or "cache" in name.lower() for name in names)
+    advice = ": a static cache; with use_cache=False or a DynamicCache it can fold" if cache else ""
+    return f"the program writes to its inputs ({names[0]}{more}){advice}"
 
 
 def first_line(error: BaseException) -> str:
@@ -69,10 +78,12 @@ def _refuse_what_would_go_wrong(gm: fx.GraphModule) -> None:
             if node.op != "call_function":
                 continue
             if internals.is_custom_autograd_function(node.target) and torch.is_grad_enabled():
-                raise CaptureError("a custom autograd.Function would lose its gradient")
+                raise CaptureError(
+                    "a custom autograd.Function would lose its gradient: under torch.no_grad() it can fold"
+                )
             if internals.is_functorch_transform(node.target):
                 # Lowering fails half way through these and leaves functorch's interpreter stack unbalanced.
-                raise CaptureError("the program uses torch.func transforms (vmap)")
+                raise CaptureError("the program uses torch.func transforms (vmap), as flex_attention's block masks do")
 
 
 # -------------------------------------------------------------------------------------- regions with a meaning

@@ -184,6 +184,15 @@ def size_symbols(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int, int]]:
     return found
 
 
+def source_name(placeholder: fx.Node) -> str:
+    """What the user calls an input of the graph that Dynamo captured: ``L['ids']``, ``L['cache'].layers[0].keys``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return placeholder.name
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
 def is_parameter_or_buffer(example: Any) -> bool:
     """Dynamo marks the tensors a module owns; they do not change from call to call."""
     return isinstance(example, torch.nn.Parameter) or (

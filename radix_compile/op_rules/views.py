@@ -261,6 +261,10 @@ def cat(node: fx.Node, layout: Layout) -> Value:
     dim = argument(node, "dim") % rank
     if _are_scores(value_of(tensors[0]), dim):
         return _with_sinks(tensors, dim, shape_of(node)[dim], layout)
+    if any(has_tokens(value_of(tensor).axes[dim]) for tensor in tensors) and any(
+        t.op == "placeholder" for t in tensors
+    ):
+        raise Mixes("appends rows to an input, as to a cache that is filled: prompts fold if they come in one call")
     parts = []
     for tensor in tensors:
         axes = value_of(tensor).axes

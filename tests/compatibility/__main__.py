@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from radix_compile import pipeline
-from tests.compatibility import versions
+from tests.compatibility import cuda, versions
 from tests.compatibility.cells import Cell, run_cell
 from tests.compatibility.families import FAMILIES, attentions
 from tests.compatibility.forms import FORMS, forms_of
@@ -47,8 +47,8 @@ def page(found: Iterable[Cell]) -> str:
         torch=torch.__version__, transformers=transformers.__version__, count=len(found), results=results
     )
     sections = [*_attention_table(found), "", *_form_table(found), "", *_reasons(found)]
-    if versions.RESULTS.exists():
-        sections += ["", *versions.table()]
+    for part in (cuda, versions):
+        sections += ["", *part.table()] if part.RESULTS.exists() else []
     return head + "\n".join(sections) + "\n"
 
 

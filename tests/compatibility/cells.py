@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import radix_compile
 from radix_compile.backend import RadixBackend
@@ -43,9 +44,12 @@ class Cell:
         )
 
 
-def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -> Cell:
-    model = build_family(family, attention)
-    call = FORMS[form]
+def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager", device: str = "cpu") -> Cell:
+    model = build_family(family, attention).to(device)
+
+    def call(of: nn.Module, run: Callable[..., Any]) -> Any:
+        return FORMS[form](of, lambda **inputs: run(**{name: _placed(value, device) for name, value in inputs.items()}))
+
     with warnings.catch_warnings(), without_gradients(form):
         warnings.simplefilter("ignore")
         try:
@@ -75,6 +79,10 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager") -
     if result in ("folded", "partly") and not stats.folded_calls:
         result, reason = "declined", next(iter(stats.plain_calls), "")
     return Cell(family, attention, form, result, reason, stats.tokens, stats.compact_tokens)
+
+
+def _placed(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor] | None) -> None:

@@ -79,7 +79,8 @@ def _own_mask(model: nn.Module, call: Call) -> Any:
 
 
 def _embeddings(model: nn.Module, call: Call) -> Any:
-    return call(inputs_embeds=model.get_input_embeddings()(token_ids()))  # type: ignore[operator]
+    ids = token_ids().to(next(model.parameters()).device)
+    return call(inputs_embeds=model.get_input_embeddings()(ids))  # type: ignore[operator]
 
 
 def _no_cache(model: nn.Module, call: Call) -> Any:
@@ -105,7 +106,7 @@ def _labels(model: nn.Module, call: Call) -> Any:
 
 
 def _autocast(model: nn.Module, call: Call) -> Any:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
         return _right(model, call)
 
 

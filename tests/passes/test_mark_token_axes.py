@@ -54,8 +54,13 @@ def test_graphs_without_a_batch(ids: Tensor, reason: str) -> None:
 
 
 def test_a_graph_that_starts_at_hidden_states() -> None:
+    gm = folded(nn.Linear(16, 16), torch.zeros(4, 12, 16))
+    assert [tuple(key.meta["val"].shape) for key in gm.meta["tokens"].keys] == [(4, 12, 16)]
+
+
+def test_a_graph_of_images() -> None:
     with pytest.raises(Exception, match="takes no token ids"):
-        folded(nn.Linear(16, 16), torch.zeros(4, 12, 16))
+        folded(nn.Linear(16, 16), torch.zeros(4, 3, 12, 16))
 
 
 def test_only_what_is_read_is_a_row_key() -> None:
