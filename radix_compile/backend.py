@@ -149,7 +149,11 @@ def rewrite(
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:
     COUNTERS.add(plain_compiles=1)
-    return internals.compile_with(options.inner, gm, example_inputs, options.mode, dict(options.inner_options))
+    try:
+        return internals.compile_with(options.inner, gm, example_inputs, options.mode, dict(options.inner_options))
+    except internals.RUNS_EAGERLY as error:
+        warnings.warn(f"radix: the inner backend stops at {error}, and torch.compile runs it eagerly", stacklevel=2)
+        raise
 
 
 def _compile_folded(
@@ -169,7 +173,7 @@ def _compile_folded(
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             return internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
-    except RuntimeError as error:
+    except (RuntimeError, *internals.RUNS_EAGERLY) as error:
         if internals.must_propagate(error):
             raise
         # Nothing is lost: the plain program runs, and the warning says so (with strict, it is an error).

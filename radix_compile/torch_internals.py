@@ -34,6 +34,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 CAPTURE_ERRORS = (RuntimeError,)
 """What tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation limits."""
 
+RUNS_EAGERLY = (DynamicOutputShapeException, DataDependentOutputException)
+"""Raised inside a backend, these make Dynamo run the frame eagerly without a word."""
+
 UNBACKED_SIZES: dict[str, Any] = {}
 """Settings for sizes that inductor knows nothing about, as T' is."""
 if hasattr(SizeVarAllocator, "size_hint") and hasattr(torch._inductor.config.triton, "mix_order_reduction_split_size"):
@@ -238,8 +241,7 @@ def compile_with(
 
     ``decompositions`` of our own ops are for inductor, which fuses what they become; others run the ops as they are.
 
-    ``DynamicOutputShapeException`` and its like, raised inside a backend, make Dynamo run the frame eagerly without a
-    word; they come out as a ``RuntimeError`` instead.
+    One of :data:`RUNS_EAGERLY` may be raised.
     """
     compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     settings: dict[str, Any] = {}
@@ -254,11 +256,8 @@ def compile_with(
         compiler = compile_fx
     else:
         settings.update({"mode": mode} if mode else {}, **({"options": options} if options else {}))
-    try:
-        with _cache_key(decompositions):
-            compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **settings)
-    except (DynamicOutputShapeException, DataDependentOutputException) as error:
-        raise RuntimeError(f"the inner backend {inner!r} stopped at {error}") from error
+    with _cache_key(decompositions):
+        compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **settings)
     return compiled
 
 

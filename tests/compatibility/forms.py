@@ -146,5 +146,9 @@ def without_gradients(form: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def forms_of(family: str) -> list[str]:
-    """The ways in which to call that family."""
-    return ["images"] if FAMILIES[family].images else [form for form in FORMS if form != "images"]
+    """The ways in which to call that family: labels are those of a language model."""
+    described = FAMILIES[family]
+    if described.images:
+        return ["images"]
+    unfit = {"images", "labels"} if "num_labels" in described.changes else {"images"}
+    return [form for form in FORMS if form not in unfit]
