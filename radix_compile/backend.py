@@ -66,7 +66,7 @@ class RadixBackend:
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
             as_rewritten = _copied(rewritten) if options.verify else None  # the inner backend may write to its own
-            folded = _compile_folded(captured, rewritten, example_inputs, options)
+            folded = _compile_folded(captured, rewritten, internals.taken_apart(example_inputs), options)
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason = False, str(refusal)
             if isinstance(refusal, PassFailed):
@@ -76,8 +76,8 @@ class RadixBackend:
             return _compile_plain(gm, example_inputs, options)
         self.report(report)
         plain = _compile_plain(gm, example_inputs, options)
-        verify = None if as_rewritten is None else CallVerifier(captured, as_rewritten, plain)
-        return _choose_per_call(plain, folded, inputs, options, verify)
+        verify = None if as_rewritten is None else CallVerifier(captured, as_rewritten)
+        return _choose_per_call(plain, folded, inputs, options, verify, captured.meta["wrapped"])
 
     def report(self, report: GraphReport) -> None:
         """Called with the report of every graph; ``explain`` listens here."""
@@ -142,7 +142,7 @@ def rewrite(
             log.info(report.notes[-1])
     run_pass(lower_index_ops, folded, observe, options.verify)
     inputs = plan_inputs(captured)
-    if advice := advice_on_padding(captured, example_inputs):
+    if advice := advice_on_padding(captured, internals.taken_apart(example_inputs)):
         report.notes.append(advice)
     return captured, folded, inputs
 
@@ -187,32 +187,38 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _choose_per_call(
-    plain: Program, folded: Program, inputs: PlanInputs, options: Options, verify: CallVerifier | None
+    plain: Program,
+    folded: Program,
+    inputs: PlanInputs,
+    options: Options,
+    verify: CallVerifier | None,
+    takes_wrapped: bool,
 ) -> Program:
     first_key = inputs.keys[0]
 
-    def run(*args: Any) -> Any:
+    def run(*wrapped: Any) -> Any:
+        args = internals.taken_apart(wrapped) if takes_wrapped else wrapped
         ids = args[first_key]
         rows = ids.shape[0] * ids.shape[1]
         if rows < options.min_tokens:
             COUNTERS.ran_plain("fewer rows than min_tokens")
-            return plain(*args)
+            return plain(*wrapped)
         started = time.perf_counter()
         try:
             plan = inputs.plan(args, options.pad_multiple_of)
         except RunsPlain as reason:
             COUNTERS.ran_plain(str(reason))
-            return plain(*args)
+            return plain(*wrapped)
         pays = 1 < plan.compact_tokens <= options.threshold * rows  # one node has not been compiled for
         arrays = inputs.arrays(plan, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)
         if not pays:
             COUNTERS.ran_plain("too little is shared")
-            return plain(*args)
+            return plain(*wrapped)
         COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
         results = folded(*args, *arrays)
         if verify is not None:
-            verify(results, args, arrays)
+            verify(results, args, arrays, lambda: plain(*wrapped))
         return results
 
     return run

@@ -8,6 +8,7 @@ What it cannot carry over is refused here, before anything has been changed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,13 +28,16 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     """Lower a Dynamo graph to functional pre-dispatch ATen.
 
     ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
-    The result takes the same inputs in the same order. Its nodes carry ``val``, ``stack_trace`` and
-    ``nn_module_stack``; placeholders of parameters and buffers carry ``is_static``, and those with a gradient
-    ``needs_gradient``. Of the graph, ``meta`` says whether
-    activation checkpointing regions were inlined (``checkpointed``) and whether a call may be followed by a backward
-    pass (``differentiable``). Raises :class:`CaptureError`; ``gm`` is left as it was.
+    The result takes the same inputs in the same order, with the tensors inside in place of those that wrap others. Its
+    nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``; placeholders of parameters and buffers carry
+    ``is_static``, and those with a gradient ``needs_gradient``. Of the graph, ``meta`` says whether activation
+    checkpointing regions were inlined (``checkpointed``), whether a call may be followed by a backward pass
+    (``differentiable``), and whether there are wrapped inputs (``wrapped``). Raises :class:`CaptureError`; ``gm`` is
+    left as it was.
     """
     _refuse_what_would_go_wrong(gm)
+    if any(_needs_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
+        raise CaptureError("a weight with a gradient is made of several tensors: it folds under torch.no_grad()")
     checkpointed = _tag_checkpointed_regions(gm)
     try:
         captured, mutated = internals.export_functional(_Replay(gm), example_inputs)
@@ -46,9 +50,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     _copy_placeholder_facts(gm, captured, example_inputs)
     _tidy(captured)
     captured.meta["checkpointed"] = checkpointed
-    captured.meta["differentiable"] = torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
-    )
+    captured.meta["differentiable"] = torch.is_grad_enabled() and any(map(_needs_gradient, example_inputs))
     return captured
 
 
@@ -141,16 +143,27 @@ def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, exampl
     for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
         if key in gm.meta:
             captured.meta[key] = gm.meta[key]
-    if hasattr(gm, "_param_name_to_source"):
+    parts = [internals.taken_apart([example]) for example in example_inputs]
+    wrapped = captured.meta["wrapped"] = any(
+        part[0] is not one for part, one in zip(parts, example_inputs, strict=True)
+    )
+    if hasattr(gm, "_param_name_to_source") and not wrapped:  # it would name tensors that are no inputs any more
         captured._param_name_to_source = gm._param_name_to_source
-    before, after = gm.graph.find_nodes(op="placeholder"), captured.graph.find_nodes(op="placeholder")
-    for old, new, example in zip(before, after, example_inputs, strict=True):
-        if "tensor_dict" in old.meta:
-            new.meta["tensor_dict"] = old.meta["tensor_dict"]
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-        new.meta["is_static"] = internals.is_parameter_or_buffer(example)
-        new.meta["needs_gradient"] = torch.is_grad_enabled() and getattr(example, "requires_grad", False)
+    after = iter(captured.graph.find_nodes(op="placeholder"))
+    for old, example, part in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, parts, strict=True):
+        for new in itertools.islice(after, len(part)):
+            new.meta["is_static"] = internals.is_parameter_or_buffer(example)
+            new.meta["needs_gradient"] = _needs_gradient(example)
+            if wrapped:
+                continue
+            if "tensor_dict" in old.meta:
+                new.meta["tensor_dict"] = old.meta["tensor_dict"]
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source
+
+
+def _needs_gradient(example: Any) -> bool:
+    return torch.is_grad_enabled() and isinstance(example, torch.Tensor) and example.requires_grad
 
 
 def _tidy(gm: fx.GraphModule) -> None:

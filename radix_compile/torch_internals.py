@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
 CAPTURE_ERRORS = (RuntimeError,)
@@ -74,6 +75,32 @@ def fake_inputs(example_inputs: Sequence[Any]) -> list[Any]:
     return [fake(value) for value in example_inputs]
 
 
+def taken_apart(inputs: Iterable[Any]) -> list[Any]:
+    """The inputs, with the tensors inside in place of each that wraps others (a quantised weight)."""
+    flat: list[Any] = []
+    for value in inputs:
+        flat += taken_apart(_inner(value).values()) if is_traceable_wrapper_subclass(value) else [value]
+    return flat
+
+
+def put_together(like: Sequence[Any], flat: Iterator[Any]) -> list[Any]:
+    """The inverse of :func:`taken_apart`, for values of tensors that are wrapped as those of ``like`` are."""
+    result: list[Any] = []
+    for value in like:
+        if not is_traceable_wrapper_subclass(value):
+            result.append(next(flat))
+            continue
+        inner, (_, context) = _inner(value), value.__tensor_flatten__()
+        parts = dict(zip(inner, put_together(list(inner.values()), flat), strict=True))
+        result.append(type(value).__tensor_unflatten__(parts, context, value.shape, value.stride()))
+    return result
+
+
+def _inner(value: Any) -> dict[str, Any]:
+    names, _ = value.__tensor_flatten__()
+    return {name: getattr(value, name) for name in names}
+
+
 class _Module(torch.nn.Module):
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -84,11 +111,19 @@ class _Module(torch.nn.Module):
 
 
 def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
-    """Trace the interpreter's run to functional pre-dispatch ATen. Returns the graph and the mutated inputs' names."""
+    """Trace the interpreter's run to functional pre-dispatch ATen. Returns the graph and the mutated inputs' names.
+
+    The graph's inputs are those that :func:`taken_apart` gives.
+    """
+    fakes = fake_inputs(example_inputs)
+
+    def run(*flat: Any) -> Any:
+        return interpreter.run(*put_together(fakes, iter(flat)))
+
     with fake_mode(), torch.fx.traceback.preserve_node_meta():
         graph, signature = aot_export_module(
-            _Module(interpreter.run),
-            fake_inputs(example_inputs),
+            _Module(run),
+            taken_apart(fakes),
             trace_joint=False,
             pre_dispatch=True,
             decompositions={},

@@ -15,8 +15,6 @@ from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import apart
 from radix_compile.token_axes import BATCH, SEQ, Token, Value, refuse, values_of
 
-Program = Callable[..., Any]
-
 
 class WrongFold(RuntimeError):  # noqa: N818 - what is wrong is the fold
     """A folded call did not return what the plain program does. The message names the op that went wrong first."""
@@ -34,7 +32,6 @@ class CallVerifier:
 
     captured: fx.GraphModule
     folded: fx.GraphModule
-    plain: Program
     calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -45,14 +42,14 @@ class CallVerifier:
         placeholders = self.captured.graph.find_nodes(op="placeholder")
         self.ids = placeholders.index(self.captured.meta["tokens"].keys[0])
 
-    def __call__(self, results: Any, args: Sequence[Any], plan: Sequence[Tensor]) -> None:
-        """Raise :class:`WrongFold` if ``results`` are not those of the plain program for ``args``."""
+    def __call__(self, results: Any, args: Sequence[Any], plan: Sequence[Tensor], plain: Callable[[], Any]) -> None:
+        """Raise :class:`WrongFold` if ``results`` for ``args`` are not those that the plain program gives."""
         self.calls += 1
         if self.draws or self.calls & (self.calls - 1):
             return
         with torch.no_grad():
-            node = plan[1].view(args[self.ids].shape)
-            error = self._largest_error(results, self.plain(*args), node)
+            node = plan[1].view(args[self.ids].shape[:2])
+            error = self._largest_error(results, plain(), node)
             if error > self.rounding:
                 raise WrongFold(
                     f"radix: the folded program is wrong: its results differ from the plain program's by {error:.2g} of"

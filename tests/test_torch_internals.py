@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.testing._internal.two_tensor import TwoTensor
 
 from radix_compile import torch_internals as internals
 from tests.models import shared_batch
@@ -150,3 +151,16 @@ def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:
     for name in internals.UNBACKED_SIZES:
         owner, setting = name.split(".")
         assert hasattr(getattr(torch._inductor.config, owner), setting)
+
+
+def test_wrapped_tensors_are_taken_apart_and_put_together() -> None:
+    inner = TwoTensor(torch.arange(3.0), torch.ones(3))
+    nested = TwoTensor(inner, TwoTensor(torch.zeros(3), torch.full((3,), 2.0)))
+    inputs = [torch.eye(2), nested, 7, inner]
+    flat = internals.taken_apart(inputs)
+    assert [type(value) for value in flat] == [torch.Tensor] * 5 + [int] + [torch.Tensor] * 2
+    again = internals.put_together(inputs, iter(flat))
+    assert again[0] is inputs[0]
+    assert again[2] == 7
+    assert type(again[1]) is type(again[1].a) is type(again[3]) is TwoTensor
+    assert again[1].a.b is inner.b

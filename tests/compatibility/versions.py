@@ -16,7 +16,7 @@ VERSIONS = (("2.11.0", "5.17.0"), ("2.13.0", "5.23.0"), ("2.15.0", "5.23.0"))
 
 RESULTS = Path(__file__).with_name("versions.json")
 ROOT = Path(__file__).parents[2]
-NEEDED = ("hypothesis", "peft", "pytest", "pytest-xdist", "sentence-transformers")
+NEEDED = ("hypothesis", "peft", "pytest", "pytest-xdist", "sentence-transformers", "torchao")
 
 
 def table() -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import radix_compile
-from tests.models import VOCABULARY, assert_as_exact, in_float64, shared_batch
+from tests.models import VOCABULARY, assert_as_exact, build, in_float64, shared_batch
 
 
 class NanoGPT(nn.Module):
@@ -180,3 +180,21 @@ def test_functional_call() -> None:
             in_float64(model), {name: tensor.double() for name, tensor in weights.items()}, (ids,)
         )
     check(program, ids, exact)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_weights_quantised_to_integers(inner: str) -> None:
+    """Each is two tensors, of integers and of scales, which a subclass of tensors wraps."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model, ids = build("Qwen3"), shared_batch(4, 16, 9)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model.model.layers[0].mlp.up_proj.weight) is not nn.Parameter
+    options = {"inner": inner, "threshold": 1.0, "verify": True}
+    compiled = torch.compile(model, backend="radix", options=options)
+    with torch.no_grad():
+        ours, plain = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+        assert_as_exact(ours, plain, plain.double())
+    stats = radix_compile.stats()
+    assert stats.folded_calls == 1
+    assert stats.compact_tokens < stats.tokens
+    assert len(radix_compile.explain(model, ids, use_cache=False).regions) == 1
