@@ -65,14 +65,14 @@ def main() -> int:
             print(cell, f"({inner})", flush=True)
             counts[cell.result] = counts.get(cell.result, 0) + 1
             found.append({**vars(cell), "inner": inner})
-    run = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "results": f"{len(found)} cells: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()),
-        "cells": found,
-    }
-    options.results.write_text(json.dumps(run, indent=1) + "\n")
+            run = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "results": f"{len(found)} cells: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()),
+                "cells": found,
+            }
+            options.results.write_text(json.dumps(run, indent=1) + "\n")
     return int(any(kind in counts for kind in ("wrong", "crash")))
 
 
