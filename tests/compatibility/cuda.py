@@ -6,7 +6,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -24,8 +24,8 @@ COMPILED = ("Qwen3", "Gemma3", "Bloom", "GptOss", "Mixtral", "DeepseekV3", "Mamb
 """Families that go through inductor too, with right padding."""
 
 
-def cells() -> Iterator[tuple[str, str, str, str]]:
-    for family in FAMILIES:
+def cells(families: Iterable[str]) -> Iterator[tuple[str, str, str, str]]:
+    for family in families:
         first, *others = attentions(family)
         yield from ((family, first, form, "aot_eager") for form in forms_of(family) if form in EAGERLY)
         yield from ((family, other, forms_of(family)[0], "aot_eager") for other in others if other != "eager")
@@ -56,9 +56,12 @@ def _run(family: str, attention: str, form: str, inner: str) -> Cell:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="cuda", description="Run some cells of the compatibility page on a GPU.")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--family", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), help="only these, eagerly"
+    )
     parser.add_argument("--workers", type=int, default=4)
     options = parser.parse_args()
-    wanted, found = list(cells()), []
+    wanted, found = list(cells(options.family)), []
     counts: dict[str, int] = {}
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         for (*_, inner), cell in zip(wanted, pool.map(_run, *zip(*wanted, strict=True)), strict=True):
