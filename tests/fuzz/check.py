@@ -112,15 +112,20 @@ def check(example: Example, outcome: Outcome) -> None:
         expected = [plain(**batch) for batch in example.batches]
         if not all(result.isfinite().all() for results in expected for result in results):
             outcome.add(discarded=1)  # nothing is proved of infinity and its like
-        elif example.route == "passes":
-            _check_passes(example, plain, expected, outcome)
-        else:
-            try:
+            return
+        try:
+            if example.route == "passes":
+                _check_passes(example, plain, expected, outcome)
+            else:
                 _check_compiled(example, plain, expected, outcome)
-            except RuntimeError:
-                if not _fails_by_itself(example, plain):
-                    raise
-                outcome.add(discarded=1)
+        except AssertionError:
+            if not _is_unstable(example, plain, expected):
+                raise
+            outcome.add(discarded=1)
+        except RuntimeError:
+            if example.route == "passes" or not _fails_by_itself(example, plain):
+                raise
+            outcome.add(discarded=1)
 
 
 def fails(example: Example) -> bool:
@@ -255,6 +260,31 @@ def _fails_by_itself(example: Example, plain: Module) -> bool:
 # ------------------------------------------------------------------------------------------------------- comparing
 
 
+def _is_unstable(example: Example, plain: Module, expected: list[tuple[Tensor, ...]]) -> bool:
+    """Do weights that are off by some roundings change the plain program's own results by as much as is allowed?
+
+    A norm of two features that are nearly equal makes large numbers of roundings.
+    """
+    off = Module(example.program)
+    with torch.no_grad():
+        for weight in off.parameters():
+            weight *= 1 + 8 * torch.finfo(weight.dtype).eps * torch.randn(weight.shape, generator=_generator())
+    for batch, wanted in zip(example.batches, expected, strict=True):
+        try:
+            for one, other in zip(off(**batch), wanted, strict=True):
+                _assert_close(one, other)
+            gradients = _gradients(off(**batch), list(off.parameters())), _gradients(wanted, list(plain.parameters()))
+            for one, other in zip(*gradients, strict=True):
+                _assert_close(one, other)
+        except AssertionError:
+            return True
+    return False
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def _compare(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...], plain: Module, kept: Tensor) -> None:
     """All results, or the kept rows of them, and the gradients of all weights if there are any."""
     if not kept.all():
@@ -278,8 +308,9 @@ def _gradients(results: tuple[Tensor, ...], weights: list[nn.Parameter]) -> list
     terms = []
     for result in results:
         if result.requires_grad:
-            factors = torch.randn(result.shape, generator=torch.Generator().manual_seed(0))
+            factors = torch.randn(result.shape, generator=_generator())
             terms.append((result * factors).sum())
     if not terms:
         return []
-    return list(torch.autograd.grad(sum(terms), weights, materialize_grads=True, allow_unused=True))
+    total = sum(terms)
+    return list(torch.autograd.grad(total, weights, materialize_grads=True, allow_unused=True, retain_graph=True))
