@@ -40,8 +40,8 @@ from radix_compile.token_axes import (
     shape_of,
 )
 
-LARGEST = 2**24
-"""Entries of an array that are looked at, at most."""
+LARGEST = 2**22
+"""Entries of an array that is kept, at most."""
 
 NOTHING = -1
 """The last column of an entry that reads none."""
@@ -107,14 +107,19 @@ class Reaches:
         if node not in self.found:
             self.found[node] = None
             found = self._compute(node)
-            for one in found if isinstance(found, tuple) else (found,):
-                if one.last.size > LARGEST or (one.last.size and one.last.min() >= self.columns - 1):
-                    raise OutOfReach  # too large, or all of it reads all columns, which nothing will change
-            self.found[node] = found
+            self.found[node] = tuple(map(self._kept, found)) if isinstance(found, tuple) else self._kept(found)
         result = self.found[node]
         if result is None:
             raise OutOfReach
         return result
+
+    def _kept(self, found: Reach) -> Reach:
+        """What reads all columns everywhere takes no room: nothing much will come of it."""
+        if found.last.size and found.last.min() >= self.columns - 1:
+            return reach(np.full((1,) * found.rank, self.columns - 1), batch=found.batch)
+        if found.last.size > LARGEST:
+            raise OutOfReach
+        return found
 
     def number(self, value: Any) -> int:
         """A size, or an argument of an op that is one."""

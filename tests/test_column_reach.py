@@ -87,7 +87,27 @@ def convolution(x: Tensor) -> Tensor:
     return F.conv1d(x.mT, weight, None, padding=4, dilation=2, groups=D)[..., :S].mT
 
 
+def forward_substitution(x: Tensor) -> Tensor:
+    """The inverse of a triangle, row by row, as where there is no solver."""
+    parts = chunks(x)
+    system = -(parts @ parts.mT * decays(x)).tril(-1)
+    for i in range(1, C):
+        row, above = system[..., i, :i].clone(), system[..., :i, :i].clone()
+        system[..., i, :i] = row + (row.unsqueeze(-1) * above).sum(-2)
+    return together((system + torch.eye(C, dtype=x.dtype)) @ parts)
+
+
+def products_summed(x: Tensor) -> Tensor:
+    """Without a product of matrices: what is zero stays so when it is divided, summed and subtracted."""
+    parts = chunks(x)
+    scores = (parts[:, :, :, None] * parts[:, :, None]).sum(-1)
+    weights = (scores[..., None] * decays(x)[..., None] / 2).sum(-1) - torch.zeros(C, C, dtype=x.dtype)
+    return together((weights[..., None] * parts[:, :, None]).sum(3))
+
+
 CAUSAL: dict[str, Program] = {
+    "forward substitution": forward_substitution,
+    "products, summed": products_summed,
     "within chunks": within_chunks,
     "a recurrence over chunks": recurrence,
     "padded": padded,
@@ -243,9 +263,15 @@ def test_groups(before: tuple[int, ...], after: tuple[int, ...], expected: Any) 
     assert groups(before, after) == expected
 
 
-def test_what_reads_everything_is_given_up() -> None:
-    """And costs nothing from there on."""
+def test_what_reads_everything_takes_no_room() -> None:
     node, gm = analysed(lambda x: (x - x.mean(1, keepdim=True)).relu().reshape(B, 2, C, D).cumsum(2))
+    assert gm.meta["tokens"].reaches.of(node).last.tolist() == [[[[S - 1]]]]
+
+
+def test_what_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radix_compile.column_reach.LARGEST", 2 * C * C - 1)
+    node, gm = analysed(within_chunks)
+    assert value_of(node).mixed is not None
     with pytest.raises(OutOfReach):
         gm.meta["tokens"].reaches.of(node)
 

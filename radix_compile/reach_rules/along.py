@@ -40,7 +40,8 @@ def reduce(node: fx.Node, reaches: Reaches) -> Reach:
     batch = source.batch
     if batch is not None and not keep:
         batch -= sum(dim < batch for dim in dims)
-    return reach(source.last.max(axis=dims, keepdims=keep), batch=batch)
+    zero = (source.known == 0).all(axis=dims, keepdims=keep)
+    return reach(source.last.max(axis=dims, keepdims=keep), np.where(zero, 0.0, np.nan), batch)
 
 
 @reach_rule(aten.softmax.int)
@@ -116,7 +117,7 @@ def contraction(
             one = reaches.of(tensor)
             if one.batch is None and reaches.shape(tensor)[dim] != 1 and reaches.may_vary(tensor, dim):
                 raise OutOfReach
-    if math.prod(np.broadcast_shapes(*(last.shape for last in lasts))) > LARGEST:
+    if math.prod(np.broadcast_shapes(*(last.shape for last in lasts))) > 4 * LARGEST:
         raise OutOfReach
     products = reach(latest(lasts), zero_products([Reach(a, b) for a, b in zip(lasts, knowns, strict=True)]))
     along = tuple(range(len(result), len(order)))

@@ -26,6 +26,30 @@ def product(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(latest([one.last for one in operands]), zero_products(operands), batch)
 
 
+@reach_rule(aten.div.Tensor)
+def quotient(node: fx.Node, reaches: Reaches) -> Reach:
+    """Zero where the first operand is."""
+    operands, batch = aligned(node, [arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
+    first = operands[:1] if is_tensor(node.args[0]) else []
+    known = zero_products(first) if first else np.nan
+    return reach(latest([one.last for one in operands]), known, batch)
+
+
+@reach_rule(aten.add.Tensor, aten.sub.Tensor)
+def total(node: fx.Node, reaches: Reaches) -> Reach:
+    """Zero where both are."""
+    operands, batch = aligned(node, [arg for arg in node.args[:2] if is_tensor(arg)], reaches)  # type: ignore[misc]
+    zero = [one.known == 0 for one in operands] + [np.array(arg == 0) for arg in node.args[:2] if not is_tensor(arg)]
+    both = np.logical_and(zero[0], zero[-1])
+    return reach(latest([one.last for one in operands]), np.where(both, 0.0, np.nan), batch)
+
+
+@reach_rule(aten.neg.default)
+def negative(node: fx.Node, reaches: Reaches) -> Reach:
+    source = reaches.of(source_of(node))
+    return reach(source.last, -source.known, source.batch)
+
+
 @reach_rule(aten.exp.default)
 def exp(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))

@@ -216,25 +216,35 @@ def repeat_interleave(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array.repeat(times, dim), source.batch)
 
 
-@reach_rule(aten.select_scatter.default)
-def select_scatter(node: fx.Node, reaches: Reaches) -> Reach:
-    """One entry along a dimension written over."""
+@reach_rule(aten.select_scatter.default, aten.slice_scatter.default)
+def written_over(node: fx.Node, reaches: Reaches) -> Reach:
+    """One entry along a dimension, or some of them, written over."""
     source, written = argument(node, "self"), argument(node, "src")
     base, part = reaches.of(source), reaches.of(written)
-    dim, size = dim_of(node, base), reaches.shape(source)[argument(node, "dim")]
-    batch = None if part.batch is None else part.batch + (part.batch >= dim)
-    if len({one for one in (base.batch, batch) if one is not None}) > 1:
+    dim = dim_of(node, base)
+    size = reaches.shape(source)[dim]
+    if node.target is aten.select_scatter.default:
+        index = reaches.number(argument(node, "index")) % size
+        place = slice(index, index + 1)
+        batch = None if part.batch is None else part.batch + (part.batch >= dim)
+        part = moved(part, lambda array: np.expand_dims(array, dim), batch)
+    else:
+        start, end = (argument(node, name) for name in ("start", "end"))
+        first, behind = (None if one is None else reaches.number(one) for one in (start, end))
+        place = slice(first, behind, reaches.number(argument(node, "step")))
+    batches = {one for one in (base.batch, part.batch) if one is not None}
+    if len(batches) > 1 or dim in batches:
         raise OutOfReach
-    index = reaches.number(argument(node, "index")) % size
-    place = (slice(None),) * dim + (index,)
-    shape = np.broadcast_shapes(
-        (*base.last.shape[:dim], *base.last.shape[dim + 1 :]),
-        part.last.shape,
-    )
+    whole = list(np.broadcast_shapes(_without(base.last.shape, dim), _without(part.last.shape, dim)))
+    whole.insert(dim, size)
 
     def over(array: Array, own: Array) -> Array:
-        result = np.broadcast_to(array, (*shape[:dim], size, *shape[dim:])).copy()
-        result[place] = np.broadcast_to(own, shape)
+        result = np.broadcast_to(array, whole).copy()
+        result[(slice(None),) * dim + (place,)] = own
         return result
 
-    return reach(over(base.last, part.last), over(base.known, part.known), base.batch if batch is None else batch)
+    return reach(over(base.last, part.last), over(base.known, part.known), batches.pop() if batches else None)
+
+
+def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], *shape[dim + 1 :])

@@ -51,14 +51,18 @@ def run_tests(folder: Path, torch: str, transformers: str, workers: int) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser(prog="versions", description="Run the end-to-end tests with other versions.")
     parser.add_argument("--folder", type=Path, default=ROOT / ".versions", help="where the environments are made")
+    parser.add_argument(
+        "--torch", nargs="*", choices=[torch for torch, _ in VERSIONS], help="only these (default: all)"
+    )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    rows = []
+    rows = {row["torch"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for torch, transformers in VERSIONS:
-        rows.append(run_tests(options.folder / f"torch-{torch}", torch, transformers, options.workers))
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        if not options.torch or torch in options.torch:
+            rows[torch] = run_tests(options.folder / f"torch-{torch}", torch, transformers, options.workers)
+            RESULTS.write_text(json.dumps([rows[torch] for torch in sorted(rows)], indent=1) + "\n")
     print("\n".join(table()))
-    return int(any(row["failed"] for row in rows))
+    return int(any(row["failed"] for row in rows.values()))
 
 
 if __name__ == "__main__":
