@@ -150,6 +150,15 @@ NOT: dict[str, Program] = {
     "shifted to the left": lambda x: F.pad(x, (0, 0, 0, 1))[:, 1:],
     "rolled in chunks": lambda x: together(chunks(x).roll(1, 2)),
     "sequences as columns": lambda x: together(chunks(x) + torch.arange(B)[:, None, None, None]),
+    "sequences in what is written over": lambda x: together(
+        torch.select_scatter((torch.arange(B)[:, None, None, None] * torch.ones(B, 2, C, D)).double(), x[:, :C], 1, 0)
+    ),
+    "sequences written over": lambda x: together(
+        torch.select_scatter(chunks(x), (torch.arange(B)[:, None, None] * torch.ones(B, C, D)).double(), 1, 1)
+    ),
+    "a product with sequences": lambda x: together(
+        torch.einsum("bcld,bce->bcle", chunks(x), (torch.arange(B)[:, None, None] * torch.ones(B, 2, D)).double())
+    ),
     "columns of another sequence": lambda x: together(torch.cat([chunks(x)[1:], chunks(x)[:1]])),
     "products with another sequence": lambda x: together(
         torch.einsum("bcld,acld->acld", chunks(x), chunks(x)) * decays(x)[..., :1]

@@ -13,7 +13,7 @@ from torch import fx
 from radix_compile.column_reach import LARGEST, NOTHING, OutOfReach, Reach, Reaches, reach
 from radix_compile.op_rules.contractions import labels_of
 from radix_compile.op_rules.table import argument, source_of
-from radix_compile.reach_rules.table import aligned, dim_of, latest, reach_rule, zero_products
+from radix_compile.reach_rules.table import aligned, dim_of, latest, reach_rule, refuse_if_apart, zero_products
 from radix_compile.token_axes import Mixes
 
 aten = torch.ops.aten
@@ -112,11 +112,8 @@ def contraction(
     if len(batches) > 1 or not batches.isdisjoint(summed):
         raise OutOfReach
     for tensor, own in zip(tensors, labels, strict=True):
-        for name in batches.intersection(own):  # a constant that tells sequences apart
-            dim = own.index(name)
-            one = reaches.of(tensor)
-            if one.batch is None and reaches.shape(tensor)[dim] != 1 and reaches.may_vary(tensor, dim):
-                raise OutOfReach
+        for name in batches.intersection(own):
+            refuse_if_apart(tensor, own.index(name), reaches)
     if math.prod(np.broadcast_shapes(*(last.shape for last in lasts))) > 4 * LARGEST:
         raise OutOfReach
     products = reach(latest(lasts), zero_products([Reach(a, b) for a, b in zip(lasts, knowns, strict=True)]))

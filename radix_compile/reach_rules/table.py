@@ -40,12 +40,18 @@ def aligned(node: fx.Node, operands: Sequence[fx.Node], reaches: Reaches) -> tup
     if len(batches) > 1:
         raise OutOfReach
     batch = batches.pop() if batches else None
-    for operand, one in zip(operands, found, strict=True):
-        if batch is not None and one.batch is None:
-            own = batch - rank + len(reaches.shape(operand))
-            if own >= 0 and reaches.shape(operand)[own] != 1 and reaches.may_vary(operand, own):
-                raise OutOfReach  # it tells sequences apart
+    if batch is not None:
+        for operand in operands:
+            refuse_if_apart(operand, batch - rank + len(reaches.shape(operand)), reaches)
     return found, batch
+
+
+def refuse_if_apart(operand: fx.Node, dim: int, reaches: Reaches) -> None:
+    """If that is a constant with other entries for each sequence, which are along that dimension."""
+    if dim < 0 or reaches.of(operand).batch is not None or reaches.shape(operand)[dim] == 1:
+        return
+    if reaches.may_vary(operand, dim):
+        raise OutOfReach
 
 
 def latest(arrays: Sequence[Array]) -> Array:

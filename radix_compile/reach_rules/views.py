@@ -11,7 +11,7 @@ from torch import fx
 
 from radix_compile.column_reach import NOTHING, OutOfReach, Reach, Reaches, reach
 from radix_compile.op_rules.table import argument, source_of
-from radix_compile.reach_rules.table import Array, aligned, dim_of, moved, reach_rule
+from radix_compile.reach_rules.table import Array, aligned, dim_of, moved, reach_rule, refuse_if_apart
 
 aten = torch.ops.aten
 
@@ -235,6 +235,9 @@ def written_over(node: fx.Node, reaches: Reaches) -> Reach:
     batches = {one for one in (base.batch, part.batch) if one is not None}
     if len(batches) > 1 or dim in batches:
         raise OutOfReach
+    for batch in batches:
+        refuse_if_apart(source, batch, reaches)
+        refuse_if_apart(written, batch - (len(reaches.shape(written)) < base.rank and batch > dim), reaches)
     whole = list(np.broadcast_shapes(_without(base.last.shape, dim), _without(part.last.shape, dim)))
     whole.insert(dim, size)
 
