@@ -174,6 +174,11 @@ def as_low_as_the_mask(x: Tensor, ids: Tensor, slope: Tensor) -> Tensor:
 
 
 FOLDS: dict[str, tuple[Any, ...]] = {
+    "weights times a table": (
+        lambda x, ids, table: torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) @ table,
+        numbers(S, D),
+    ),
+    "a reshape that cuts rows, and the one back": (lambda x, ids: x.reshape(B, S // 2, 2 * D).reshape(B, S, D),),
     "a bias by distance": (by_distance,),
     "an empty tensor that changes the dtype": (empty_changes_dtype,),
     "window": (lambda x, ids: attention(x, window(3)),),
@@ -262,10 +267,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         (~causal()).double() * -LOWEST,
     ),
     "weights moved away from zero": (lambda x, ids: (torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) - 0.1) @ x,),
-    "weights times a table": (
-        lambda x, ids, table: torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) @ table,
-        numbers(S, D),
-    ),
     "mask for some sequences": (lambda x, ids: sdpa(x, causal() & (arange(B)[:, None, None, None] < 3)),),
     # A dimension of size one broadcasts: its only entry is not that of the column it meets.
     "one key column": (seeing(lambda: arange(1)[None, :] <= columns()[0]),),
