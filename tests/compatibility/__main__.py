@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -92,8 +93,8 @@ def _reasons(found: list[Cell]) -> Iterator[str]:
 
 
 def _short(reason: str) -> str:
-    """Without the place on this machine."""
-    return reason.split(" at /")[0].replace("|", "/")
+    """Without places on this machine."""
+    return re.sub(r"/[\w./-]+/", "", reason.split(" at /")[0]).replace("|", "/")
 
 
 def _check_everything() -> None:
