@@ -183,9 +183,8 @@ def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | No
     if column is None or padding is None:
         return None
     placeholders = captured.graph.find_nodes(op="placeholder")
-    shape = tuple(args[placeholders.index(captured.meta["tokens"].keys[0])].shape)[
-        :2
-    ]  # sizes, where others are symbols
+    rows = args[placeholders.index(captured.meta["tokens"].keys[0])]  # of sizes, where the captured one has symbols
+    shape = (rows.shape[0], rows.shape[1])
     shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
     if shown[:, 0].all():
         return None

@@ -319,7 +319,7 @@ class Operand:
     axes: Axes
 
 
-def tidy(axis: Axis) -> Axis:
+def _coarse(axis: Axis) -> Axis:
     """One feature atom for each run of atoms that are no tokens."""
     result: list[Atom] = []
     for atom in axis:
@@ -344,7 +344,7 @@ def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
         return max(axes, key=len, default=())
     if all(axis == varying[0] for axis in varying):
         return varying[0]
-    tokens = [tidy(axis) for axis in varying if has_tokens(axis)]
+    tokens = [_coarse(axis) for axis in varying if has_tokens(axis)]
     if not tokens:
         return plain_axis(layout.axis_size(varying[0]))
     if all(axis == tokens[0] for axis in tokens):

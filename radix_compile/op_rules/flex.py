@@ -27,7 +27,7 @@ FLEX = torch.ops.higher_order.flex_attention
 
 
 class Flex(NamedTuple):
-    """The arguments of a flex_attention: ``blocks`` are its tables of blocks, then ``sizes`` of a block."""
+    """The arguments of a flex_attention: ``blocks`` are its tables of blocks."""
 
     query: fx.Node
     key: fx.Node

@@ -98,13 +98,10 @@ def contraction(
     summed = sorted({name for own in labels for name in own} - set(result))
     order = [*result, *summed]
     lasts, knowns, batches = [], [], set()
-    sizes: dict[str, set[int]] = {}
     for tensor, own in zip(tensors, labels, strict=True):
         one = reaches.of(tensor)
         if one.batch is not None:
             batches.add(own[one.batch])
-        for name, size in zip(own, reaches.shape(tensor), strict=True):
-            sizes.setdefault(name, set()).add(size)
         turned = [own.index(name) for name in order if name in own]
         shape = [one.last.shape[own.index(name)] if name in own else 1 for name in order]
         lasts.append(one.last.transpose(turned).reshape(shape))

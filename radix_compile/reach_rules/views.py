@@ -161,7 +161,7 @@ def flip(node: fx.Node, reaches: Reaches) -> Reach:
 
 @reach_rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(node: fx.Node, reaches: Reaches) -> Reach:
-    """In front and behind, by a number; a negative amount cuts."""
+    """In front and behind, by a number."""
     source = reaches.of(source_of(node))
     amounts = [reaches.number(amount) for amount in argument(node, "pad")]
     if node.target is aten.pad.default and argument(node, "mode") != "constant":
@@ -186,12 +186,8 @@ def pad(node: fx.Node, reaches: Reaches) -> Reach:
 @reach_rule(aten.cat.default)
 def cat(node: fx.Node, reaches: Reaches) -> Reach:
     tensors = [arg for arg in argument(node, "tensors") if reaches.shape(arg) != (0,)]
-    return _joined(node, tensors, argument(node, "dim"), reaches)
-
-
-def _joined(node: fx.Node, tensors: Sequence[fx.Node], named: int, reaches: Reaches) -> Reach:
     found, batch = aligned(node, tensors, reaches)
-    dim = named % found[0].rank
+    dim = argument(node, "dim") % found[0].rank
     if dim == batch:
         raise OutOfReach
     shape = np.broadcast_shapes(*((*one.last.shape[:dim], 1, *one.last.shape[dim + 1 :]) for one in found))

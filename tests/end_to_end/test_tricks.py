@@ -173,7 +173,14 @@ def as_low_as_the_mask(x: Tensor, ids: Tensor, slope: Tensor) -> Tensor:
     return biased(x, slope * (S - query))
 
 
+def blind_rows_times(x: Tensor, ids: Tensor, padding: Tensor, factor: Tensor) -> Tensor:
+    """Rows that saw no key are seen by all in the second layer, and are zero there if the factor is."""
+    first = attention(x, causal() & seen(padding)) * factor[:, :, None]
+    return attention(first, causal())
+
+
 FOLDS: dict[str, tuple[Any, ...]] = {
+    "rows that saw no key, times zero": (lambda x, ids, padding: blind_rows_times(x, ids, padding, padding), PADDING),
     "weights times a table": (
         lambda x, ids, table: torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) @ table,
         numbers(S, D),
@@ -242,6 +249,7 @@ FOLDS: dict[str, tuple[Any, ...]] = {
 }
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "rows that saw no key, times something else": (blind_rows_times, PADDING, torch.ones_like(PADDING)),
     "a bias as low as the mask": (as_low_as_the_mask, ones(1) * LOWEST / S),
     "a bias as low as the mask, computed": (
         lambda x, ids: as_low_as_the_mask(x, ids, torch.pow(ones(1) * 2, arange(1023, 1024)) * (-2 / S)),
