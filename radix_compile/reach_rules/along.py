@@ -78,7 +78,7 @@ def matmul(node: fx.Node, reaches: Reaches) -> Reach:
         raise OutOfReach
     names = [f"d{number}" for number in range(max(ranks) - 2)]
     labels = [[*names[len(names) - rank + 2 :], *ends] for rank, ends in zip(ranks, ("ik", "kj"), strict=True)]
-    return contraction(node, [left, right], labels, [*names, "i", "j"], reaches)
+    return contraction([left, right], labels, [*names, "i", "j"], reaches)
 
 
 @reach_rule(aten.einsum.default)
@@ -88,11 +88,11 @@ def einsum(node: fx.Node, reaches: Reaches) -> Reach:
         terms, result = labels_of(argument(node, "equation"), len(tensors))
     except Mixes:
         raise OutOfReach from None
-    return contraction(node, tensors, [list(term) for term in terms], list(result), reaches)
+    return contraction(tensors, [list(term) for term in terms], list(result), reaches)
 
 
 def contraction(
-    node: fx.Node, tensors: Sequence[Any], labels: Sequence[Sequence[str]], result: Sequence[str], reaches: Reaches
+    tensors: Sequence[Any], labels: Sequence[Sequence[str]], result: Sequence[str], reaches: Reaches
 ) -> Reach:
     """Sums of products. A product with a factor that is zero reads nothing."""
     summed = sorted({name for own in labels for name in own} - set(result))
@@ -126,7 +126,7 @@ def solve_triangular(node: fx.Node, reaches: Reaches) -> Reach:
     matrix, right = node.args[:2]
     if argument(node, "upper") or not argument(node, "left"):
         raise OutOfReach
-    found, batch = aligned(node, [matrix, right], reaches)  # type: ignore[list-item]
+    found, batch = aligned([matrix, right], reaches)  # type: ignore[list-item]
     if batch is not None and batch >= found[0].rank - 2:
         raise OutOfReach
     rows = reaches.shape(node)[-2]

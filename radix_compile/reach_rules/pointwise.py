@@ -16,20 +16,20 @@ aten = torch.ops.aten
 
 
 def elementwise_reach(node: fx.Node, reaches: Reaches) -> Reach:
-    operands, batch = aligned(node, [arg for arg in node.all_input_nodes if is_tensor(arg)], reaches)
+    operands, batch = aligned([arg for arg in node.all_input_nodes if is_tensor(arg)], reaches)
     return reach(latest([one.last for one in operands]), batch=batch)
 
 
 @reach_rule(aten.mul.Tensor)
 def product(node: fx.Node, reaches: Reaches) -> Reach:
-    operands, batch = aligned(node, [arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
+    operands, batch = aligned([arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
     return reach(latest([one.last for one in operands]), zero_products(operands), batch)
 
 
 @reach_rule(aten.div.Tensor)
 def quotient(node: fx.Node, reaches: Reaches) -> Reach:
     """Zero where the first operand is."""
-    operands, batch = aligned(node, [arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
+    operands, batch = aligned([arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
     first = operands[:1] if is_tensor(node.args[0]) else []
     known = zero_products(first) if first else np.nan
     return reach(latest([one.last for one in operands]), known, batch)
@@ -38,7 +38,7 @@ def quotient(node: fx.Node, reaches: Reaches) -> Reach:
 @reach_rule(aten.add.Tensor, aten.sub.Tensor)
 def total(node: fx.Node, reaches: Reaches) -> Reach:
     """Zero where both are."""
-    operands, batch = aligned(node, [arg for arg in node.args[:2] if is_tensor(arg)], reaches)  # type: ignore[misc]
+    operands, batch = aligned([arg for arg in node.args[:2] if is_tensor(arg)], reaches)  # type: ignore[misc]
     zero = [one.known == 0 for one in operands] + [np.array(arg == 0) for arg in node.args[:2] if not is_tensor(arg)]
     both = np.logical_and(zero[0], zero[-1])
     return reach(latest([one.last for one in operands]), np.where(both, 0.0, np.nan), batch)
@@ -60,19 +60,19 @@ def exp(node: fx.Node, reaches: Reaches) -> Reach:
 @reach_rule(aten.masked_fill.Scalar)
 def masked_fill(node: fx.Node, reaches: Reaches) -> Reach:
     source, mask, value = node.args
-    return _chosen(node, mask, value, source, reaches)
+    return _chosen(mask, value, source, reaches)
 
 
 @reach_rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 def where(node: fx.Node, reaches: Reaches) -> Reach:
     condition, this, other = node.args
-    return _chosen(node, condition, this, other, reaches)
+    return _chosen(condition, this, other, reaches)
 
 
-def _chosen(node: fx.Node, condition: Any, this: Any, other: Any, reaches: Reaches) -> Reach:
+def _chosen(condition: Any, this: Any, other: Any, reaches: Reaches) -> Reach:
     """``this`` where the condition is true, else ``other``: tensors or numbers."""
     tensors = [one for one in (condition, this, other) if is_tensor(one)]
-    found, batch = aligned(node, tensors, reaches)
+    found, batch = aligned(tensors, reaches)
     by_node = dict(zip(tensors, found, strict=True))
     numbers = [by_node[one] if is_tensor(one) else reach([NOTHING], float(one)) for one in (this, other)]
     chosen = by_node[condition]

@@ -27,7 +27,7 @@ def reach_rule(*ops: OpOverload) -> Callable[[ReachRule], ReachRule]:
     return register
 
 
-def aligned(node: fx.Node, operands: Sequence[fx.Node], reaches: Reaches) -> tuple[list[Reach], int | None]:
+def aligned(operands: Sequence[fx.Node], reaches: Reaches) -> tuple[list[Reach], int | None]:
     """The operands of a broadcasting op with as many dimensions as its result, and the dimension of the sequences."""
     rank = max(len(reaches.shape(operand)) for operand in operands)
     found = []

@@ -186,7 +186,7 @@ def pad(node: fx.Node, reaches: Reaches) -> Reach:
 @reach_rule(aten.cat.default)
 def cat(node: fx.Node, reaches: Reaches) -> Reach:
     tensors = [arg for arg in argument(node, "tensors") if reaches.shape(arg) != (0,)]
-    found, batch = aligned(node, tensors, reaches)
+    found, batch = aligned(tensors, reaches)
     dim = argument(node, "dim") % found[0].rank
     if dim == batch:
         raise OutOfReach
