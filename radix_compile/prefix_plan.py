@@ -31,6 +31,8 @@ PIECE = 64
 class PrefixPlan:
     """The distinct rows of a padded ``[B, S]`` batch, numbered depth first through its prefix tree.
 
+    Rows that get a node of their own are no part of the tree: their nodes are numbered behind it.
+
     Attributes:
         fold: int64 ``[T']``, the flat row index ``b * S + s`` of one row per node, then any padding.
         scatter: int64 ``[B * S]``, the node of every row, -1 for rows left out.
@@ -39,6 +41,8 @@ class PrefixPlan:
             before it (0 for the first).
         bounds: int64 ``[N + 1]``, the flat index of the first row of each sequence, then ``B * S``. ``N`` is ``B``
             and all are of length ``S``, unless several sequences are packed in a row.
+        begin: int64 ``[N]``, the flat index of the row at which the paths of each sequence begin.
+        tree_nodes: how many nodes are in the tree.
     """
 
     fold: Int64
@@ -46,6 +50,8 @@ class PrefixPlan:
     order: Int64
     shared: Int64
     bounds: Int64
+    begin: Int64
+    tree_nodes: int
 
     @property
     def tokens(self) -> int:
@@ -79,6 +85,31 @@ class PrefixPlan:
         rows = np.zeros(count + 1, np.int64)
         rows[target] = np.arange(count)
         return rows[:-1], starts, _pieces(starts) if sequences > PIECE else np.empty(0, np.int64)
+
+    def tree(self) -> tuple[Int64, Int64]:
+        """The ancestors of each node, by two numbers: ``begin`` and ``end``, both ``[T']``.
+
+        Node ``j`` is ``i`` or an ancestor of it if ``j <= i < end[j]``. The rows on the way to node ``i`` are those
+        from ``begin[i]`` to ``fold[i]``, so that ``scatter[begin[i]:fold[i]]`` are its ancestors from the root on, and
+        ``fold[i] - begin[i]`` is its depth. Outside of the tree ``begin`` is ``fold`` and ``end`` is 0.
+        """
+        inside = slice(0, self.tree_nodes)
+        sequence = self.bounds.searchsorted(self.fold[inside], side="right") - 1
+        begin, end = self.fold.copy(), np.zeros_like(self.fold)
+        begin[inside] = self.begin[sequence]
+        depth = self.fold[inside] - begin[inside]
+        place = np.empty(len(self.order), np.int64)
+        place[self.order] = np.arange(len(self.order))
+        first = np.zeros(len(self.order) + 1, np.int64)
+        np.bincount(place[sequence], minlength=len(self.order)).cumsum(out=first[1:])
+        # From the last sequence to the first: where the next one that parts before each column begins.
+        following = np.full(int(np.diff(self.bounds).max(initial=0)), self.tree_nodes)
+        edges = first.tolist()
+        for i, parts_at in zip(range(len(edges) - 2, -1, -1), self.shared[::-1].tolist(), strict=True):
+            new = slice(edges[i], edges[i + 1])
+            end[new] = following[depth[new]]
+            following[parts_at:] = edges[i]
+        return begin, end
 
     @property
     def compression(self) -> float:
@@ -148,16 +179,18 @@ class PrefixPlan:
         new = offset >= shared[:, None]
         own = None if own is None else own[order].ravel()
         left_out = None if left_out is None else left_out[order].ravel()
-        nodes = _number(new.ravel(), own, left_out, shared, np.arange(shape[0]) * length)
+        nodes, tree_nodes = _number(new.ravel(), own, left_out, shared, np.arange(shape[0]) * length)
 
         scatter = np.empty(shape, np.int64)
-        fold = ((order * length)[:, None] + (offset if turn is None else turn[order]))[new]
+        row = (order * length)[:, None] + (offset if turn is None else turn[order])
         if turn is None:
             scatter[order] = nodes.reshape(shape)
         else:
             scatter[order[:, None], turn[order]] = nodes.reshape(shape)
         bounds = np.arange(shape[0] + 1) * length
-        return cls(_filled(fold, multiple), scatter.ravel(), order, shared, bounds)
+        begin = bounds[:-1] if turn is None else bounds[:-1] + turn[:, 0]
+        fold = _representatives(row.ravel(), new.ravel(), own, multiple)
+        return cls(fold, scatter.ravel(), order, shared, bounds, begin, tree_nodes)
 
 
 def _from_packed(
@@ -176,36 +209,42 @@ def _from_packed(
     own = None if own is None else own.ravel()[row]
     left_out = None if left_out is None else left_out.ravel()[row]
     scatter = np.empty(begins.size, np.int64)
-    scatter[row] = _number(new, own, left_out, shared, end - lengths)
-    return PrefixPlan(_filled(row[new], multiple), scatter, order, shared, bounds)
+    scatter[row], tree_nodes = _number(new, own, left_out, shared, end - lengths)
+    fold = _representatives(row, new, own, multiple)
+    return PrefixPlan(fold, scatter, order, shared, bounds, bounds[:-1], tree_nodes)
 
 
-def _number(new: Array, own: Array | None, left_out: Array | None, shared: Int64, begin: Int64) -> Int64:
-    """The nodes of rows in the order of the tree, in which sequence ``i`` starts at ``begin[i]``; writes to `new`."""
-    if own is not None:
-        new |= own
+def _number(new: Array, own: Array | None, left_out: Array | None, shared: Int64, begin: Int64) -> tuple[Int64, int]:
+    """The nodes of rows in the order of the tree, in which sequence ``i`` starts at ``begin[i]``; how many are in it.
+
+    Writes to `new` and `own`: afterwards they hold where the nodes in the tree and outside of it are.
+    """
     if left_out is not None:
         new &= ~left_out
+    if own is not None:
+        if left_out is not None:
+            own &= ~left_out
+        new &= ~own
     nodes: Int64 = new.cumsum()
+    tree_nodes = int(nodes[-1]) if len(nodes) else 0
     nodes -= 1
     before = 0
     for prefix, here in zip(shared.tolist(), begin.tolist(), strict=True):
         # One copy per sequence: maximum.accumulate down the columns does the same, ten times slower.
-        source, target = nodes[before : before + prefix], nodes[here : here + prefix]
-        if own is None:
-            target[:] = source
-        else:
-            np.copyto(target, source, where=~own[here : here + prefix])
+        nodes[here : here + prefix] = nodes[before : before + prefix]
         before = here
+    if own is not None:
+        nodes[own] = np.arange(tree_nodes, tree_nodes + np.count_nonzero(own))
     if left_out is not None:
         nodes[left_out] = -1
-    return nodes
+    return nodes, tree_nodes
 
 
-def _filled(fold: Int64, multiple: int) -> Int64:
-    """`fold` with its first entry repeated up to a multiple."""
-    extra = -fold.size % multiple if fold.size else 0
-    return np.concatenate([fold, np.full(extra, fold[0])]) if extra else fold
+def _representatives(row: Int64, new: Array, own: Array | None, multiple: int) -> Int64:
+    """`PrefixPlan.fold`, with its first entry repeated up to a multiple."""
+    parts = [row[new]] if own is None else [row[new], row[own]]
+    size, first = sum(map(len, parts)), next((part[:1] for part in parts if len(part)), row[:0])
+    return np.concatenate([*parts, first.repeat(-size % multiple)])
 
 
 def _turn(start: Array, shape: tuple[int, ...]) -> Int64 | None:

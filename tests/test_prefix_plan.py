@@ -45,18 +45,40 @@ def brute_force(
     """The scatter index by its definition: walk the sequences in the plan's order with a dict of paths."""
     scatter = np.full(keys[0].shape, -1)
     nodes: dict[tuple, int] = {}
-    count = 0
+    outside = []
     for number in plan.order:
         path: tuple = ()
         for row, key in zip(sequences[number], paths_of(sequences[number], keys), strict=True):
             path += (key,)
-            if skip[row]:
-                continue
-            if path not in nodes or unique[row]:
-                nodes[path] = count
-                count += 1
-            scatter[row] = nodes[path]
+            if unique[row] and not skip[row]:
+                outside.append(row)
+            elif not skip[row]:
+                scatter[row] = nodes.setdefault(path, len(nodes))
+    for number, row in enumerate(outside):
+        scatter[row] = len(nodes) + number
     return scatter.ravel()
+
+
+def check_tree(plan: PrefixPlan, unique: np.ndarray, sequences: Sequences) -> None:
+    """``tree`` against its definition: the nodes of the rows in front of each row, in its own sequence."""
+    begin, end = plan.tree()
+    assert begin.dtype == end.dtype == np.int64
+    assert begin.shape == end.shape == plan.fold.shape
+    scatter, node = plan.scatter.reshape(unique.shape), np.arange(len(plan.fold))
+    seen = set()
+    for sequence in sequences:
+        path: list[int] = []
+        for row in sequence:
+            if scatter[row] >= 0 and not unique[row]:
+                i = scatter[row]
+                path.append(i)
+                seen.add(i)
+                assert np.flatnonzero((node <= i) & (i < end)).tolist() == path
+                on_the_way = plan.scatter[begin[i] : plan.fold[i]]
+                assert [j for j in on_the_way if 0 <= j < plan.tree_nodes] == path[:-1]
+    assert seen == set(range(plan.tree_nodes))
+    assert (begin[plan.tree_nodes :] == plan.fold[plan.tree_nodes :]).all()
+    assert not end[plan.tree_nodes :].any()
 
 
 def check_plan(
@@ -71,12 +93,13 @@ def check_plan(
     expected = brute_force(keys, unique, skip, plan, sequences)
     np.testing.assert_array_equal(plan.scatter, expected)
     nodes = int(expected.max(initial=-1)) + 1
+    check_tree(plan, unique, sequences)
     assert plan.compact_tokens == nodes
     assert plan.tokens == batch * length - int(skip.sum())
     assert plan.compression == (nodes / plan.tokens if plan.tokens else 1.0)
     # `fold` picks one row of each node, nodes in order.
     np.testing.assert_array_equal(plan.scatter[plan.fold[:nodes]], np.arange(nodes))
-    arrays = (plan.fold, plan.scatter, plan.order, plan.shared, plan.bounds)
+    arrays = (plan.fold, plan.scatter, plan.order, plan.shared, plan.bounds, plan.begin)
     assert all(a.dtype == np.int64 and a.flags.c_contiguous for a in arrays)
     assert plan.bounds.tolist() == [0, *np.cumsum([len(sequence) for sequence in sequences])]
     # `order` is a permutation, and sorted: equal prefixes are adjacent, `shared` is the true common prefix.
@@ -158,6 +181,8 @@ def test_paths_may_start_at_different_columns(columns: list, seed: int) -> None:
     assert {(one, nodes[at]) for at, one in path.items()} == set(zip(path.values(), nodes.values(), strict=True))
     assert len({(one, nodes[at]) for at, one in path.items()}) == plan.compact_tokens
     assert plan.scatter[plan.fold].tolist() == list(range(plan.compact_tokens))
+    in_front = np.arange(length) < start[:, None]
+    check_tree(plan, in_front, [[(b, s) for s in range(first, length)] for b, first in enumerate(start.tolist())])
     rows, starts, _ = plan.row_lists()
     for node in range(len(plan.fold)):
         listed = rows[starts[node] : starts[node + 1]].tolist()
@@ -241,7 +266,7 @@ def test_from_rows_numbers_depth_first() -> None:
 def test_from_rows_unique_and_skip_by_hand() -> None:
     keys = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 4]])
     unique, skip = np.array([[False, True, False]] * 3), np.array([[True, False, False]] * 3)
-    assert PrefixPlan.from_rows(keys, unique=unique).scatter.tolist() == [0, 1, 2, 0, 3, 2, 0, 4, 5]
+    assert PrefixPlan.from_rows(keys, unique=unique).scatter.tolist() == [0, 3, 1, 0, 4, 1, 0, 5, 2]
     assert PrefixPlan.from_rows(keys, skip=skip).scatter.tolist() == [-1, 0, 1, -1, 0, 1, -1, 0, 2]
     both = PrefixPlan.from_rows(keys, unique=unique, skip=unique)
     assert both.scatter.tolist() == [0, -1, 1, 0, -1, 1, 0, -1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -19,12 +20,12 @@ def explained(model: nn.Module, *args: Any, **kwargs: Any) -> radix_compile.Expl
 
 
 def assert_refused(model: nn.Module, reason: str, op: str, *args: Any, **kwargs: Any) -> None:
-    """The outputs are right under the backend, and the report says which op, why and where."""
+    """The outputs are right under the backend, and the report says which op, why (a pattern) and where."""
     with pytest.warns(UserWarning, match="radix: nothing folds"):
         explanation = explained(model, *args, **kwargs)
     assert not explanation.folded
     refusal = explanation.refusals[0]
-    assert reason in refusal.reason
+    assert re.search(reason, refusal.reason)
     assert op in refusal.op
     assert ".py:" in refusal.source
     torch._dynamo.reset()
@@ -40,7 +41,10 @@ def test_bidirectional_attention() -> None:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     model = BertModel(config).eval()
-    assert_refused(model, "bidirectional", "scaled_dot_product_attention", shared_batch(4, 12, 8))
+    # Without a mask, or by one that hides nothing, as transformers 5.17 makes it.
+    assert_refused(
+        model, "bidirectional|lets a token see later ones", "scaled_dot_product_attention", shared_batch(4, 12, 8)
+    )
 
 
 class Block(nn.Module):

@@ -109,9 +109,20 @@ def test_a_single_sequence_runs_plain() -> None:
     assert radix_compile.stats().folded_calls == 0
 
 
+def masked_attention_compiles_in_float64() -> bool:
+    """Inductor's gradient of it fails on the CPU in torch 2.11, whatever the backend: "expected scalar type Double"."""
+    q, k, v = (torch.randn(2, 2, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    try:
+        torch.compile(F.scaled_dot_product_attention)(q, k, v, torch.ones(8, 8, dtype=torch.bool)).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 def test_through_inductor() -> None:
     """The decompositions, fused and compiled: also with the loss outside the graph, and with the same bits twice."""
-    model = build("Qwen3", num_hidden_layers=1).double().train()
+    attention = "sdpa" if masked_attention_compiles_in_float64() else "eager"
+    model = build("Qwen3", attention=attention, num_hidden_layers=1).double().train()
     plain = copy.deepcopy(model)
     batch = BATCHES["three levels"]()
     labels = batch.pop("labels")

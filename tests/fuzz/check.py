@@ -273,8 +273,8 @@ def _is_unstable(example: Example, plain: Module, expected: list[tuple[Tensor, .
         try:
             for one, other in zip(off(**batch), wanted, strict=True):
                 _assert_close(one, other)
-            gradients = _gradients(off(**batch), list(off.parameters())), _gradients(wanted, list(plain.parameters()))
-            for one, other in zip(*gradients, strict=True):
+            found = _gradients(off(**batch), list(off.parameters()))
+            for one, other in zip(found, _gradients(wanted, list(plain.parameters()), again=True), strict=True):
                 _assert_close(one, other)
         except AssertionError:
             return True
@@ -292,7 +292,7 @@ def _compare(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...], plain: Module
     for one, other in zip(ours, wanted, strict=True):
         _assert_close(one, other)
     weights = list(plain.parameters())
-    found, expected = _gradients(ours, weights), _gradients(wanted, weights)
+    found, expected = _gradients(ours, weights), _gradients(wanted, weights, again=True)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         _assert_close(one, other)
@@ -303,8 +303,8 @@ def _assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * max(1.0, largest))
 
 
-def _gradients(results: tuple[Tensor, ...], weights: list[nn.Parameter]) -> list[Tensor]:
-    """Of a sum of all entries, each with a factor of its own."""
+def _gradients(results: tuple[Tensor, ...], weights: list[nn.Parameter], again: bool = False) -> list[Tensor]:
+    """Of a sum of all entries, each with a factor of its own. ``again`` if they will be asked for once more."""
     terms = []
     for result in results:
         if result.requires_grad:
@@ -313,4 +313,4 @@ def _gradients(results: tuple[Tensor, ...], weights: list[nn.Parameter]) -> list
     if not terms:
         return []
     total = sum(terms)
-    return list(torch.autograd.grad(total, weights, materialize_grads=True, allow_unused=True, retain_graph=True))
+    return list(torch.autograd.grad(total, weights, materialize_grads=True, allow_unused=True, retain_graph=again))

@@ -1,0 +1,105 @@
+"""Causal attention in compact form: each node of the prefix tree attends to its ancestors and itself.
+
+The schema, shapes and gradient of the op, and which code runs it (:func:`lowering`).
+
+    query ``[1, H, T', E]``, key ``[1, Hkv, T', E]``, value ``[1, Hkv, T', V]``; ``H`` is a multiple of ``Hkv``
+    fold, scatter, begin, end: int64, the plan (``PrefixPlan`` and its ``tree``); ``end`` is 0 at keys to hide
+    sinks ``[H]``: one more score for each head, of a key whose value is zero
+    window: how many of the last columns a node sees, its own included; softcap: ``softcap * tanh(score / softcap)``
+
+The results are ``[1, H, T', V]`` and the logarithm of the sum of exponentials of each node's scores, ``[H, T']`` in
+float32 (float64 for float64). A node that sees no key is zero, and its sum infinite.
+
+That the keys of a stretch of nodes are the ancestors of the first and the stretch itself is what depth-first numbering
+is for: any other ancestor would be between the two. So neither lowering looks at more than the keys that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from radix_compile.kernels import attention_tiles
+from radix_compile.kernels.index_ops import has_triton
+
+radix = torch.ops.radix
+
+_PLAN = "Tensor fold, Tensor scatter, Tensor begin, Tensor end"
+_CARRIED = "Tensor? sinks, float scale, int? window, float? softcap"
+_SCHEMAS = (
+    f"tree_attention(Tensor query, Tensor key, Tensor value, {_PLAN}, {_CARRIED}) -> (Tensor, Tensor)",
+    "tree_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor result, Tensor total,"
+    f" {_PLAN}, {_CARRIED}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def lowering(device: torch.device, dtype: torch.dtype) -> str:
+    """The code that runs the op: "triton", a kernel that reads keys where they are, or "tiles", in torch."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return "triton" if device.type == "cuda" and dtype in floats and has_triton() else "tiles"
+
+
+def _code(query: Tensor) -> Any:
+    if lowering(query.device, query.dtype) == "triton":
+        from radix_compile.kernels import triton_attention
+
+        return triton_attention
+    return attention_tiles
+
+
+def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _code(query).tree_attention(query, *rest)
+    return result
+
+
+def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _code(query).tree_attention_backward(grad, query, *rest)
+    return result
+
+
+def heads_inside(like: Tensor, heads: int, features: int) -> Tensor:
+    """An empty ``[1, heads, T', features]``, in memory ``[1, T', heads, features]``, as projections want it."""
+    return like.new_empty((1, like.shape[2], heads, features)).transpose(1, 2)
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    heads, nodes = query.shape[1:3]
+    total = query.new_empty((heads, nodes), dtype=torch.promote_types(query.dtype, torch.float32))
+    return heads_inside(query, heads, value.shape[3]), total
+
+
+def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(heads_inside(one, one.shape[1], one.shape[3]) for one in (query, key, value))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, window, softcap = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.carried = scale, window, softcap
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    query, key, value, result, total, *plan, sinks = ctx.saved_tensors
+    gradients = radix.tree_attention_backward(grad, query, key, value, result, total, *plan, sinks, *ctx.carried)
+    by_sink = None
+    if sinks is not None and ctx.needs_input_grad[7]:
+        shares = (sinks.to(total.dtype)[:, None] - total).exp()
+        by_sink = -(shares * (grad[0] * result[0]).sum(-1, dtype=total.dtype)).sum(1).to(sinks.dtype)
+    return (*gradients, None, None, None, None, by_sink, None, None, None)
+
+
+library = torch.library.Library("radix", "FRAGMENT")
+_CODE: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
+    (_forward, _fake_forward),
+    (_gradients, _fake_gradients),
+)
+for _schema, (_real, _fake) in zip(_SCHEMAS, _CODE, strict=True):
+    _name = _schema.split("(")[0]
+    library.define(_schema)
+    library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"radix::{_name}", _fake, lib=library)
+torch.library.register_autograd("radix::tree_attention", _backward, setup_context=_keep, lib=library)

@@ -1,0 +1,213 @@
+"""Attention on the prefix tree: the lowerings against the reference, and the reference against attention on rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radix_compile.kernels import attention_reference, attention_tiles, tree_attention  # noqa: F401
+from radix_compile.prefix_plan import PrefixPlan
+
+radix = torch.ops.radix
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def prefixes(batch: int, seq: int, *shared: tuple[int, int]) -> Tensor:
+    """Ids ``[batch, seq]``: for each ``(columns, every)``, runs of ``every`` sequences have those columns in common."""
+    ids = torch.arange(batch * seq).view(batch, seq)
+    for columns, every in shared:
+        for first in range(0, batch, every):
+            ids[first : first + every, :columns] = ids[first, :columns]
+    return ids
+
+
+def chain(batch: int, seq: int) -> Tensor:
+    """Each sequence goes on where half of the one before has ended: deep, with branches all along."""
+    ids = torch.zeros(batch, seq, dtype=torch.long)
+    for b in range(1, batch):
+        ids[b] = ids[b - 1]
+        ids[b, b * seq // batch :] = b
+    return ids
+
+
+def few(batch: int, seq: int) -> Tensor:
+    return torch.randint(0, 3, (batch, seq), generator=generator())
+
+
+BATCHES = {
+    "one sequence": prefixes(1, 70),
+    "nothing shared": prefixes(3, 40),
+    "all equal": prefixes(4, 20, (20, 4)),
+    "a prefix": prefixes(5, 100, (75, 5)),
+    "levels": prefixes(12, 90, (30, 12), (60, 4), (80, 2)),
+    "one-row suffixes": prefixes(150, 30, (29, 150)),
+    "short": few(90, 4),
+    "a tree": few(30, 17),
+    "a chain": chain(20, 120),
+    "long": prefixes(4, 400, (150, 4)),
+}
+
+
+class Tree(NamedTuple):
+    """A plan's arrays as the op takes them, and its batch."""
+
+    ids: Tensor
+    fold: Tensor
+    scatter: Tensor
+    begin: Tensor
+    end: Tensor
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        return self[1:]
+
+
+def tree_of(ids: Tensor, shown: Tensor | None = None, **options: Any) -> Tree:
+    """The tree of a batch; keys that are not ``shown`` ``[B, S]`` are hidden."""
+    keys = (ids,) if shown is None else (ids, shown)
+    plan = PrefixPlan.from_rows(*keys, **options)
+    begin, end = plan.tree()
+    if shown is not None:
+        end *= shown.flatten().numpy()[plan.fold]
+    return Tree(ids, *(torch.from_numpy(one).to(DEVICE) for one in (plan.fold, plan.scatter, begin, end)))
+
+
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None
+
+
+def inputs(
+    nodes: int, heads: tuple[int, int] = (4, 2), sizes: tuple[int, int] = (16, 16), sinks: bool = False, **options: Any
+) -> Inputs:
+    """Random, in memory ``[1, T', H, E]``."""
+    source = generator(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, dtype=torch.float64).to(DEVICE, options.get("dtype", torch.float32))
+
+    q, k, v = (
+        random(1, nodes, h, e).transpose(1, 2)
+        for h, e in ((heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1]))
+    )
+    return Inputs(q, k, v, random(heads[0]) if sinks else None)
+
+
+CARRIED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one head for each key": {"heads": (3, 3)},
+    "a window": {"window": 7},
+    "soft-capped": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "other value sizes": {"sizes": (24, 8)},
+    "all of it": {"sinks": True, "softcap": 3.0, "window": 9, "sizes": (24, 8)},
+}
+
+
+def run(code: Any, tree: Tree, given: Inputs, window: int | None = None, softcap: float | None = None) -> Any:
+    return code(*given[:3], *tree.arrays, given.sinks, 0.3, window, softcap)
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is about the tensors, and what is about the op."""
+    ours = {name: value for name, value in options.items() if name in ("window", "softcap")}
+    return {name: value for name, value in options.items() if name not in ours}, ours
+
+
+def assert_near(ours: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """As near to the float64 result as the reference in the same dtype is, or nearly."""
+    bound = 4 * (plain.double() - exact).abs().max() + 4 * torch.finfo(plain.dtype).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= bound
+
+
+def doubled(given: Inputs) -> Inputs:
+    return Inputs(*(None if one is None else one.double() for one in given))
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
+def test_the_reference_is_attention_on_rows(ids: Tensor, window: int | None) -> None:
+    """Folded from the rows and scattered to them, it is torch's attention."""
+    tree, (batch, seq) = tree_of(ids), ids.shape
+    given = doubled(inputs(len(tree.fold)))
+    compact, _ = run(attention_reference.tree_attention, tree, given, window)
+    full = [one[0][:, tree.scatter].view(-1, batch, seq, 16).transpose(0, 1) for one in given[:3]]
+    column = torch.arange(seq, device=DEVICE)
+    behind = column[:, None] - column
+    mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    expected = F.scaled_dot_product_attention(*full, attn_mask=mask, scale=0.3, enable_gqa=True)
+    ours = compact[0][:, tree.scatter].view(-1, batch, seq, 16).transpose(0, 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
+    ids = prefixes(3, 6, (4, 3))
+    shown = torch.ones(3, 6, dtype=torch.long)
+    shown[:, :2] = 0
+    blind = shown.cumsum(1) == 0
+    tree = tree_of(ids, shown, unique=blind)
+    given = doubled(inputs(len(tree.fold)))
+    result, total = run(attention_reference.tree_attention, tree, given)
+    rows = result[0][:, tree.scatter].view(-1, 3, 6, 16)
+    assert (rows[:, :, :2] == 0).all()
+    assert (rows[:, :, 2:] != 0).all()
+    assert (total[:, tree.scatter.view(3, 6)[:, :2]] == float("inf")).all()
+    first = rows[:, :, 2]  # it sees itself alone
+    own = given.value[0][:, tree.scatter.view(3, 6)[:, 2]].repeat_interleave(2, 0)
+    torch.testing.assert_close(first, own)
+
+
+# ---------------------------------------------------------------------------------------------------- the lowerings
+
+
+def codes() -> dict[str, Any]:
+    return {"tiles": attention_tiles}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("code", codes().values(), ids=codes().keys())
+def test_forward(code: Any, ids: Tensor, name: str) -> None:
+    tree, (about, carried) = tree_of(ids), split(CARRIED[name])
+    given = inputs(len(tree.fold), **about)
+    expected = run(attention_reference.tree_attention, tree, doubled(given), **carried)
+    plain = run(attention_reference.tree_attention, tree, given, **carried)
+    for ours, exact, ordinary in zip(run(code.tree_attention, tree, given, **carried), expected, plain, strict=True):
+        assert_near(ours, exact, ordinary)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("code", codes().values(), ids=codes().keys())
+def test_gradients(code: Any, ids: Tensor, name: str) -> None:
+    tree, (about, carried) = tree_of(ids), split(CARRIED[name])
+    given = inputs(len(tree.fold), **about)
+    grad = inputs(len(tree.fold), about.get("heads", (4, 4)), about.get("sizes", (16, 16))).value
+
+    def by_autograd(given: Inputs) -> tuple[Tensor, ...]:
+        leaves = [one.detach().requires_grad_() for one in given if one is not None]
+        result, _ = run(
+            attention_reference.tree_attention, tree, Inputs(*leaves, *[None] * (4 - len(leaves))), **carried
+        )
+        return torch.autograd.grad(result, leaves, grad.to(result.dtype))
+
+    exact, plain = by_autograd(doubled(given)), by_autograd(given)
+    result, total = run(code.tree_attention, tree, given, **carried)
+    ours = code.tree_attention_backward(
+        grad, *given[:3], result, total, *tree.arrays, given.sinks, 0.3, carried.get("window"), carried.get("softcap")
+    )
+    for one, expected, ordinary in zip(ours, exact, plain, strict=False):
+        assert_near(one, expected, ordinary)
