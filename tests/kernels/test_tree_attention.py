@@ -173,13 +173,13 @@ def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
 # ---------------------------------------------------------------------------------------------------- the lowerings
 
 
-def codes() -> dict[str, Any]:
-    return {"tiles": attention_tiles}
+triton_attention = pytest.importorskip("radix_compile.kernels.triton_attention", reason="needs Triton")
+CODES = {"tiles": attention_tiles, "triton": triton_attention}
 
 
 @pytest.mark.parametrize("name", CARRIED)
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("code", codes().values(), ids=codes().keys())
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
 def test_forward(code: Any, ids: Tensor, name: str) -> None:
     tree, (about, carried) = tree_of(ids), split(CARRIED[name])
     given = inputs(len(tree.fold), **about)
@@ -191,7 +191,7 @@ def test_forward(code: Any, ids: Tensor, name: str) -> None:
 
 @pytest.mark.parametrize("name", CARRIED)
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("code", codes().values(), ids=codes().keys())
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
 def test_gradients(code: Any, ids: Tensor, name: str) -> None:
     tree, (about, carried) = tree_of(ids), split(CARRIED[name])
     given = inputs(len(tree.fold), **about)
