@@ -15,6 +15,7 @@ from radix_compile.arrays import as_multiple
 from radix_compile.capture import CaptureError, capture, first_line
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
+from radix_compile.passes.fold_graph import has_tree_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
@@ -166,7 +167,8 @@ def _compile_folded(
     rows = ids.shape[0] * ids.shape[1]
     multiple = as_multiple(options.pad_multiple_of)
     most = -(-internals.upper_bound(rows) // multiple) * multiple
-    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, lists=differentiable)
+    tree = has_tree_attention(captured.meta["wanted"])
+    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, tree=tree, lists=differentiable)
     inputs = [*example_inputs, *arrays]
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from torch import fx
 
 from radix_compile.passes.choose_cuts import choose_cuts
+from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
-from radix_compile.passes.fold_graph import fold_graph
+from radix_compile.passes.fold_graph import fold_graph, relies_on_runs
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
+from radix_compile.passes.prove_shift import prove_shift
 from radix_compile.passes.spell_out_flex import spell_out_flex
 from radix_compile.torch_internals import must_propagate
 from radix_compile.verify_graph import verify_graph
@@ -29,7 +31,8 @@ PASSES: tuple[Pass, ...] = (
     merge_duplicates,  # first, because what is one node is annotated, gathered and scattered once
     spell_out_flex,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
-    choose_cuts,  # after mark_token_axes, because only rows proved position-wise may be compact
+    fold_attention,  # after mark_token_axes, because it reads what masks were found to say
+    choose_cuts,  # after fold_attention, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
     fold_cross_entropy,  # after fold_graph, because it looks for logits that are scattered for the loss alone
 )
@@ -48,7 +51,16 @@ def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None, verify: bo
 
     Raises ``CannotFold`` if the graph as a whole cannot be folded.
     """
-    for apply in PASSES:
+    folded = _run(PASSES, gm, observe, verify)
+    source = folded.meta.get("source")
+    if source is not None and relies_on_runs(source) - {prove_shift(source).runs}:
+        source.meta["apart"] = False
+        folded = _run(PASSES[PASSES.index(fold_attention) :], source, observe, verify)
+    return folded
+
+
+def _run(passes: tuple[Pass, ...], gm: fx.GraphModule, observe: Observer | None, verify: bool) -> fx.GraphModule:
+    for apply in passes:
         gm = run_pass(apply, gm, observe, verify)
     return gm
 

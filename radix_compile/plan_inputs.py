@@ -16,7 +16,7 @@ from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.op_rules.flex import BlockTables, listed_blocks
 from radix_compile.passes.choose_cuts import Form
-from radix_compile.passes.fold_graph import Wanted
+from radix_compile.passes.fold_graph import Wanted, has_tree_attention, relies_on_runs
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
@@ -52,18 +52,22 @@ class PlanInputs:
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
-    ``runs``  program for the numbers of sequences that are packed in a row.
+    ``runs``  program for the numbers of sequences that are packed in a row; ``apart`` if they must not come back,
+              because attention runs on the tree.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
-    ``lists`` whether the folded program takes the row lists of the nodes as well, for gradients.
+    ``tree``  whether the folded program takes the tree as well, for attention; ``lists`` whether the row lists of the
+              nodes, for gradients.
     """
 
     keys: tuple[int, ...]
     blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
+    tree: bool = False
     lists: bool = False
     front: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
     runs: RowProgram | None = None
+    apart: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
 
@@ -84,7 +88,11 @@ class PlanInputs:
             blind = sightless((program(args, shape) != 0) == truth, window)
             if blind.any():
                 unique = blind if unique is None else unique | blind
-        breaks = None if self.runs is None else sequence_breaks(self.runs(args, shape))
+        breaks = None
+        if self.runs is not None:
+            breaks, come_back = sequence_breaks(self.runs(args, shape))
+            if come_back and self.apart:
+                raise RunsPlain("a sequence goes on behind another one that is packed in its row")
         start: NDArray[Any] | None = None
         if self.front is not None and breaks is None:
             program, truth = self.front
@@ -95,7 +103,8 @@ class PlanInputs:
 
     def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
-        arrays = [plan.fold, plan.scatter, *(plan.row_lists() if self.lists else ())]
+        arrays = [plan.fold, plan.scatter, *(plan.tree() if self.tree else ())]
+        arrays += plan.row_lists() if self.lists else ()
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.
@@ -126,18 +135,19 @@ def sightless(visible: BoolArray, window: int | None) -> BoolArray:
     return blind
 
 
-def sequence_breaks(numbers: NDArray[Any]) -> BoolArray | None:
+def sequence_breaks(numbers: NDArray[Any]) -> tuple[BoolArray | None, bool]:
     """Where the next sequence of a row starts, from the numbers ``[B, S]`` of its sequences; None if nowhere.
 
-    In a row where a number comes back after another one, the rows between see none of it, but those behind do: such a
-    row of the batch is one sequence.
+    And does a number come back anywhere? In a row where one comes back after another one, the rows between see none of
+    it, but those behind do: such a row of the batch is one sequence.
     """
     breaks = np.zeros(numbers.shape, np.bool_)
     np.not_equal(numbers[:, 1:], numbers[:, :-1], out=breaks[:, 1:])
+    come_back = False
     for row in np.flatnonzero((numbers[:, 1:] < numbers[:, :-1]).any(1)):
         if len(np.unique(numbers[row])) <= breaks[row].sum():
-            breaks[row] = False
-    return breaks if breaks.any() else None
+            breaks[row], come_back = False, True
+    return breaks if breaks.any() else None, come_back
 
 
 def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
@@ -173,7 +183,19 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         )
         for one in tokens.blocks
     )
-    return PlanInputs(keys, programs, skip, captured.meta["differentiable"], front, masks, runs, scans, blocks)
+    return PlanInputs(
+        keys,
+        programs,
+        skip,
+        tree=has_tree_attention(wanted),
+        lists=captured.meta["differentiable"],
+        front=front,
+        masks=masks,
+        runs=runs,
+        apart=bool(relies_on_runs(captured)),
+        scans=scans,
+        blocks=blocks,
+    )
 
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:

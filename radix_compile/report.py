@@ -94,7 +94,9 @@ def _attention(node: fx.Node) -> Attention | None:
         return None
     place = refuse(node, "")
     if value.attends is not None:
-        return Attention(True, "proved causal; runs in full form", place.module, place.source)
+        why = node.meta["attention"]
+        how = f"in full form: {why}" if isinstance(why, str) else "on the prefix tree"
+        return Attention(True, f"proved causal; runs {how}", place.module, place.source)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
     return Attention(False, reason, place.module, place.source)
 

@@ -133,11 +133,14 @@ def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]
     return graph, mutated
 
 
-def unbacked_plan_inputs(rows: int | torch.SymInt, most: int, device: torch.device, lists: bool) -> list[torch.Tensor]:
+def unbacked_plan_inputs(
+    rows: int | torch.SymInt, most: int, device: torch.device, tree: bool, lists: bool
+) -> list[torch.Tensor]:
     """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about.
 
     All that is known is that it is at most ``most``: inductor computes with 32-bit offsets where that is enough of a
-    reason to. With ``lists``, ``rows`` ``[rows]``, ``starts`` ``[T' + 1]`` and ``pieces`` ``[P]`` too.
+    reason to. With ``tree``, ``begin`` and ``end`` ``[T']`` too; with ``lists``, ``rows`` ``[rows]``, ``starts``
+    ``[T' + 1]`` and ``pieces`` ``[P]``.
     """
     mode = fake_mode()
     shape_env = mode.shape_env
@@ -147,6 +150,8 @@ def unbacked_plan_inputs(rows: int | torch.SymInt, most: int, device: torch.devi
         torch._check(nodes >= 2)  # is it one, and so a dimension that broadcasts? is asked in places
         torch._check(nodes <= most)
         sizes: list[int | torch.SymInt] = [nodes, rows]
+        if tree:
+            sizes += [nodes, nodes]
         if lists:
             pieces = shape_env.create_unbacked_symint()
             torch._check(pieces >= 0)

@@ -15,7 +15,7 @@ from radix_compile.token_axes import BATCH, SEQ, Axis, Layout, Sorted, Token, Va
 NODES = 1_000_003
 """The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""
 
-PLAN = tuple(f"radix_{name}" for name in ("fold", "scatter", "rows", "starts", "pieces"))
+PLAN = tuple(f"radix_{name}" for name in ("fold", "scatter", "begin", "end", "rows", "starts", "pieces"))
 """The inputs that ``fold_graph`` adds."""
 
 INDEX_OPS = "radix"
@@ -85,6 +85,8 @@ def _verify_plan_arguments(node: fx.Node) -> None:
     """Each index array of the plan is passed as what it is."""
     for expected, given in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
         name = f"radix_{expected.name}"
+        while isinstance(given, fx.Node) and given.target is torch.ops.aten.where.ScalarOther:
+            given = given.args[1]  # with zeros in places
         if name in PLAN and given is not None:
             _expect(str(given) == name, node, f"it takes {given} for the plan's {expected.name}")
 
@@ -129,7 +131,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
 def _plan_sizes(gm: fx.GraphModule) -> dict[str, Any]:
     ids = gm.meta["source"].meta["tokens"].keys[0].meta["val"]
     rows = ids.shape[0] * ids.shape[1]
-    sizes = dict(zip(PLAN, (NODES, rows, rows, NODES + 1, 7), strict=True))
+    sizes = dict(zip(PLAN, (NODES, rows, NODES, NODES, rows, NODES + 1, 7), strict=True))
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     return {name: size for name, size in sizes.items() if name in names}
 

@@ -19,6 +19,13 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 
+TILES = {
+    "forward": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3},
+    "query": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2},
+    "key": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2},
+}
+"""Of heads of 128 half-width numbers at most."""
+
 
 @triton.jit
 def _scores(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
@@ -298,16 +305,14 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, window: int | None, softca
     }
 
 
-def _tile(query: Tensor, value: Tensor, forward: bool) -> dict[str, int]:
-    """Nodes of a tile (``M``), and keys or queries at a time (``N``)."""
+def _tile(query: Tensor, value: Tensor, kernel: str) -> dict[str, int]:
+    """Nodes of a tile (``M``), and keys or queries at a time (``N``), of the kernel "forward", "query" or "key"."""
     width = max(_blocks(query.shape[3]), _blocks(value.shape[3])) * query.dtype.itemsize
     if width > 512:
         return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 1}
     if width > 256:
         return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2}
-    if forward:
-        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}
-    return {"M": 64, "N": 64, "num_warps": 4, "num_stages": 2}
+    return TILES[kernel]
 
 
 def _units(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -344,7 +349,7 @@ def tree_attention(
     heads, nodes = query.shape[1:3]
     result = query.new_empty((1, nodes, heads, value.shape[3])).transpose(1, 2)
     total = query.new_empty((heads, nodes), dtype=torch.float32)
-    tile = _tile(query, value, forward=True)
+    tile = _tile(query, value, "forward")
     _forward[(triton.cdiv(nodes, tile["M"]), heads)](
         query, key, value, result, total, fold, scatter, begin, end, sinks, nodes, window or 0, *_units(scale, softcap),
         *_strides(query, key, value, result),
@@ -377,14 +382,14 @@ def tree_attention_backward(
         one.new_empty((1, nodes, one.shape[1], one.shape[3])).transpose(1, 2) for one in (query, key, value)
     )
     about = _shape(query, key, value, window, softcap)
-    tile = _tile(query, value, forward=False)
     carried = window or 0, *_units(scale, softcap), scale
-    count = triton.cdiv(nodes, tile["M"])
-    _backward_query[(count, heads)](
+    tile = _tile(query, value, "query")
+    _backward_query[(triton.cdiv(nodes, tile["M"]), heads)](
         grad, query, key, value, total, deltas, by_query, fold, scatter, begin, end, nodes, *carried,
         *_strides(grad, query, key, value, by_query), **about, **tile,
     )  # fmt: skip
-    _backward_key[(count, groups)](
+    tile = _tile(query, value, "key")
+    _backward_key[(triton.cdiv(nodes, tile["M"]), groups)](
         grad, query, key, value, total, deltas, by_key, by_value, fold, begin, end, nodes, *carried,
         *_strides(grad, query, key, value, by_key, by_value), **about, **tile,
     )  # fmt: skip

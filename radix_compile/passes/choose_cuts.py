@@ -12,6 +12,7 @@ from torch import fx
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
+from radix_compile.passes.fold_attention import tree_attention
 from radix_compile.token_axes import Layout, Token, values_of
 
 aten = torch.ops.aten
@@ -26,10 +27,10 @@ class Form(Enum):
 def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
     """Write to ``node.meta["home"]`` the form in which the node runs. Needs ``mark_token_axes``.
 
-    Position-wise work on rows is compact. Two things next to it are not: what is computed from the row keys by cheap
-    ops alone (masks, positions) runs in the form in which it is wanted, and views of a full value stay full, so that
-    the fold happens where the tensor is thinnest. (Views of a compact value run in either form, where they are wanted:
-    ``fold_graph``.)
+    Position-wise work on rows is compact, and so is attention that runs on the tree. Two things next to it are not:
+    what is computed from the row keys by cheap ops alone (masks, positions) runs in the form in which it is wanted, and
+    views of a full value stay full, so that the fold happens where the tensor is thinnest. (Views of a compact value
+    run in either form, where they are wanted: ``fold_graph``.)
     """
     layout = gm.meta["tokens"].layout
     for node in gm.graph.nodes:
@@ -45,6 +46,8 @@ def _home(node: fx.Node, layout: Layout) -> Form:
         return Form.FULL
     if node.target is operator.getitem:
         return home(node.args[0])  # type: ignore[arg-type]
+    if tree_attention(node) is not None:
+        return Form.COMPACT
     if any(value.full_only for value in values_of(node)) or not _can_be_derived(node, layout):
         return Form.FULL
     if is_light(node):

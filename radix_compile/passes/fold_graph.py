@@ -16,9 +16,10 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
+from radix_compile.kernels import index_ops  # noqa: F401 - importing them registers the ops
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
 from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
+from radix_compile.passes.fold_attention import TreeAttention, heads_of, tree_attention
 from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
 
 aten = torch.ops.aten
@@ -36,7 +37,8 @@ class Wanted:
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
 
-    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, and if gradients are asked for, ``rows`` ``[B*S]``,
+    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, if attention runs on the tree ``begin`` and ``end``, both
+    ``[T']``, and if gradients are asked for, ``rows`` ``[B*S]``,
     ``starts`` ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
 
     ``meta["form"]`` of a node says in which form it has the value of the captured node ``meta["origin"]``.
@@ -77,12 +79,21 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
                 runs.add(Form.FULL)
             if source is None or Form.COMPACT in forms:
                 runs.add(Form.COMPACT)
-        for arg in node.all_input_nodes:
-            if Form.FULL in runs:
+        if Form.FULL in runs:
+            for arg in node.all_input_nodes:
                 want(arg, Form.FULL)
-            if Form.COMPACT in runs:
+        if Form.COMPACT in runs:
+            for arg in read_by_compact(node):
                 want(arg, Form.COMPACT if has_compact_form(arg) else Form.FULL)
     return wanted
+
+
+def read_by_compact(node: fx.Node) -> list[fx.Node]:
+    """What the op reads in compact form: attention on the tree no mask."""
+    attention = tree_attention(node)
+    if attention is None:
+        return node.all_input_nodes
+    return [*attention.rows, *([] if attention.sinks is None else [attention.sinks])]
 
 
 class _Rewriter:
@@ -94,6 +105,7 @@ class _Rewriter:
         self.full: dict[fx.Node, fx.Node] = {}
         self.compact: dict[fx.Node, fx.Node] = {}
         self.columns: dict[tuple[fx.Node, int, str], fx.Node] = {}
+        self.ends: dict[tuple[tuple[fx.Node, bool], ...], fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
@@ -109,6 +121,9 @@ class _Rewriter:
     def _add_plan_inputs(self) -> None:
         self.fold = self.graph.placeholder("radix_fold")
         self.scatter = self.graph.placeholder("radix_scatter")
+        if has_tree_attention(self.wanted):
+            self.begin = self.graph.placeholder("radix_begin")
+            self.ends[()] = self.graph.placeholder("radix_end")
         self.lists: tuple[fx.Node | None, ...] = (None, None, None, None)
         if self.gm.meta["differentiable"]:
             self.lists = self.fold, *(self.graph.placeholder(f"radix_{name}") for name in ("rows", "starts", "pieces"))
@@ -136,6 +151,9 @@ class _Rewriter:
 
     def _run_compact(self, node: fx.Node) -> fx.Node:
         """The same op on compact inputs, with its shape argument derived again and constants gathered by column."""
+        attention = tree_attention(node)
+        if attention is not None:
+            return self._attend(node, attention)
         value = values_of(node)[0]
         if value.identity is not None:
             return self.compact[value.identity]
@@ -154,6 +172,42 @@ class _Rewriter:
             copy.args = (copy.args[0], self._compact_shape(value_of(node).axes, before=copy))
             copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != name}
         return self._tagged(_relaxed(copy), node, Form.COMPACT)
+
+    def _attend(self, node: fx.Node, attention: TreeAttention) -> fx.Node:
+        """Attention on the tree."""
+        rows = [self._by_head(row) for row in (attention.query, attention.key, attention.value)]
+        plan = self.fold, self.scatter, self.begin, self._end(attention.visible.shown)
+        sinks = None if attention.sinks is None else self.full[attention.sinks]
+        carried = sinks, attention.scale, attention.visible.window, attention.softcap
+        made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
+        result = self.graph.call_function(operator.getitem, (made, 0))
+        for one in (made, result):
+            self._tagged(one, node, Form.COMPACT)
+        del made.meta["origin"]
+        axes = value_of(node).axes
+        return result if _is_by_head(axes) else self._tagged(self._shaped(result, axes), node, Form.COMPACT)
+
+    def _by_head(self, row: fx.Node) -> fx.Node:
+        """``[1, heads, T', features]``."""
+        axes = value_of(row).axes
+        if _is_by_head(axes):
+            return self.compact[row]
+        shape = [1, *heads_of(axes)]
+        return self.graph.call_function(aten.reshape.default, (self.compact[row], [*shape[:2], self.nodes, shape[2]]))
+
+    def _shaped(self, node: fx.Node, axes: Axes) -> fx.Node:
+        return self.graph.call_function(aten.reshape.default, (node, self._compact_shape(axes)))
+
+    def _end(self, shown: tuple[tuple[fx.Node, bool], ...]) -> fx.Node:
+        """The plan's ``end``, and 0 at nodes that are hidden as keys."""
+        if shown not in self.ends:
+            ((source, truth), *rest) = reversed(shown)
+            entries = self.graph.call_function(aten.reshape.default, (self.compact[source], [self.nodes]))
+            compare = aten.ne.Scalar if truth else aten.eq.Scalar
+            visible = self.graph.call_function(compare, (entries, 0))
+            arguments = (visible, self._end(tuple(reversed(rest))), 0)
+            self.ends[shown] = self.graph.call_function(aten.where.ScalarOther, arguments)
+        return self.ends[shown]
 
     def _constant(self, node: fx.Node, uses: list[tuple[int, str]]) -> fx.Node:
         """A constant of the call where it meets compact rows: by column, or one entry where all are equal."""
@@ -235,6 +289,22 @@ class _Rewriter:
         made.meta |= {"form": form, "origin": origin}
         made.meta.pop("val", None)
         return made
+
+
+def has_tree_attention(wanted: Wanted) -> bool:
+    """Does any attention run on the tree?"""
+    return any(tree_attention(node) is not None and Form.COMPACT in runs for node, runs in wanted.runs.items())
+
+
+def relies_on_runs(captured: fx.GraphModule) -> set[fx.Node]:
+    """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
+    wanted: Wanted = captured.meta["wanted"]
+    found = [tree_attention(node) for node, runs in wanted.runs.items() if Form.COMPACT in runs]
+    return {one.visible.runs for one in found if one is not None and one.visible.runs is not None}
+
+
+def _is_by_head(axes: Axes) -> bool:
+    return len(axes) == 4 and axes[0] in ((BATCH,), ())
 
 
 def _relaxed(node: fx.Node) -> fx.Node:

@@ -274,7 +274,8 @@ def test_one_sequence_is_left_alone_without_a_word(recwarn: pytest.WarningsRecor
 
 def test_numbers_that_come_back() -> None:
     numbers = np.array([[0, 0, 1, 1, 2], [0, 1, 1, 0, 2], [2, 1, 1, 0, 0], [3, 3, 3, 3, 3]])
-    breaks = sequence_breaks(numbers)
+    breaks, come_back = sequence_breaks(numbers)
+    assert come_back
     assert breaks is not None
     assert breaks.astype(int).tolist() == [[0, 0, 1, 0, 1], [0] * 5, [0, 1, 0, 1, 0], [0] * 5]
-    assert sequence_breaks(numbers[3:]) is None
+    assert sequence_breaks(numbers[3:]) == (None, False)

@@ -1,0 +1,66 @@
+"""Batches that share prefixes, as token ids: the cases of the attention and model benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from radix_compile.prefix_plan import PrefixPlan
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixBatch:
+    """Token ids ``[B, S]`` and how long each sequence is; what is behind that is padding."""
+
+    name: str
+    ids: Tensor
+    lengths: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """int64 ``[B, S]``: 1 for tokens, 0 for padding."""
+        return (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def is_padded(self) -> bool:
+        return self.tokens < self.ids.numel()
+
+    def plan(self) -> PrefixPlan:
+        """Without the padding."""
+        return PrefixPlan.from_rows(self.ids, self.mask, skip=self.mask == 0)
+
+
+def one_prefix(batch: int, prefix: int, suffix: int, vocabulary: int = 30_000) -> PrefixBatch:
+    """All sequences share the first ``prefix`` columns and nothing else."""
+    ids = _random(batch, prefix + suffix, vocabulary)
+    ids[:, :prefix] = ids[0, :prefix]
+    return PrefixBatch(f"{batch} x ({prefix} + {suffix})", ids, torch.full((batch,), prefix + suffix))
+
+
+def rerank(
+    queries: int = 8, passages: int = 8, instruction: int = 64, query: int = 40, vocabulary: int = 30_000
+) -> PrefixBatch:
+    """An instruction that all share, queries that their passages share, and passages of 60 to 120 tokens."""
+    batch = queries * passages
+    lengths = instruction + query + torch.randint(60, 121, (batch,), generator=_generator())
+    ids = _random(batch, int(lengths.max()), vocabulary)
+    ids[:, :instruction] = ids[0, :instruction]
+    for first in range(0, batch, passages):
+        ids[first : first + passages, : instruction + query] = ids[first, : instruction + query]
+    made = PrefixBatch(f"rerank {queries} x {passages}", ids, lengths)
+    ids.masked_fill_(made.mask == 0, 0)
+    return made
+
+
+def _random(batch: int, columns: int, vocabulary: int) -> Tensor:
+    return torch.randint(1, vocabulary, (batch, columns), generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
