@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -15,12 +16,13 @@ from radix_compile.arrays import as_multiple
 from radix_compile.capture import CaptureError, capture, first_line
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
-from radix_compile.passes.fold_graph import has_tree_attention
+from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
-from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
+from radix_compile.plan_inputs import PlanInputs, SeesNothing, advice_on_padding, plan_inputs
+from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.report import COUNTERS, GraphReport, report_on
 from radix_compile.row_contents import RunsPlain
 from radix_compile.verify_calls import CallVerifier
@@ -66,8 +68,10 @@ class RadixBackend:
         report = GraphReport(folded=False)
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
-            as_rewritten = _copied(rewritten) if options.verify else None  # the inner backend may write to its own
-            folded = _compile_folded(captured, rewritten, internals.taken_apart(example_inputs), options)
+            folded = [_compile_folded(captured, rewritten, inputs, example_inputs, options)]
+            if inputs.sighted:
+                rewritten, inputs = _rewrite_for_blind_rows(captured, options, observe)
+                folded.append(_compile_folded(captured, rewritten, inputs, example_inputs, options))
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason = False, str(refusal)
             if isinstance(refusal, PassFailed):
@@ -77,8 +81,7 @@ class RadixBackend:
             return _compile_plain(gm, example_inputs, options)
         self.report(report)
         plain = _compile_plain(gm, example_inputs, options)
-        verify = None if as_rewritten is None else CallVerifier(captured, as_rewritten)
-        return _choose_per_call(plain, folded, inputs, options, verify, captured.meta["wrapped"])
+        return _choose_per_call(plain, folded, options, captured.meta["wrapped"])
 
     def report(self, report: GraphReport) -> None:
         """Called with the report of every graph; ``explain`` listens here."""
@@ -127,7 +130,7 @@ def rewrite(
     if observe is not None:
         observe("capture", captured)
     folded = run_pipeline(captured, observe, options.verify)
-    found = report_on(folded.meta["source"])
+    found = report_on(captured)
     report.__dict__.update(found.__dict__)
     if not report.folded or report.foldable_share < LEAST_SHARE:
         report.folded = False
@@ -135,6 +138,25 @@ def rewrite(
         if found.folded:
             reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
         raise CannotFold(reason)
+    inputs = _finish(captured, folded, options, report, observe)
+    if advice := advice_on_padding(captured, internals.taken_apart(example_inputs)):
+        report.notes.append(advice)
+    return captured, folded, inputs
+
+
+def _rewrite_for_blind_rows(
+    captured: fx.GraphModule, options: Options, observe: Observer | None = None
+) -> tuple[fx.GraphModule, PlanInputs]:
+    """As :func:`rewrite`, of what it captured: another folded form, for calls in which rows see no key."""
+    captured.meta["sighted"] = False
+    folded = run_pipeline(captured, observe, options.verify, first=fold_attention)
+    return folded, _finish(captured, folded, options, GraphReport(folded=True), observe)
+
+
+def _finish(
+    captured: fx.GraphModule, folded: fx.GraphModule, options: Options, report: GraphReport, observe: Observer | None
+) -> PlanInputs:
+    """What is done to a folded graph because of options, and how to plan a call."""
     if options.padding == "skip":
         try:
             skip_padding(folded)
@@ -142,10 +164,7 @@ def rewrite(
             report.notes.append(f'padding="skip" is off: {verdict}')
             log.info(report.notes[-1])
     run_pass(lower_index_ops, folded, observe, options.verify)
-    inputs = plan_inputs(captured)
-    if advice := advice_on_padding(captured, internals.taken_apart(example_inputs)):
-        report.notes.append(advice)
-    return captured, folded, inputs
+    return plan_inputs(captured)
 
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:
@@ -157,24 +176,37 @@ def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
         raise
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A folded program, and how to plan its calls and check them."""
+
+    program: Program
+    inputs: PlanInputs
+    verify: CallVerifier | None
+
+
 def _compile_folded(
-    captured: fx.GraphModule, folded: fx.GraphModule, example_inputs: Sequence[Any], options: Options
-) -> Program:
+    captured: fx.GraphModule,
+    folded: fx.GraphModule,
+    plan: PlanInputs,
+    example_inputs: Sequence[Any],
+    options: Options,
+) -> Folded:
+    verify = CallVerifier(captured, _copied(folded)) if options.verify else None  # the inner backend may write to it
     # The fake ids, whose sizes are symbols where the real ones' are numbers: a number here would pin the batch.
     ids = captured.meta["tokens"].keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
-    differentiable = captured.meta["differentiable"]
     rows = ids.shape[0] * ids.shape[1]
     multiple = as_multiple(options.pad_multiple_of)
     most = -(-internals.upper_bound(rows) // multiple) * multiple
-    tree = has_tree_attention(captured.meta["wanted"])
-    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, tree=tree, lists=differentiable)
-    inputs = [*example_inputs, *arrays]
+    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, tree=plan.tree, lists=plan.lists)
+    inputs = [*internals.taken_apart(example_inputs), *arrays]
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
-            return internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
+            program = internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
+            return Folded(program, plan, verify)
     except (RuntimeError, *internals.RUNS_EAGERLY) as error:
         if internals.must_propagate(error):
             raise
@@ -188,15 +220,9 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def _choose_per_call(
-    plain: Program,
-    folded: Program,
-    inputs: PlanInputs,
-    options: Options,
-    verify: CallVerifier | None,
-    takes_wrapped: bool,
-) -> Program:
-    first_key = inputs.keys[0]
+def _choose_per_call(plain: Program, folded: Sequence[Folded], options: Options, takes_wrapped: bool) -> Program:
+    """Of the folded programs the first one that the call allows for, if it pays."""
+    first_key = folded[0].inputs.keys[0]
 
     def run(*wrapped: Any) -> Any:
         args = internals.taken_apart(wrapped) if takes_wrapped else wrapped
@@ -207,20 +233,30 @@ def _choose_per_call(
             return plain(*wrapped)
         started = time.perf_counter()
         try:
-            plan = inputs.plan(args, options.pad_multiple_of)
+            chosen, plan = _planned(folded, args, options)
         except RunsPlain as reason:
             COUNTERS.ran_plain(str(reason))
             return plain(*wrapped)
         pays = 1 < plan.compact_tokens <= options.threshold * rows  # one node has not been compiled for
-        arrays = inputs.arrays(plan, ids.device) if pays else []
+        arrays = chosen.inputs.arrays(plan, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)
         if not pays:
             COUNTERS.ran_plain("too little is shared")
             return plain(*wrapped)
         COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-        results = folded(*args, *arrays)
-        if verify is not None:
-            verify(results, args, arrays, lambda: plain(*wrapped))
+        results = chosen.program(*args, *arrays)
+        if chosen.verify is not None:
+            chosen.verify(results, args, arrays, lambda: plain(*wrapped))
         return results
 
     return run
+
+
+def _planned(folded: Sequence[Folded], args: Sequence[Any], options: Options) -> tuple[Folded, PrefixPlan]:
+    *others, last = folded
+    for one in others:
+        try:
+            return one, one.inputs.plan(args, options.pad_multiple_of)
+        except SeesNothing:
+            pass
+    return last, last.inputs.plan(args, options.pad_multiple_of)

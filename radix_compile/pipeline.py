@@ -15,6 +15,7 @@ from radix_compile.passes.fold_graph import fold_graph, relies_on_runs
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
 from radix_compile.passes.prove_shift import prove_shift
+from radix_compile.passes.read_attention import read_attention
 from radix_compile.passes.spell_out_flex import spell_out_flex
 from radix_compile.torch_internals import must_propagate
 from radix_compile.verify_graph import verify_graph
@@ -31,7 +32,8 @@ PASSES: tuple[Pass, ...] = (
     merge_duplicates,  # first, because what is one node is annotated, gathered and scattered once
     spell_out_flex,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
-    fold_attention,  # after mark_token_axes, because it reads what masks were found to say
+    read_attention,  # after mark_token_axes, because it reads what masks were found to say
+    fold_attention,  # after read_attention, so that it need not matter how attention was written
     choose_cuts,  # after fold_attention, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
     fold_cross_entropy,  # after fold_graph, because it looks for logits that are scattered for the loss alone
@@ -46,22 +48,19 @@ class PassFailed(Exception):  # noqa: N818 - a verdict about a graph, as CannotF
     """A pass has a mistake in it, which nobody's call should be lost to. The message says which pass and what."""
 
 
-def run_pipeline(gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> fx.GraphModule:
-    """Run every pass on a captured graph. ``observe(pass name, graph)`` is called after each.
+def run_pipeline(
+    gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False, first: Pass | None = None
+) -> fx.GraphModule:
+    """Run the passes on a captured graph, from ``first`` on. ``observe(pass name, graph)`` is called after each.
 
     Raises ``CannotFold`` if the graph as a whole cannot be folded.
     """
-    folded = _run(PASSES, gm, observe, verify)
-    source = folded.meta.get("source")
-    if source is not None and relies_on_runs(source) - {prove_shift(source).runs}:
-        source.meta["apart"] = False
-        folded = _run(PASSES[PASSES.index(fold_attention) :], source, observe, verify)
-    return folded
-
-
-def _run(passes: tuple[Pass, ...], gm: fx.GraphModule, observe: Observer | None, verify: bool) -> fx.GraphModule:
-    for apply in passes:
+    captured = gm
+    for apply in PASSES[0 if first is None else PASSES.index(first) :]:
         gm = run_pass(apply, gm, observe, verify)
+    if "wanted" in captured.meta and relies_on_runs(captured) - {prove_shift(captured).runs}:
+        captured.meta["apart"] = False
+        return run_pipeline(captured, observe, verify, first=fold_attention)
     return gm
 
 

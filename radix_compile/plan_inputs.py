@@ -16,7 +16,7 @@ from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.op_rules.flex import BlockTables, listed_blocks
 from radix_compile.passes.choose_cuts import Form
-from radix_compile.passes.fold_graph import Wanted, has_tree_attention, relies_on_runs
+from radix_compile.passes.fold_graph import Wanted, has_tree_attention, relies_on_runs, relies_on_sight
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
@@ -25,6 +25,10 @@ from radix_compile.token_axes import Refusal, values_of
 from radix_compile.torch_internals import size_symbols
 
 BoolArray = NDArray[np.bool_]
+
+
+class SeesNothing(RunsPlain):
+    """A row sees no key, and the program has attention on the tree that would be wrong about it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class PlanInputs:
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``runs``  program for the numbers of sequences that are packed in a row; ``apart`` if they must not come back,
               because attention runs on the tree.
+    ``sighted`` if every row must see a key, because attention runs on the tree.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
     ``tree``  whether the folded program takes the tree as well, for attention; ``lists`` whether the row lists of the
               nodes, for gradients.
@@ -68,6 +73,7 @@ class PlanInputs:
     masks: tuple[int, ...] = ()
     runs: RowProgram | None = None
     apart: bool = False
+    sighted: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
 
@@ -87,6 +93,8 @@ class PlanInputs:
         for program, window, truth in self.blind:
             blind = sightless((program(args, shape) != 0) == truth, window)
             if blind.any():
+                if self.sighted:
+                    raise SeesNothing("a row sees no key, and attends to all of them")
                 unique = blind if unique is None else unique | blind
         breaks = None
         if self.runs is not None:
@@ -193,6 +201,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         masks=masks,
         runs=runs,
         apart=bool(relies_on_runs(captured)),
+        sighted=relies_on_sight(captured),
         scans=scans,
         blocks=blocks,
     )

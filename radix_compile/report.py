@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile.attention import is_attention
 from radix_compile.cost import flops
 from radix_compile.mask_facts import RowMax
 from radix_compile.op_rules.table import tensor_inputs
@@ -90,7 +91,7 @@ def _attention(node: fx.Node) -> Attention | None:
     value = values_of(node)[0]
     if isinstance(value.fact, RowMax):  # a step of attention written out
         return None
-    if value.attends is None and node.target is not aten.scaled_dot_product_attention.default:
+    if not is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
         return None
     place = refuse(node, "")
     if value.attends is not None:

@@ -9,10 +9,10 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.attention import compact_attention
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
-from radix_compile.passes.fold_attention import tree_attention
 from radix_compile.token_axes import Layout, Token, values_of
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def _home(node: fx.Node, layout: Layout) -> Form:
         return Form.FULL
     if node.target is operator.getitem:
         return home(node.args[0])  # type: ignore[arg-type]
-    if tree_attention(node) is not None:
+    if compact_attention(node) is not None:
         return Form.COMPACT
     if any(value.full_only for value in values_of(node)) or not _can_be_derived(node, layout):
         return Form.FULL

@@ -16,10 +16,11 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.kernels import index_ops  # noqa: F401 - importing them registers the ops
+from radix_compile.attention import Rows, TreeAttention, compact_attention
+from radix_compile.kernels import index_ops, tree_attention  # noqa: F401 - importing them registers the ops
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
 from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
-from radix_compile.passes.fold_attention import TreeAttention, heads_of, tree_attention
+from radix_compile.passes.fold_attention import needs_sight
 from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
 
 aten = torch.ops.aten
@@ -90,10 +91,8 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
 
 def read_by_compact(node: fx.Node) -> list[fx.Node]:
     """What the op reads in compact form: attention on the tree no mask."""
-    attention = tree_attention(node)
-    if attention is None:
-        return node.all_input_nodes
-    return [*attention.rows, *([] if attention.sinks is None else [attention.sinks])]
+    attention = compact_attention(node)
+    return node.all_input_nodes if attention is None else attention.inputs
 
 
 class _Rewriter:
@@ -151,7 +150,7 @@ class _Rewriter:
 
     def _run_compact(self, node: fx.Node) -> fx.Node:
         """The same op on compact inputs, with its shape argument derived again and constants gathered by column."""
-        attention = tree_attention(node)
+        attention = compact_attention(node)
         if attention is not None:
             return self._attend(node, attention)
         value = values_of(node)[0]
@@ -175,28 +174,27 @@ class _Rewriter:
 
     def _attend(self, node: fx.Node, attention: TreeAttention) -> fx.Node:
         """Attention on the tree."""
-        rows = [self._by_head(row) for row in (attention.query, attention.key, attention.value)]
-        plan = self.fold, self.scatter, self.begin, self._end(attention.visible.shown)
-        sinks = None if attention.sinks is None else self.full[attention.sinks]
-        carried = sinks, attention.scale, attention.visible.window, attention.softcap
+        parts, visible = attention.parts, attention.visible
+        rows = [self._by_head(row) for row in (parts.query, parts.key, parts.value)]
+        plan = self.fold, self.scatter, self.begin, self._end(visible.shown)
+        sinks = None if parts.sinks is None else self.full[parts.sinks]
+        carried = sinks, parts.scale, visible.window, parts.softcap
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
         result = self.graph.call_function(operator.getitem, (made, 0))
-        for one in (made, result):
-            self._tagged(one, node, Form.COMPACT)
-        del made.meta["origin"]
         axes = value_of(node).axes
-        return result if _is_by_head(axes) else self._tagged(self._shaped(result, axes), node, Form.COMPACT)
+        if not Rows(node).is_by_head:
+            result = self.graph.call_function(aten.reshape.default, (result, self._compact_shape(axes)))
+        return self._tagged(result, node, Form.COMPACT)
 
-    def _by_head(self, row: fx.Node) -> fx.Node:
+    def _by_head(self, rows: Rows) -> fx.Node:
         """``[1, heads, T', features]``."""
-        axes = value_of(row).axes
-        if _is_by_head(axes):
-            return self.compact[row]
-        shape = [1, *heads_of(axes)]
-        return self.graph.call_function(aten.reshape.default, (self.compact[row], [*shape[:2], self.nodes, shape[2]]))
-
-    def _shaped(self, node: fx.Node, axes: Axes) -> fx.Node:
-        return self.graph.call_function(aten.reshape.default, (node, self._compact_shape(axes)))
+        compact = self.compact[rows.node]
+        if rows.transposed:
+            compact = self.graph.call_function(aten.transpose.int, (compact, -2, -1))
+        if rows.is_by_head:
+            return compact
+        heads, size = rows.heads()
+        return self.graph.call_function(aten.reshape.default, (compact, [1, heads, self.nodes, size]))
 
     def _end(self, shown: tuple[tuple[fx.Node, bool], ...]) -> fx.Node:
         """The plan's ``end``, and 0 at nodes that are hidden as keys."""
@@ -293,18 +291,20 @@ class _Rewriter:
 
 def has_tree_attention(wanted: Wanted) -> bool:
     """Does any attention run on the tree?"""
-    return any(tree_attention(node) is not None and Form.COMPACT in runs for node, runs in wanted.runs.items())
+    return any(compact_attention(node) is not None and Form.COMPACT in runs for node, runs in wanted.runs.items())
+
+
+def relies_on_sight(captured: fx.GraphModule) -> bool:
+    """Does attention run on the tree that would be wrong in calls in which rows see no key?"""
+    wanted: Wanted = captured.meta["wanted"]
+    return any(needs_sight(node) and Form.COMPACT in runs for node, runs in wanted.runs.items())
 
 
 def relies_on_runs(captured: fx.GraphModule) -> set[fx.Node]:
     """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
     wanted: Wanted = captured.meta["wanted"]
-    found = [tree_attention(node) for node, runs in wanted.runs.items() if Form.COMPACT in runs]
+    found = [compact_attention(node) for node, runs in wanted.runs.items() if Form.COMPACT in runs]
     return {one.visible.runs for one in found if one is not None and one.visible.runs is not None}
-
-
-def _is_by_head(axes: Axes) -> bool:
-    return len(axes) == 4 and axes[0] in ((BATCH,), ())
 
 
 def _relaxed(node: fx.Node) -> fx.Node:

@@ -1,0 +1,210 @@
+"""Attention as the op ``radix::tree_attention`` takes it: what is read of a captured one, and what of it is carried."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from radix_compile.mask_facts import AtMost, Diff, Formula, Given, Or, RowTrue, Same, Weights, terms_of
+from radix_compile.token_axes import SEQ, Axes, Axis, Feature, Uniform, value_of, values_of
+
+aten = torch.ops.aten
+
+
+class NotCarried(Exception):  # noqa: N818 - a verdict about an attention
+    """An attention has no compact form. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Queries, keys or values: a node ``[..., S, E]``, or ``[..., E, S]`` if ``transposed``; heads are in front."""
+
+    node: fx.Node
+    transposed: bool = False
+
+    @property
+    def axes(self) -> Axes:
+        axes = value_of(self.node).axes
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
+
+    @property
+    def is_by_head(self) -> bool:
+        """Is it ``[B, H, S, E]`` as it is?"""
+        return not self.transposed and len(self.axes) == 4 and not any(isinstance(a, Feature) for a in self.axes[0])
+
+    def heads(self) -> tuple[int, int]:
+        """The number and the size of heads. Raises :class:`NotCarried` if these are not rows of heads."""
+        axes = self.axes
+        if len(axes) < 3 or axes[-2] != (SEQ,):
+            raise NotCarried("its queries, keys or values are not rows of heads")
+        front = _sizes([atom for axis in axes[:-2] for atom in axis])
+        return int(sympy.prod(front)), int(sympy.prod(_sizes(axes[-1])))
+
+
+def are_side_by_side(query: Rows, key: Rows, grouped: bool) -> bool:
+    """Are the heads of a group of queries, which share a head of keys, side by side?
+
+    They are if a dimension that keys do not have is behind those that they have (or with ``grouped``, torch's
+    ``enable_gqa``, which is for one dimension of heads).
+    """
+    many, few = ([sympy.prod(_sizes(axis)) for axis in rows.axes[:-2]] for rows in (query, key))
+    few = [sympy.Integer(1)] * (len(many) - len(few)) + few
+    shared = [one == other for one, other in zip(many, few, strict=True)] if len(many) == len(few) else [False]
+    if grouped:
+        return len(many) == 2
+    first = shared.index(False) if False in shared else len(shared)
+    return len(many) == len(few) and all(size == 1 for size in few[first:])
+
+
+def _sizes(atoms: Axis | list[object]) -> list[sympy.Expr]:
+    sizes = [atom.size for atom in atoms if isinstance(atom, Feature | Uniform)]
+    if not all(isinstance(size, sympy.Integer) for size in sizes):
+        raise NotCarried("the number or the size of its heads is not a number")
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an attention is made of, but for its mask.
+
+    ``softcap``  the scores are ``softcap * tanh(scale * product / softcap)``.
+    ``sinks``    one more score for each head, ``[H]``.
+    ``grouped``  keys may have fewer heads than queries in a dimension of heads of the same rank.
+    ``zero``     a row that sees no key is zero. (Written out, it attends to all keys alike, or is not a number.)
+    """
+
+    query: Rows
+    key: Rows
+    value: Rows
+    scale: float
+    softcap: float | None = None
+    sinks: fx.Node | None = None
+    grouped: bool = False
+    zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What a mask says, besides that no key is later than its query.
+
+    ``window``  how many of the last columns a row sees, its own included.
+    ``shown``   rows ``[B, S]`` whose entry tells of a key whether it can be seen: if it is not zero (or if it is).
+    ``runs``    the numbers that tell the sequences of a row apart, if it has several.
+    """
+
+    window: int | None = None
+    shown: tuple[tuple[fx.Node, bool], ...] = ()
+    runs: fx.Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAttention:
+    """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries."""
+
+    parts: Parts
+    visible: Visible
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """All that it reads."""
+        parts = self.parts
+        nodes = [parts.query.node, parts.key.node, parts.value.node, *(source for source, _ in self.visible.shown)]
+        return [*nodes, parts.sinks] if parts.sinks is not None else nodes
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Does it attend, causally: attention as one op, or the last product of attention written out?"""
+    return node.op == "call_function" and node.target is not operator.getitem and values_of(node)[0].attends is not None
+
+
+def compact_attention(node: fx.Node) -> TreeAttention | None:
+    """The compact form of an attention, if it has one: what the pass ``fold_attention`` found."""
+    found = node.meta.get("attention")
+    return found if isinstance(found, TreeAttention) else None
+
+
+SAME_ORDER = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.contiguous.default,
+)
+"""Views that leave the dimensions in their order."""
+
+
+def narrow(rows: Rows) -> Rows:
+    """Keys or values without the copies that are made for the heads of a group, whose entries are side by side."""
+    wanted, found, node = _order(rows.axes), rows, rows.node
+    while not rows.transposed:
+        source = value_of(node).identity or (node.args[0] if node.target in SAME_ORDER else None)
+        if not isinstance(source, fx.Node):
+            break
+        node, candidate = source, Rows(source)
+        axes = candidate.axes
+        if value_of(node).is_row and len(axes) >= 3 and axes[-2] == (SEQ,) and _order(axes) == wanted:
+            found = candidate
+    return found
+
+
+def _order(axes: Axes) -> tuple[object, ...]:
+    """The atoms, without the copies at the end of the heads."""
+    heads: Axis = tuple(atom for axis in axes[:-2] for atom in axis)
+    while heads and isinstance(heads[-1], Uniform):
+        heads = heads[:-1]
+    return (*heads, SEQ, axes[-1])
+
+
+def read_mask(attends: Weights) -> Visible:
+    """What a causal mask says, term by term. Raises :class:`NotCarried` at a term of another kind."""
+    query, key = attends.query, attends.key
+    window: int | None = None
+    shown: dict[tuple[fx.Node, bool], None] = {}
+    terms = terms_of(attends.visible)
+    runs = [term for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}]
+    positions = {term.runs_of for term in runs}
+    for term in terms:
+        bound = _columns(term, positions)
+        match term:
+            case Same() if term in runs:
+                pass
+            case RowTrue(source, dim, truth) if dim == key:
+                shown[source, truth] = None
+            case _ if bound == (key, query, 0):
+                pass
+            case _ if bound is not None and bound[:2] == (query, key) and bound[2] >= 0:
+                window = bound[2] + 1 if window is None else min(window, bound[2] + 1)
+            case _:
+                raise NotCarried(f"its mask {_in_words(term)}")
+    if len({term.source for term in runs}) > 1:
+        raise NotCarried("its mask tells sequences apart in two ways")
+    return Visible(window, tuple(shown), runs[0].source if runs else None)
+
+
+def _columns(term: Formula, positions: set[fx.Node | None]) -> tuple[int, int, int] | None:
+    """``column[a] - column[b] <= bound``. In a run, positions count as columns do."""
+    if isinstance(term, Diff) or (isinstance(term, AtMost) and term.source in positions):
+        return term.a, term.b, term.bound
+    return None
+
+
+def _in_words(term: Formula) -> str:
+    match term:
+        case Given():
+            return "was made by the caller"
+        case Or():
+            return "shows keys for one of several reasons"
+        case RowTrue():
+            return "hides keys by their query"
+        case Diff() | AtMost():
+            return "compares columns or positions in another way"
+        case _:
+            return "is not understood"

@@ -1,0 +1,160 @@
+"""Read attention that is written out, as a product, a mask, a softmax and another product, as one attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile.attention import SAME_ORDER, NotCarried, Parts, Rows, is_attention
+from radix_compile.mask_facts import Filled, Masked, RowMax
+from radix_compile.op_rules.flex import FLEX
+from radix_compile.op_rules.masks import fact_of, is_hidden
+from radix_compile.op_rules.table import argument
+from radix_compile.token_axes import value_of
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+COPIES = (*SAME_ORDER, aten._to_copy.default, aten.to.dtype, aten.type_as.default)
+
+
+def read_attention(gm: fx.GraphModule) -> fx.GraphModule:
+    """Write :class:`Parts`, or in words why they are not read, to ``node.meta["parts"]`` of each product of weights
+    and values. Needs ``mark_token_axes``, which has found what the masks say.
+    """
+    for node in gm.graph.nodes:
+        if is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
+            try:
+                node.meta["parts"] = _parts(node)
+            except NotCarried as reason:
+                node.meta["parts"] = str(reason)
+    return gm
+
+
+def _parts(node: fx.Node) -> Parts:
+    if node.target is FLEX:
+        raise NotCarried("flex_attention's table of blocks is the caller's")
+    if node.target not in PRODUCTS:
+        raise NotCarried(f"it ends in {node.target}, and not in a product of weights and values")
+    weights, value = node.args
+    assert isinstance(weights, fx.Node)
+    assert isinstance(value, fx.Node)
+    softmax, sliced = _softmax(weights)
+    scores = _Scores(softmax.args[0])
+    if sliced != (scores.sinks is not None):
+        raise NotCarried("its softmax has entries of no key that are not sinks")
+    query, right = scores.product.args[:2]
+    assert isinstance(right, fx.Node)
+    return Parts(Rows(query), _keys(right), Rows(value), *scores.scaling(), sinks=scores.sinks, zero=sliced)  # type: ignore[arg-type]
+
+
+def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The softmax that the weights come from, and whether its last entries are left out."""
+    sliced = False
+    while node.target is not aten.softmax.int:
+        if node.target is aten.slice.Tensor and not sliced:
+            sliced = True  # mark_token_axes has seen that what is left are weights of keys
+        elif not (node.target in COPIES or _is_no_dropout(node)):
+            raise NotCarried(f"its weights go through {node.target}")
+        (node, *_) = node.all_input_nodes
+    if argument(node, "dim") not in (-1, node.meta["val"].ndim - 1):
+        raise NotCarried("its softmax is not over the last dimension")
+    return node, sliced
+
+
+def _is_no_dropout(node: fx.Node) -> bool:
+    return node.target is aten.dropout.default and (argument(node, "train") is False or argument(node, "p") == 0)
+
+
+class _Scores:
+    """Scores, taken apart from the softmax up to the product of queries and keys."""
+
+    def __init__(self, node: Any) -> None:
+        self.outer = self.inner = 1.0
+        self.capped = False
+        self.sinks: fx.Node | None = None
+        while node.target not in PRODUCTS:
+            node = self._peeled(node)
+        self.product: fx.Node = node
+
+    def scaling(self) -> tuple[float, float | None]:
+        """``scale`` and ``softcap`` of :class:`Parts`."""
+        return (self.outer * self.inner, self.outer) if self.capped else (self.outer, None)
+
+    def _peeled(self, node: fx.Node) -> fx.Node:
+        target, args = node.target, node.args
+        dtype = node.meta["val"].dtype
+        if target in COPIES:
+            return node.all_input_nodes[0]
+        if target is aten.cat.default and self.sinks is None:
+            scores, *sinks = argument(node, "tensors")  # of which mark_token_axes has seen that those of keys are first
+            self.sinks = _by_head(*sinks)
+            return scores  # type: ignore[no-any-return]
+        if target is aten.sub.Tensor and isinstance(fact := fact_of(args[1]), RowMax) and fact.of is args[0]:
+            return args[0]
+        if target is aten.tanh.default and not self.capped:
+            self.capped = True
+            return args[0]  # type: ignore[return-value]
+        if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and is_hidden(fact_of(args[2]), dtype):
+            return args[0]  # type: ignore[return-value]
+        if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            return _other(args[1], args[2], lambda one: is_hidden(fact_of(one), dtype), "chooses between two scores")
+        if target in (aten.maximum.default, aten.max.other):
+            return _other(args[0], args[1], lambda one: is_hidden(fact_of(one), dtype), "bounds its scores from below")
+        if target is aten.add.Tensor and argument(node, "alpha") == 1:
+            return _other(args[0], args[1], _is_mask, "adds a bias to its scores")
+        if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            return self._scaled(node)
+        raise NotCarried(f"its scores go through {target}")
+
+    def _scaled(self, node: fx.Node) -> fx.Node:
+        scores, number = node.args[:2]
+        if isinstance(fact_of(scores), Filled):
+            scores, number = number, scores
+        factor = fact_of(number)
+        divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+        if not isinstance(factor, Filled) or not factor.value or not isinstance(scores, fx.Node):
+            raise NotCarried("it multiplies its scores by what is not a number")
+        if divides and scores is not node.args[0]:
+            raise NotCarried("it divides by its scores")
+        by = 1 / factor.value if divides else factor.value
+        if not 0 < by < math.inf:
+            raise NotCarried("it multiplies its scores by what is not a positive number")
+        if self.capped:
+            self.inner *= by
+        else:
+            self.outer *= by
+        return scores
+
+
+def _other(one: Any, other: Any, is_ours: Any, what: str) -> fx.Node:
+    """Of two operands that one which is not about the mask."""
+    for mask, scores in ((one, other), (other, one)):
+        if is_ours(mask) and isinstance(scores, fx.Node):
+            return scores
+    raise NotCarried(f"it {what}")
+
+
+def _is_mask(operand: Any) -> bool:
+    fact = fact_of(operand)
+    return isinstance(fact, Masked) and fact.zero
+
+
+def _by_head(node: fx.Node) -> fx.Node:
+    """``[H]``, from which a constant ``[..., H, S, 1]`` is expanded."""
+    while node.target in COPIES:
+        node = node.all_input_nodes[0]
+    if node.meta["val"].ndim != 1 or not value_of(node).is_constant:
+        raise NotCarried("its sinks are not one number for each head")
+    return node
+
+
+def _keys(node: fx.Node) -> Rows:
+    """Keys from what the queries are multiplied by, ``[..., E, S]``."""
+    last = {-1, -2, node.meta["val"].ndim - 1, node.meta["val"].ndim - 2}
+    if node.target is aten.mT.default or (node.target is aten.transpose.int and last.issuperset(node.args[1:])):
+        return Rows(node.args[0])  # type: ignore[arg-type]
+    return Rows(node, transposed=True)
