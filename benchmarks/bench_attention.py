@@ -30,6 +30,7 @@ from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, p
 from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
 from radix_compile.kernels import tree_attention  # noqa: F401 - importing it registers the op
 from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.tree_tiles import tree_tiles
 
 SHAPES = {"0.6B": (16, 8, 128), "4B": (32, 8, 128), "8B": (32, 8, 128)}
 """Heads, key heads and head size of Qwen3."""
@@ -59,7 +60,9 @@ class Tensors:
 
         compact = random(heads), random(groups), random(groups)
         self.arrays = [torch.from_numpy(one).to(device) for one in (self.plan.fold, self.plan.scatter)]
-        self.tree = [torch.from_numpy(one).to(device) for one in self.plan.tree()]
+        tree = self.plan.tree()
+        self.tree = [torch.from_numpy(one).to(device) for one in tree]
+        self.tiles = [torch.from_numpy(one).to(device) for one in tree_tiles(self.plan, *tree).arrays]
         rows = self.arrays[1].clamp(min=0)
         batch, columns = case.ids.shape
         full = [one[0, rows].view(batch, columns, -1, size) for one in compact]
@@ -99,7 +102,7 @@ def ways(given: Tensors) -> Iterator[tuple[str, list[Tensor], Callable[[], Tenso
         yield "varlen", given.nodes, _varlen_of_nodes(given)
     yield "flex", given.compact, _flex(given)
     a, b, c = given.compact
-    plan, scale = (*given.arrays, *given.tree), q.shape[3] ** -0.5
+    plan, scale = (*given.arrays, *given.tree, *given.tiles), q.shape[3] ** -0.5
     yield "tree", given.compact, lambda: torch.ops.radix.tree_attention(a, b, c, *plan, None, scale, None, None)[0]
 
 

@@ -103,16 +103,20 @@ class Visible:
 
 @dataclass(frozen=True, slots=True)
 class TreeAttention:
-    """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries."""
+    """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries.
+
+    ``needs_sight`` if it is right only in calls in which every row sees a key.
+    """
 
     parts: Parts
     visible: Visible
+    needs_sight: bool
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """All that it reads."""
+        """All that the op reads: no mask, and what hides keys is in the plan."""
         parts = self.parts
-        nodes = [parts.query.node, parts.key.node, parts.value.node, *(source for source, _ in self.visible.shown)]
+        nodes = [parts.query.node, parts.key.node, parts.value.node]
         return [*nodes, parts.sinks] if parts.sinks is not None else nodes
 
 

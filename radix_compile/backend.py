@@ -199,7 +199,7 @@ def _compile_folded(
     rows = ids.shape[0] * ids.shape[1]
     multiple = as_multiple(options.pad_multiple_of)
     most = -(-internals.upper_bound(rows) // multiple) * multiple
-    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, tree=plan.tree, lists=plan.lists)
+    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, plan.tree is not None, plan.tiles, plan.lists)
     inputs = [*internals.taken_apart(example_inputs), *arrays]
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):
@@ -238,7 +238,7 @@ def _choose_per_call(plain: Program, folded: Sequence[Folded], options: Options,
             COUNTERS.ran_plain(str(reason))
             return plain(*wrapped)
         pays = 1 < plan.compact_tokens <= options.threshold * rows  # one node has not been compiled for
-        arrays = chosen.inputs.arrays(plan, ids.device) if pays else []
+        arrays = chosen.inputs.arrays(plan, args, ids.device) if pays else []
         COUNTERS.add(plan_seconds=time.perf_counter() - started)
         if not pays:
             COUNTERS.ran_plain("too little is shared")

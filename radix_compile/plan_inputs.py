@@ -16,13 +16,14 @@ from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.op_rules.flex import BlockTables, listed_blocks
 from radix_compile.passes.choose_cuts import Form
-from radix_compile.passes.fold_graph import Wanted, has_tree_attention, relies_on_runs, relies_on_sight
+from radix_compile.passes.fold_graph import Wanted, needs_tiles, relies_on_runs, relies_on_sight, shown_keys
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.row_contents import RunsPlain, row_numbers
 from radix_compile.token_axes import Refusal, values_of
 from radix_compile.torch_internals import size_symbols
+from radix_compile.tree_tiles import tree_tiles
 
 BoolArray = NDArray[np.bool_]
 
@@ -60,14 +61,16 @@ class PlanInputs:
               because attention runs on the tree.
     ``sighted`` if every row must see a key, because attention runs on the tree.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
-    ``tree``  whether the folded program takes the tree as well, for attention; ``lists`` whether the row lists of the
-              nodes, for gradients.
+    ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
+              the truth values of those that are; ``tiles`` whether it takes those too.
+    ``lists`` whether it takes the row lists of the nodes, for gradients.
     """
 
     keys: tuple[int, ...]
     blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
-    tree: bool = False
+    tree: tuple[tuple[RowProgram, bool], ...] | None = None
+    tiles: bool = False
     lists: bool = False
     front: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
@@ -109,20 +112,25 @@ class PlanInputs:
         options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
         return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
 
-    def arrays(self, plan: PrefixPlan, device: torch.device) -> list[torch.Tensor]:
+    def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
-        arrays = [plan.fold, plan.scatter, *(plan.tree() if self.tree else ())]
+        arrays = [plan.fold, plan.scatter]
+        if self.tree is not None:
+            shape = args[self.keys[0]].shape[:2]
+            shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
+            begin, end = plan.tree(np.logical_and.reduce(shown) if shown else None)
+            arrays += [begin, end, *(tree_tiles(plan, begin, end).arrays if self.tiles else ())]
         arrays += plan.row_lists() if self.lists else ()
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.
-        sizes = [len(array) for array in arrays]
+        sizes = [array.size for array in arrays]
         room = [-(-size // 16) * 16 for size in sizes]
         host = torch.empty(sum(room), dtype=torch.int64, pin_memory=device.type == "cuda")
         for array, part in zip(arrays, host.split(room), strict=True):
-            part[: len(array)].numpy()[:] = array
+            part[: array.size].numpy()[:] = array.ravel()
         parts = host.to(device, non_blocking=True).split(room)
-        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
@@ -174,6 +182,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     runs = _row_program(captured, starts.runs) if starts.runs else None
     if runs is None and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", expected=True)
+    shown = shown_keys(captured)
     # Numbers that only tell sequences apart are no part of their rows.
     keys = tuple(
         i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
@@ -195,7 +204,8 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         keys,
         programs,
         skip,
-        tree=has_tree_attention(wanted),
+        tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
+        tiles=shown is not None and needs_tiles(captured),
         lists=captured.meta["differentiable"],
         front=front,
         masks=masks,

@@ -86,30 +86,41 @@ class PrefixPlan:
         rows[target] = np.arange(count)
         return rows[:-1], starts, _pieces(starts) if sequences > PIECE else np.empty(0, np.int64)
 
-    def tree(self) -> tuple[Int64, Int64]:
+    def tree(self, shown: Array | None = None) -> tuple[Int64, Int64]:
         """The ancestors of each node, by two numbers: ``begin`` and ``end``, both ``[T']``.
 
         Node ``j`` is ``i`` or an ancestor of it if ``j <= i < end[j]``. The rows on the way to node ``i`` are those
         from ``begin[i]`` to ``fold[i]``, so that ``scatter[begin[i]:fold[i]]`` are its ancestors from the root on, and
-        ``fold[i] - begin[i]`` is its depth. Outside of the tree ``begin`` is ``fold`` and ``end`` is 0.
+        ``fold[i] - begin[i]`` is its depth. Outside of the tree ``begin`` is ``fold`` and ``end`` is 0. With `shown`,
+        bool ``[B * S]``, ``end`` is 0 for the nodes of other rows too, which so are ancestors of none.
         """
         inside = slice(0, self.tree_nodes)
-        sequence = self.bounds.searchsorted(self.fold[inside], side="right") - 1
         begin, end = self.fold.copy(), np.zeros_like(self.fold)
-        begin[inside] = self.begin[sequence]
+        begin[inside] = self.begin[self._sequences()]
         depth = self.fold[inside] - begin[inside]
-        place = np.empty(len(self.order), np.int64)
-        place[self.order] = np.arange(len(self.order))
-        first = np.zeros(len(self.order) + 1, np.int64)
-        np.bincount(place[sequence], minlength=len(self.order)).cumsum(out=first[1:])
         # From the last sequence to the first: where the next one that parts before each column begins.
         following = np.full(int(np.diff(self.bounds).max(initial=0)), self.tree_nodes)
-        edges = first.tolist()
+        edges = self.first_nodes().tolist()
         for i, parts_at in zip(range(len(edges) - 2, -1, -1), self.shared[::-1].tolist(), strict=True):
             new = slice(edges[i], edges[i + 1])
             end[new] = following[depth[new]]
             following[parts_at:] = edges[i]
+        if shown is not None:
+            end *= shown[self.fold]
         return begin, end
+
+    def first_nodes(self) -> Int64:
+        """How many nodes of the tree are new in the sequences before each one of `order`, ``[N + 1]``."""
+        place = np.empty(len(self.order), np.int64)
+        place[self.order] = np.arange(len(self.order))
+        first = np.zeros(len(self.order) + 1, np.int64)
+        np.bincount(place[self._sequences()], minlength=len(self.order)).cumsum(out=first[1:])
+        return first
+
+    def _sequences(self) -> Int64:
+        """The sequence that the row of each node of the tree is in."""
+        found: Int64 = self.bounds.searchsorted(self.fold[: self.tree_nodes], side="right") - 1
+        return found
 
     @property
     def compression(self) -> float:

@@ -134,13 +134,13 @@ def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]
 
 
 def unbacked_plan_inputs(
-    rows: int | torch.SymInt, most: int, device: torch.device, tree: bool, lists: bool
+    rows: int | torch.SymInt, most: int, device: torch.device, tree: bool, tiles: bool, lists: bool
 ) -> list[torch.Tensor]:
     """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about.
 
     All that is known is that it is at most ``most``: inductor computes with 32-bit offsets where that is enough of a
-    reason to. With ``tree``, ``begin`` and ``end`` ``[T']`` too; with ``lists``, ``rows`` ``[rows]``, ``starts``
-    ``[T' + 1]`` and ``pieces`` ``[P]``.
+    reason to. With ``tree``, ``begin`` and ``end`` ``[T']`` too; with ``tiles`` the arrays of ``TreeTiles``; with
+    ``lists``, ``rows`` ``[rows]``, ``starts`` ``[T' + 1]`` and ``pieces`` ``[P]``.
     """
     mode = fake_mode()
     shape_env = mode.shape_env
@@ -149,14 +149,21 @@ def unbacked_plan_inputs(
         nodes = shape_env.create_unbacked_symint()
         torch._check(nodes >= 2)  # is it one, and so a dimension that broadcasts? is asked in places
         torch._check(nodes <= most)
-        sizes: list[int | torch.SymInt] = [nodes, rows]
+
+        def count() -> torch.SymInt:
+            size = shape_env.create_unbacked_symint()
+            torch._check(size >= 0)
+            return size
+
+        shapes: list[tuple[int | torch.SymInt, ...]] = [(nodes,), (rows,)]
         if tree:
-            sizes += [nodes, nodes]
+            shapes += [(nodes,), (nodes,)]
+        if tiles:
+            starts = count() + 1
+            shapes += [(count(), 3), (starts,), (count(),), (starts,)]
         if lists:
-            pieces = shape_env.create_unbacked_symint()
-            torch._check(pieces >= 0)
-            sizes += [rows, nodes + 1, pieces]
-        arrays = [torch.empty((size,), dtype=torch.int64, device=device) for size in sizes]
+            shapes += [(rows,), (nodes + 1,), (count(),)]
+        arrays = [torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes]
     shape_env.pending_fresh_unbacked_symbols.clear()
     return arrays
 
@@ -173,18 +180,18 @@ class _FakeRun(fx.Interpreter):
         return super().run_node(n)
 
 
-def fake_results(gm: fx.GraphModule, plan_sizes: Mapping[str, int]) -> dict[fx.Node, Any]:
-    """What each node returns, as fake tensors; of the last placeholders, the plan's, only the sizes are given.
+def fake_results(gm: fx.GraphModule, plan_shapes: Mapping[str, Sequence[Any]]) -> dict[fx.Node, Any]:
+    """What each node returns, as fake tensors; of the last placeholders, the plan's, only the shapes are given.
 
     Placeholders before those have their ``val`` of the capture. No guard comes of it.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    examples = [node.meta["val"] for node in placeholders[: len(placeholders) - len(plan_sizes)]]
+    examples = [node.meta["val"] for node in placeholders[: len(placeholders) - len(plan_shapes)]]
     example = next(value for value in examples if isinstance(value, FakeTensor))
     mode = example.fake_mode
     quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     with quiet, mode, enable_python_dispatcher():  # without it ops take no symbols that have no C++ kernel for them
-        plan = [torch.empty(size, dtype=torch.int64, device=example.device) for size in plan_sizes.values()]
+        plan = [torch.empty(shape, dtype=torch.int64, device=example.device) for shape in plan_shapes.values()]
         interpreter = _FakeRun(gm, garbage_collect_values=False)
         interpreter.run(*examples, *plan)
     return dict(interpreter.env)

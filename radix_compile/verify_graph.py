@@ -15,7 +15,20 @@ from radix_compile.token_axes import BATCH, SEQ, Axis, Layout, Sorted, Token, Va
 NODES = 1_000_003
 """The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""
 
-PLAN = tuple(f"radix_{name}" for name in ("fold", "scatter", "begin", "end", "rows", "starts", "pieces"))
+PLAN_SHAPES: dict[str, tuple[Any, ...]] = {
+    "fold": (NODES,),
+    "scatter": ("rows",),
+    "begin": (NODES,),
+    "end": (NODES,),
+    "runs": (5, 3),
+    "run_starts": (9,),
+    "keys": (64,),
+    "key_starts": (9,),
+    "rows": ("rows",),
+    "starts": (NODES + 1,),
+    "pieces": (7,),
+}
+PLAN = tuple(f"radix_{name}" for name in PLAN_SHAPES)
 """The inputs that ``fold_graph`` adds."""
 
 INDEX_OPS = "radix"
@@ -85,8 +98,6 @@ def _verify_plan_arguments(node: fx.Node) -> None:
     """Each index array of the plan is passed as what it is."""
     for expected, given in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
         name = f"radix_{expected.name}"
-        while isinstance(given, fx.Node) and given.target is torch.ops.aten.where.ScalarOther:
-            given = given.args[1]  # with zeros in places
         if name in PLAN and given is not None:
             _expect(str(given) == name, node, f"it takes {given} for the plan's {expected.name}")
 
@@ -105,7 +116,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
     source: fx.GraphModule = gm.meta["source"]
     layout: Layout = source.meta["tokens"].layout
     try:
-        found = internals.fake_results(gm, _plan_sizes(gm))
+        found = internals.fake_results(gm, _plan_shapes(gm))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvariantError(f"the folded graph does not run: {error}") from error
     for node in gm.graph.nodes:
@@ -128,12 +139,12 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
             _expect(same, node, f"as an output it is {result}, and {wanted} was captured")
 
 
-def _plan_sizes(gm: fx.GraphModule) -> dict[str, Any]:
+def _plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
     ids = gm.meta["source"].meta["tokens"].keys[0].meta["val"]
     rows = ids.shape[0] * ids.shape[1]
-    sizes = dict(zip(PLAN, (NODES, rows, NODES, NODES, rows, NODES + 1, 7), strict=True))
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    return {name: size for name, size in sizes.items() if name in names}
+    shapes = {f"radix_{name}": shape for name, shape in PLAN_SHAPES.items()}
+    return {name: (rows,) if shapes[name] == ("rows",) else shapes[name] for name in names if name in shapes}
 
 
 def _shape(value: Value, captured: torch.Tensor, form: Form | None, layout: Layout) -> list[sympy.Expr] | None:

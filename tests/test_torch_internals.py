@@ -53,13 +53,15 @@ def test_fake_inputs_are_those_of_the_guards() -> None:
 
 def test_the_number_of_nodes_is_unbacked() -> None:
     def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
-        fold, scatter = internals.unbacked_plan_inputs(24, 32, torch.device("cpu"), tree=False, lists=False)
+        cpu = torch.device("cpu")
+        fold, scatter = internals.unbacked_plan_inputs(24, 32, cpu, tree=False, tiles=False, lists=False)
         assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
         assert scatter.shape == (24,)
         assert statically_known_true(fold.shape[0] <= 32)
         assert not statically_known_true(fold.shape[0] <= 31)
-        plan = internals.unbacked_plan_inputs(24, 32, torch.device("cpu"), tree=True, lists=True)
-        fold, scatter, begin, end, rows, starts, pieces = plan
+        plan = internals.unbacked_plan_inputs(24, 32, cpu, tree=True, tiles=True, lists=True)
+        fold, scatter, begin, end, runs, *_, rows, starts, pieces = plan
+        assert runs.shape[1] == 3
         assert pieces.shape[0].node.hint is None or not pieces.shape[0].node.has_hint()
         assert scatter.shape == rows.shape == (24,)
         assert str(starts.shape[0] - 1) == str(fold.shape[0]) == str(begin.shape[0]) == str(end.shape[0])

@@ -14,19 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+
 aten = torch.ops.aten
 
 LEAST = 64
 """Rows of a tile: that many at most, or a quarter of the keys in front of it. What a tile hides of itself is waste."""
-
-
-class Plan(NamedTuple):
-    """The arrays of ``tree_attention``, on the host."""
-
-    fold: Tensor
-    scatter: Tensor
-    begin: Tensor
-    end: Tensor
 
 
 class Tile(NamedTuple):
@@ -38,7 +31,7 @@ class Tile(NamedTuple):
     visible: Tensor | None
 
 
-def stretches(plan: Plan, causal: bool) -> Iterator[tuple[int, int]]:
+def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
     """Where tiles begin and end. With ``causal``, one may be of any length if it has nothing in front of it."""
     rows, begin = plan.fold.numpy(), plan.begin.numpy()
     depth = rows - begin
@@ -62,7 +55,7 @@ def stretches(plan: Plan, causal: bool) -> Iterator[tuple[int, int]]:
         yield start, len(rows)
 
 
-def tiles(plan: Plan, window: int | None, causal: bool) -> Iterator[Tile]:
+def tiles(plan: TreeArrays, window: int | None, causal: bool) -> Iterator[Tile]:
     """The tiles of a plan. With ``causal``, one that is plainly so has no mask."""
     causal = causal and window is None
     for start, stop in stretches(plan, causal):
@@ -93,22 +86,17 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    fold: Tensor,
-    scatter: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    plan: TreeArrays,
+    carried: Carried,
 ) -> tuple[Tensor, Tensor]:
     """The op ``tree_attention``."""
     (_, heads, count, _), groups, exact = query.shape, key.shape[1], torch.promote_types(query.dtype, torch.float32)
     result = query.new_empty((1, count, heads, value.shape[3])).transpose(1, 2)
     total = query.new_empty((heads, count), dtype=exact)
+    sinks, scale, window, softcap = carried
     fused = softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
-    plan = Plan(*(one.cpu() for one in (fold, scatter, begin, end)))
-    for tile in tiles(plan, window, causal=fused):
+    on_host = TreeArrays(*(one.cpu() for one in plan[:4]))
+    for tile in tiles(on_host, window, causal=fused):
         q = query[:, :, tile.start : tile.stop]
         if tile.visible is not None:
             q = q.reshape(1, groups, -1, q.shape[3])  # the heads that share keys, one after the other
@@ -169,22 +157,17 @@ def tree_attention_backward(
     value: Tensor,
     result: Tensor,
     total: Tensor,
-    fold: Tensor,
-    scatter: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    plan: TreeArrays,
+    carried: Carried,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``tree_attention_backward``. Adds up in float32 at least."""
     exact, (heads, groups) = total.dtype, (query.shape[1], key.shape[1])
     by_query = torch.empty_like(query)
     by_key, by_value = (torch.zeros(one.shape, dtype=exact, device=one.device) for one in (key, value))
     delta = (grad * result).sum(-1, keepdim=True, dtype=exact)
-    plan = Plan(*(one.cpu() for one in (fold, scatter, begin, end)))
-    for tile in tiles(plan, window, causal=False):
+    _, scale, window, softcap = carried
+    on_host = TreeArrays(*(one.cpu() for one in plan[:4]))
+    for tile in tiles(on_host, window, causal=False):
         assert tile.visible is not None
 
         def of_queries(one: Tensor, tile: Tile = tile) -> Tensor:

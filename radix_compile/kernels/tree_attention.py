@@ -3,9 +3,7 @@
 The schema, shapes and gradient of the op, and which code runs it (:func:`lowering`).
 
     query ``[1, H, T', E]``, key ``[1, Hkv, T', E]``, value ``[1, Hkv, T', V]``; ``H`` is a multiple of ``Hkv``
-    fold, scatter, begin, end: int64, the plan (``PrefixPlan`` and its ``tree``); ``end`` is 0 at keys to hide
-    sinks ``[H]``: one more score for each head, of a key whose value is zero
-    window: how many of the last columns a node sees, its own included; softcap: ``softcap * tanh(score / softcap)``
+    the plan: ``TreeArrays``, of which the lists are for "triton"; what else is carried over: ``Carried``
 
 The results are ``[1, H, T', V]`` and the logarithm of the sum of exponentials of each node's scores, ``[H, T']`` in
 float32 (float64 for float64). A node that sees no key is zero, and its sum infinite.
@@ -24,10 +22,12 @@ from torch import Tensor
 
 from radix_compile.kernels import attention_tiles
 from radix_compile.kernels.index_ops import has_triton
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 
 radix = torch.ops.radix
 
-_PLAN = "Tensor fold, Tensor scatter, Tensor begin, Tensor end"
+_LISTS = "Tensor? runs, Tensor? run_starts, Tensor? keys, Tensor? key_starts"
+_PLAN = f"Tensor fold, Tensor scatter, Tensor begin, Tensor end, {_LISTS}"
 _CARRIED = "Tensor? sinks, float scale, int? window, float? softcap"
 _SCHEMAS = (
     f"tree_attention(Tensor query, Tensor key, Tensor value, {_PLAN}, {_CARRIED}) -> (Tensor, Tensor)",
@@ -50,14 +50,16 @@ def _code(query: Tensor) -> Any:
     return attention_tiles
 
 
-def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _code(query).tree_attention(query, *rest)
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    plan, carried = TreeArrays(*rest[:8]), Carried(*rest[8:])
+    result: tuple[Tensor, Tensor] = _code(query).tree_attention(query, key, value, plan, carried)
     return result
 
 
 def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _code(query).tree_attention_backward(grad, query, *rest)
-    return result
+    *tensors, plan, carried = (*rest[:4], TreeArrays(*rest[4:12]), Carried(*rest[12:]))
+    found: tuple[Tensor, Tensor, Tensor] = _code(query).tree_attention_backward(grad, query, *tensors, plan, carried)
+    return found
 
 
 def heads_inside(like: Tensor, heads: int, features: int) -> Tensor:
@@ -86,10 +88,10 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     query, key, value, result, total, *plan, sinks = ctx.saved_tensors
     gradients = radix.tree_attention_backward(grad, query, key, value, result, total, *plan, sinks, *ctx.carried)
     by_sink = None
-    if sinks is not None and ctx.needs_input_grad[7]:
+    if sinks is not None and ctx.needs_input_grad[11]:
         shares = (sinks.to(total.dtype)[:, None] - total).exp()
         by_sink = -(shares * (grad[0] * result[0]).sum(-1, dtype=total.dtype)).sum(1).to(sinks.dtype)
-    return (*gradients, None, None, None, None, by_sink, None, None, None)
+    return (*gradients, *[None] * 8, by_sink, None, None, None)
 
 
 library = torch.library.Library("radix", "FRAGMENT")

@@ -2,9 +2,9 @@
 
 After FlashAttention-2 (Dao, arXiv 2307.08691): online softmax, and a backward pass that computes the weights again from
 the sums. What is new is where the keys are. Forward and for the gradient of queries, they are the ancestors of the
-tile's first node, gathered along the path, and the tile itself. For the gradients of keys, the queries are the
-descendants of the tile: one stretch of nodes, up to the largest ``end``. Neither is listed anywhere, nothing is
-repeated for the heads of a group, and no result depends on the order in which programs run.
+tile's first node, in stretches that need no mask where they can be (``TreeTiles``), and the tile itself. For the
+gradients of keys, the queries are the descendants of the tile: one stretch of nodes, up to the largest ``end``. Nothing
+is repeated for the heads of a group, and no result depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.tree_tiles import ROWS
+
 LOG2E = math.log2(math.e)
 
 TILES = {
-    "forward": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3},
-    "query": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2},
+    "forward": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
+    "query": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 2},
     "key": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2},
 }
-"""Of heads of 128 half-width numbers at most."""
+"""Of heads of 128 half-width numbers at most: nodes of a tile (``M``), and keys or queries at a time (``N``)."""
+WIDE = {"M": ROWS, "N": 32, "num_warps": 8, "num_stages": 2}
+WIDEST = {"M": ROWS, "N": 16, "num_warps": 8, "num_stages": 1}
+
+
+@triton.jit
+def _features(pointer, at, there, SIZE: tl.constexpr, ROOM: tl.constexpr, WHOLE: tl.constexpr):
+    """``[rows, ROOM]``, the rows that start ``at`` these entries; ``WHOLE`` if all of them are there."""
+    column = tl.arange(0, ROOM)
+    if WHOLE and SIZE == ROOM:
+        return tl.load(pointer + at[:, None] + column[None, :])
+    if SIZE == ROOM:
+        return tl.load(pointer + at[:, None] + column[None, :], mask=there[:, None], other=0.0)
+    return tl.load(pointer + at[:, None] + column[None, :], mask=there[:, None] & (column < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -38,31 +54,35 @@ def _scores(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def _attend_to(
-    j, there, depth_j,
-    i, depth_i, q, largest, total, result,
-    key, value, key_stride, value_stride, end, window, scale, softcap,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, with the keys ``j``."""
-    e, v = tl.arange(0, E_BLOCK), tl.arange(0, V_BLOCK)
-    stop = tl.load(end + j, mask=there, other=0)
-    place = j.to(tl.int64)
-    keys = tl.load(key + place[None, :] * key_stride + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0)
-    scores = _scores(q, keys, scale, softcap, CAPPED, PRECISION)
+def _depths(fold, begin, nodes, there):
+    return (tl.load(fold + nodes, mask=there, other=0) - tl.load(begin + nodes, mask=there, other=0)).to(tl.int32)
+
+
+@triton.jit
+def _visible(i, depth_i, j, depth_j, stop, window, WINDOW: tl.constexpr):
+    """Of the queries ``i``, which see which of the keys ``j``, that are ancestors of nodes before ``stop``?"""
     visible = (j[None, :] <= i[:, None]) & (i[:, None] < stop[None, :])
     if WINDOW:
         visible &= depth_i[:, None] - depth_j[None, :] < window
-    scores = tl.where(visible, scores, float("-inf"))
+    return visible
+
+
+@triton.jit
+def _attend_to(
+    largest, total, result, q, keys, values, visible, scale, softcap,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax."""
+    scores = _scores(q, tl.trans(keys), scale, softcap, CAPPED, PRECISION)
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
     largest_now = tl.maximum(largest, tl.max(scores, 1))
-    # A row that has seen no key yet: its largest score is minus infinity, which must not be subtracted from itself.
-    base = tl.where(largest_now == float("-inf"), 0.0, largest_now)
+    base = largest_now
+    if MASKED:
+        # A row that has seen no key yet: its largest score is minus infinity, which must not be subtracted from itself.
+        base = tl.where(largest_now == float("-inf"), 0.0, largest_now)
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(largest - base)
-    values = tl.load(
-        value + place[:, None] * value_stride + v[None, :], mask=there[:, None] & (v < V)[None, :], other=0.0
-    )
     result = result * decay[:, None]
     result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
     return largest_now, total * decay + tl.sum(weights, 1), result
@@ -70,8 +90,8 @@ def _attend_to(
 
 @triton.jit
 def _forward(
-    query, key, value, result, sums, fold, scatter, begin, end, sinks, nodes, window, scale, softcap,
-    q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
+    query, key, value, result, sums, fold, begin, end, runs, run_starts, keys, key_starts, sinks, nodes,
+    window, scale, softcap, q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
@@ -80,43 +100,59 @@ def _forward(
     first = tile * M
     i = first + tl.arange(0, M)
     inside = i < nodes
-    e, v = tl.arange(0, E_BLOCK), tl.arange(0, V_BLOCK)
-    q = tl.load(
-        query + head * q_head + i.to(tl.int64)[:, None] * q_node + e[None, :],
-        mask=inside[:, None] & (e < E)[None, :], other=0.0,
-    )  # fmt: skip
+    q = _features(query + head * q_head, i.to(tl.int64) * q_node, inside, E, E_BLOCK, False)
     key += (head // GROUP) * k_head
     value += (head // GROUP) * v_head
-    root = tl.load(begin + first)
-    path, own = root, tl.load(fold + first)
-    depth_i = i
+    depth_i, nearest = i, 0
     if WINDOW:
-        depth_i = (tl.load(fold + i, mask=inside, other=0) - tl.load(begin + i, mask=inside, other=0)).to(tl.int32)
-        nearest = tl.min(tl.where(inside, depth_i, 2147483647), 0)
-        path += tl.maximum(nearest - window + 1, 0)
+        depth_i = _depths(fold, begin, i, inside)
+        nearest = tl.maximum(tl.min(tl.where(inside, depth_i, 2147483647), 0) - window + 1, 0)
     largest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     attended = tl.zeros([M, V_BLOCK], tl.float32)
-    for row in range(path, own, N):
-        rows = row + tl.arange(0, N)
-        j = tl.load(scatter + rows, mask=rows < own, other=-1).to(tl.int32)
-        there = (j >= 0) & (j < first)  # not what is left out, or outside of the tree
-        largest, total, attended = _attend_to(
-            tl.where(there, j, 0), there, (rows - root).to(tl.int32), i, depth_i, q, largest, total, attended,
-            key, value, k_node, v_node, end, window, scale, softcap,
-            E, E_BLOCK, V, V_BLOCK, WINDOW, CAPPED, PRECISION,
-        )  # fmt: skip
-    for start in range(first, tl.minimum(first + M, nodes), N):
-        j = start + tl.arange(0, N)
-        there = j < nodes
+    step = tl.arange(0, N)
+    for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
+        start, behind = tl.load(runs + 3 * run), tl.load(runs + 3 * run + 1)
+        depth = 0
+        if WINDOW:
+            depth = tl.load(runs + 3 * run + 2).to(tl.int32)
+            start += tl.maximum(nearest - depth, 0) // N * N
+            depth += tl.maximum(nearest - depth, 0) // N * N
+        for block in range(start, behind, N):
+            k = _features(key + block * k_node, step * k_node, step >= 0, E, E_BLOCK, True)
+            v = _features(value + block * v_node, step * v_node, step >= 0, V, V_BLOCK, True)
+            visible = inside[:, None]
+            if WINDOW:
+                depth_j = depth + (block - start).to(tl.int32) + step
+                visible = depth_i[:, None] - depth_j[None, :] < window
+            largest, total, attended = _attend_to(
+                largest, total, attended, q, k, v, visible, scale, softcap, WINDOW, CAPPED, PRECISION
+            )
+    for block in range(tl.load(key_starts + tile), tl.load(key_starts + tile + 1), N):
+        j = tl.load(keys + block + step).to(tl.int32)
+        there = j >= 0
+        j = tl.where(there, j, 0)
+        k = _features(key, j.to(tl.int64) * k_node, there, E, E_BLOCK, False)
+        v = _features(value, j.to(tl.int64) * v_node, there, V, V_BLOCK, False)
         depth_j = j
         if WINDOW:
-            depth_j = (tl.load(fold + j, mask=there, other=0) - tl.load(begin + j, mask=there, other=0)).to(tl.int32)
+            depth_j = _depths(fold, begin, j, there)
+        visible = _visible(i, depth_i, j, depth_j, tl.load(end + j, mask=there, other=0), window, WINDOW)
         largest, total, attended = _attend_to(
-            j, there, depth_j, i, depth_i, q, largest, total, attended,
-            key, value, k_node, v_node, end, window, scale, softcap,
-            E, E_BLOCK, V, V_BLOCK, WINDOW, CAPPED, PRECISION,
-        )  # fmt: skip
+            largest, total, attended, q, k, v, visible, scale, softcap, True, CAPPED, PRECISION
+        )
+    for block in range(first, tl.minimum(first + M, nodes), N):
+        j = block + step
+        there = j < nodes
+        k = _features(key, j.to(tl.int64) * k_node, there, E, E_BLOCK, False)
+        v = _features(value, j.to(tl.int64) * v_node, there, V, V_BLOCK, False)
+        depth_j = j
+        if WINDOW:
+            depth_j = _depths(fold, begin, j, there)
+        visible = _visible(i, depth_i, j, depth_j, tl.load(end + j, mask=there, other=0), window, WINDOW)
+        largest, total, attended = _attend_to(
+            largest, total, attended, q, k, v, visible, scale, softcap, True, CAPPED, PRECISION
+        )
     blind = total == 0
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -125,61 +161,49 @@ def _forward(
         total = total * decay + tl.exp2(sink - base)
         attended = attended * decay[:, None]
         largest = base
-    weight = tl.where(blind, 0.0, 1 / tl.where(total == 0, 1.0, total))
-    attended = attended * weight[:, None]
-    logarithm = (largest + tl.log2(tl.where(total == 0, 1.0, total))) / 1.4426950408889634
+    total = tl.where(total == 0, 1.0, total)
+    attended = attended * tl.where(blind, 0.0, 1 / total)[:, None]
+    logarithm = (largest + tl.log2(total)) / 1.4426950408889634
     if not SINKS:
         logarithm = tl.where(blind, float("inf"), logarithm)
     tl.store(sums + head * nodes + i, logarithm, mask=inside)
+    column = tl.arange(0, V_BLOCK)
     tl.store(
-        result + head * r_head + i.to(tl.int64)[:, None] * r_node + v[None, :],
-        attended.to(result.dtype.element_ty), mask=inside[:, None] & (v < V)[None, :],
+        result + head * r_head + i.to(tl.int64)[:, None] * r_node + column[None, :],
+        attended.to(result.dtype.element_ty), mask=inside[:, None] & (column < V)[None, :],
     )  # fmt: skip
 
 
 @triton.jit
 def _weights(
-    q, keys, summed, visible, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
+    q, k, summed, visible, scale, softcap, MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """The weights of a tile again, and by what a gradient of scores is multiplied on its way through a soft cap."""
-    scores = _scores(q, keys, scale, softcap, CAPPED, PRECISION)
-    weights = tl.exp2(tl.where(visible, scores - summed, float("-inf")))
-    slope = weights
+    scores = _scores(q, k, scale, softcap, CAPPED, PRECISION)
+    slope = scores
     if CAPPED:
-        capped = scores / softcap
-        slope = 1 - capped * capped
-    return weights, slope
+        slope = 1 - (scores / softcap) * (scores / softcap)
+    scores -= summed
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    return tl.exp2(scores), slope
 
 
 @triton.jit
 def _by_query_from(
-    j, there, depth_j,
-    i, depth_i, q, g, summed, delta, by_query,
-    key, value, key_stride, value_stride, end, window, scale, softcap,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    found, q, g, summed, delta, keys, values, visible, scale, softcap,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    e, v = tl.arange(0, E_BLOCK), tl.arange(0, V_BLOCK)
-    stop = tl.load(end + j, mask=there, other=0)
-    place = j.to(tl.int64)
-    keys = tl.load(key + place[None, :] * key_stride + e[:, None], mask=there[None, :] & (e < E)[:, None], other=0.0)
-    visible = (j[None, :] <= i[:, None]) & (i[:, None] < stop[None, :])
-    if WINDOW:
-        visible &= depth_i[:, None] - depth_j[None, :] < window
-    weights, slope = _weights(q, keys, summed[:, None], visible, scale, softcap, CAPPED, PRECISION)
-    values = tl.load(
-        value + place[None, :] * value_stride + v[:, None], mask=there[None, :] & (v < V)[:, None], other=0.0
-    )
-    by_weights = tl.dot(g, values, input_precision=PRECISION)
-    by_scores = weights * (by_weights - delta[:, None])
+    weights, slope = _weights(q, tl.trans(keys), summed, visible, scale, softcap, MASKED, CAPPED, PRECISION)
+    by_scores = weights * (tl.dot(g, tl.trans(values), input_precision=PRECISION) - delta)
     if CAPPED:
         by_scores *= slope
-    return tl.dot(by_scores.to(keys.dtype), tl.trans(keys), by_query, input_precision=PRECISION)
+    return tl.dot(by_scores.to(keys.dtype), keys, found, input_precision=PRECISION)
 
 
 @triton.jit
 def _backward_query(
-    grad, query, key, value, sums, deltas, by_query, fold, scatter, begin, end, nodes,
+    grad, query, key, value, sums, deltas, by_query, fold, begin, end, runs, run_starts, keys, key_starts, nodes,
     window, scale, softcap, factor,
     g_head, g_node, q_head, q_node, k_head, k_node, v_head, v_node, b_head, b_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -189,45 +213,86 @@ def _backward_query(
     first = tile * M
     i = first + tl.arange(0, M)
     inside = i < nodes
-    place = i.to(tl.int64)[:, None]
-    e, v = tl.arange(0, E_BLOCK), tl.arange(0, V_BLOCK)
-    own_e, own_v = inside[:, None] & (e < E)[None, :], inside[:, None] & (v < V)[None, :]
-    q = tl.load(query + head * q_head + place * q_node + e[None, :], mask=own_e, other=0.0)
-    g = tl.load(grad + head * g_head + place * g_node + v[None, :], mask=own_v, other=0.0)
-    summed = tl.load(sums + head * nodes + i, mask=inside, other=float("inf")) * 1.4426950408889634
-    delta = tl.load(deltas + head * nodes + i, mask=inside, other=0.0)
+    place = i.to(tl.int64)
+    q = _features(query + head * q_head, place * q_node, inside, E, E_BLOCK, False)
+    g = _features(grad + head * g_head, place * g_node, inside, V, V_BLOCK, False)
+    summed = tl.load(sums + head * nodes + i, mask=inside, other=float("inf"))[:, None] * 1.4426950408889634
+    delta = tl.load(deltas + head * nodes + i, mask=inside, other=0.0)[:, None]
     key += (head // GROUP) * k_head
     value += (head // GROUP) * v_head
-    root = tl.load(begin + first)
-    path, own = root, tl.load(fold + first)
-    depth_i = i
+    depth_i, nearest = i, 0
     if WINDOW:
-        depth_i = (tl.load(fold + i, mask=inside, other=0) - tl.load(begin + i, mask=inside, other=0)).to(tl.int32)
-        nearest = tl.min(tl.where(inside, depth_i, 2147483647), 0)
-        path += tl.maximum(nearest - window + 1, 0)
+        depth_i = _depths(fold, begin, i, inside)
+        nearest = tl.maximum(tl.min(tl.where(inside, depth_i, 2147483647), 0) - window + 1, 0)
     found = tl.zeros([M, E_BLOCK], tl.float32)
-    for row in range(path, own, N):
-        rows = row + tl.arange(0, N)
-        j = tl.load(scatter + rows, mask=rows < own, other=-1).to(tl.int32)
-        there = (j >= 0) & (j < first)
-        found = _by_query_from(
-            tl.where(there, j, 0), there, (rows - root).to(tl.int32), i, depth_i, q, g, summed, delta, found,
-            key, value, k_node, v_node, end, window, scale, softcap,
-            E, E_BLOCK, V, V_BLOCK, WINDOW, CAPPED, PRECISION,
-        )  # fmt: skip
-    for start in range(first, tl.minimum(first + M, nodes), N):
-        j = start + tl.arange(0, N)
-        there = j < nodes
+    step = tl.arange(0, N)
+    for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
+        start, behind = tl.load(runs + 3 * run), tl.load(runs + 3 * run + 1)
+        depth = 0
+        if WINDOW:
+            depth = tl.load(runs + 3 * run + 2).to(tl.int32)
+            start += tl.maximum(nearest - depth, 0) // N * N
+            depth += tl.maximum(nearest - depth, 0) // N * N
+        for block in range(start, behind, N):
+            k = _features(key + block * k_node, step * k_node, step >= 0, E, E_BLOCK, True)
+            v = _features(value + block * v_node, step * v_node, step >= 0, V, V_BLOCK, True)
+            visible = inside[:, None]
+            if WINDOW:
+                depth_j = depth + (block - start).to(tl.int32) + step
+                visible = depth_i[:, None] - depth_j[None, :] < window
+            found = _by_query_from(found, q, g, summed, delta, k, v, visible, scale, softcap, WINDOW, CAPPED, PRECISION)
+    for block in range(tl.load(key_starts + tile), tl.load(key_starts + tile + 1), N):
+        j = tl.load(keys + block + step).to(tl.int32)
+        there = j >= 0
+        j = tl.where(there, j, 0)
+        k = _features(key, j.to(tl.int64) * k_node, there, E, E_BLOCK, False)
+        v = _features(value, j.to(tl.int64) * v_node, there, V, V_BLOCK, False)
         depth_j = j
         if WINDOW:
-            depth_j = (tl.load(fold + j, mask=there, other=0) - tl.load(begin + j, mask=there, other=0)).to(tl.int32)
-        found = _by_query_from(
-            j, there, depth_j, i, depth_i, q, g, summed, delta, found,
-            key, value, k_node, v_node, end, window, scale, softcap,
-            E, E_BLOCK, V, V_BLOCK, WINDOW, CAPPED, PRECISION,
-        )  # fmt: skip
-    target = by_query + head * b_head + place * b_node + e[None, :]
-    tl.store(target, (found * factor).to(by_query.dtype.element_ty), mask=own_e)
+            depth_j = _depths(fold, begin, j, there)
+        visible = _visible(i, depth_i, j, depth_j, tl.load(end + j, mask=there, other=0), window, WINDOW)
+        found = _by_query_from(found, q, g, summed, delta, k, v, visible, scale, softcap, True, CAPPED, PRECISION)
+    for block in range(first, tl.minimum(first + M, nodes), N):
+        j = block + step
+        there = j < nodes
+        k = _features(key, j.to(tl.int64) * k_node, there, E, E_BLOCK, False)
+        v = _features(value, j.to(tl.int64) * v_node, there, V, V_BLOCK, False)
+        depth_j = j
+        if WINDOW:
+            depth_j = _depths(fold, begin, j, there)
+        visible = _visible(i, depth_i, j, depth_j, tl.load(end + j, mask=there, other=0), window, WINDOW)
+        found = _by_query_from(found, q, g, summed, delta, k, v, visible, scale, softcap, True, CAPPED, PRECISION)
+    column = tl.arange(0, E_BLOCK)
+    target = by_query + head * b_head + place[:, None] * b_node + column[None, :]
+    tl.store(target, (found * factor).to(by_query.dtype.element_ty), mask=inside[:, None] & (column < E)[None, :])
+
+
+@triton.jit
+def _by_key_from(
+    found_k, found_v, keys, values, queries, grads, sums, deltas, start, nodes, j, depth_j, stop, fold, begin,
+    window, scale, softcap, q_node, g_node,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """What the queries from ``start`` on add to the gradients of keys and values."""
+    step = tl.arange(0, N)
+    i = start + step
+    there = i < nodes
+    q = _features(queries + tl.cast(start, tl.int64) * q_node, step * q_node, there, E, E_BLOCK, not MASKED)
+    g = _features(grads + tl.cast(start, tl.int64) * g_node, step * g_node, there, V, V_BLOCK, not MASKED)
+    summed = tl.load(sums + i, mask=there, other=float("inf"))[None, :] * 1.4426950408889634
+    delta = tl.load(deltas + i, mask=there, other=0.0)[None, :]
+    visible = there[None, :]
+    if MASKED:
+        visible = (j[:, None] <= i[None, :]) & (i[None, :] < stop[:, None]) & there[None, :]
+    if WINDOW:
+        visible &= _depths(fold, begin, i, there)[None, :] - depth_j[:, None] < window
+    weights, slope = _weights(keys, tl.trans(q), summed, visible, scale, softcap, MASKED or WINDOW, CAPPED, PRECISION)
+    found_v = tl.dot(weights.to(g.dtype), g, found_v, input_precision=PRECISION)
+    by_scores = weights * (tl.dot(values, tl.trans(g), input_precision=PRECISION) - delta)
+    if CAPPED:
+        by_scores *= slope
+    return tl.dot(by_scores.to(q.dtype), q, found_k, input_precision=PRECISION), found_v
 
 
 @triton.jit
@@ -238,53 +303,54 @@ def _backward_key(
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """``M`` keys, and ``N`` queries at a time."""
+    """``M`` keys, and ``N`` queries at a time: no mask where all of the keys are ancestors of all of the queries."""
     first, group = tl.program_id(0) * M, tl.program_id(1)  # the first keys have most descendants
     j = first + tl.arange(0, M)
     inside = j < nodes
     place = j.to(tl.int64)
-    e, v = tl.arange(0, E_BLOCK), tl.arange(0, V_BLOCK)
-    own_e, own_v = inside[:, None] & (e < E)[None, :], inside[:, None] & (v < V)[None, :]
-    keys = tl.load(key + group * k_head + place[:, None] * k_node + e[None, :], mask=own_e, other=0.0)
-    values = tl.load(value + group * v_head + place[:, None] * v_node + v[None, :], mask=own_v, other=0.0)
-    stop = tl.load(end + j, mask=inside, other=0)
+    keys = _features(key + group * k_head, place * k_node, inside, E, E_BLOCK, False)
+    values = _features(value + group * v_head, place * v_node, inside, V, V_BLOCK, False)
+    stop = tl.load(end + j, mask=inside, other=0).to(tl.int32)
     depth_j = j
     if WINDOW:
-        depth_j = (tl.load(fold + j, mask=inside, other=0) - tl.load(begin + j, mask=inside, other=0)).to(tl.int32)
+        depth_j = _depths(fold, begin, j, inside)
+    # Keys that nobody sees are no reason for a mask: what they are given is dropped.
     last = tl.max(stop, 0)
+    own = tl.minimum(first + M, last)
+    common = tl.min(tl.where(stop > 0, stop, last), 0)
+    whole = own + tl.maximum(common - own, 0) // N * N
     found_k = tl.zeros([M, E_BLOCK], tl.float32)
     found_v = tl.zeros([M, V_BLOCK], tl.float32)
-    for start in range(first, last, N):
-        i = (start + tl.arange(0, N)).to(tl.int32)
-        there = i < nodes
-        visible = (j[:, None] <= i[None, :]) & (i[None, :] < stop[:, None]) & there[None, :]
-        if WINDOW:
-            depth_i = (tl.load(fold + i, mask=there, other=0) - tl.load(begin + i, mask=there, other=0)).to(tl.int32)
-            visible &= depth_i[None, :] - depth_j[:, None] < window
-        row = i.to(tl.int64)
-        for member in range(GROUP):
-            head = group * GROUP + member
-            q = tl.load(
-                query + head * q_head + row[None, :] * q_node + e[:, None],
-                mask=there[None, :] & (e < E)[:, None], other=0.0,
+    for member in range(GROUP):
+        head = group * GROUP + member
+        queries, grads = query + head * q_head, grad + head * g_head
+        for start in range(first, own, N):
+            found_k, found_v = _by_key_from(
+                found_k, found_v, keys, values, queries, grads, sums + head * nodes, deltas + head * nodes,
+                start, tl.minimum(own, nodes), j, depth_j, stop, fold, begin, window, scale, softcap, q_node, g_node,
+                E, E_BLOCK, V, V_BLOCK, WINDOW, True, CAPPED, PRECISION, N,
             )  # fmt: skip
-            g = tl.load(
-                grad + head * g_head + row[:, None] * g_node + v[None, :],
-                mask=there[:, None] & (v < V)[None, :], other=0.0,
+        for start in range(own, whole, N):
+            found_k, found_v = _by_key_from(
+                found_k, found_v, keys, values, queries, grads, sums + head * nodes, deltas + head * nodes,
+                start, nodes, j, depth_j, stop, fold, begin, window, scale, softcap, q_node, g_node,
+                E, E_BLOCK, V, V_BLOCK, WINDOW, False, CAPPED, PRECISION, N,
             )  # fmt: skip
-            summed = tl.load(sums + head * nodes + i, mask=there, other=float("inf")) * 1.4426950408889634
-            delta = tl.load(deltas + head * nodes + i, mask=there, other=0.0)
-            weights, slope = _weights(keys, q, summed[None, :], visible, scale, softcap, CAPPED, PRECISION)
-            found_v = tl.dot(weights.to(g.dtype), g, found_v, input_precision=PRECISION)
-            by_weights = tl.dot(values, tl.trans(g), input_precision=PRECISION)
-            by_scores = weights * (by_weights - delta[None, :])
-            if CAPPED:
-                by_scores *= slope
-            found_k = tl.dot(by_scores.to(q.dtype), tl.trans(q), found_k, input_precision=PRECISION)
-    to_key = by_key + group * bk_head + place[:, None] * bk_node + e[None, :]
-    tl.store(to_key, (found_k * factor).to(by_key.dtype.element_ty), mask=own_e)
-    to_value = by_value + group * bv_head + place[:, None] * bv_node + v[None, :]
-    tl.store(to_value, found_v.to(by_value.dtype.element_ty), mask=own_v)
+        for start in range(whole, last, N):
+            found_k, found_v = _by_key_from(
+                found_k, found_v, keys, values, queries, grads, sums + head * nodes, deltas + head * nodes,
+                start, nodes, j, depth_j, stop, fold, begin, window, scale, softcap, q_node, g_node,
+                E, E_BLOCK, V, V_BLOCK, WINDOW, True, CAPPED, PRECISION, N,
+            )  # fmt: skip
+    seen = (stop > 0)[:, None]
+    column, inside = tl.arange(0, E_BLOCK), inside[:, None]
+    found_k = tl.where(seen, found_k * factor, 0.0)
+    to_key = by_key + group * bk_head + place[:, None] * bk_node + column[None, :]
+    tl.store(to_key, found_k.to(by_key.dtype.element_ty), mask=inside & (column < E)[None, :])
+    column = tl.arange(0, V_BLOCK)
+    to_value = by_value + group * bv_head + place[:, None] * bv_node + column[None, :]
+    found_v = tl.where(seen, found_v, 0.0)
+    tl.store(to_value, found_v.to(by_value.dtype.element_ty), mask=inside & (column < V)[None, :])
 
 
 def _blocks(size: int) -> int:
@@ -292,34 +358,38 @@ def _blocks(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def _shape(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> dict[str, Any]:
+def _shape(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dict[str, Any]:
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "E": query.shape[3],
         "E_BLOCK": _blocks(query.shape[3]),
         "V": value.shape[3],
         "V_BLOCK": _blocks(value.shape[3]),
-        "WINDOW": window is not None,
-        "CAPPED": softcap is not None,
+        "WINDOW": carried.window is not None,
+        "CAPPED": carried.softcap is not None,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     }
 
 
 def _tile(query: Tensor, value: Tensor, kernel: str) -> dict[str, int]:
-    """Nodes of a tile (``M``), and keys or queries at a time (``N``), of the kernel "forward", "query" or "key"."""
     width = max(_blocks(query.shape[3]), _blocks(value.shape[3])) * query.dtype.itemsize
-    if width > 512:
-        return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 1}
-    if width > 256:
-        return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2}
-    return TILES[kernel]
+    return TILES[kernel] if width <= 256 else WIDE if width <= 512 else WIDEST
 
 
-def _units(scale: float, softcap: float | None) -> tuple[float, float]:
-    """``scale`` and ``softcap`` as :func:`_scores` takes them."""
+def _lists(plan: TreeArrays) -> tuple[Tensor, ...]:
+    """What leads to the keys of a tile."""
+    arrays = plan.fold, plan.begin, plan.end, plan.runs, plan.run_starts, plan.keys, plan.key_starts
+    if any(one is None for one in arrays):
+        raise RuntimeError("on this device tree_attention needs tiles: pass runs, run_starts, keys and key_starts")
+    return arrays  # type: ignore[return-value]
+
+
+def _numbers(carried: Carried) -> tuple[int, float, float]:
+    """``window``, and ``scale`` and ``softcap`` as :func:`_scores` takes them."""
+    window, scale, softcap = carried.window or 0, carried.scale, carried.softcap
     if softcap is None:
-        return scale * LOG2E, 0.0
-    return 2 * scale / softcap * LOG2E, softcap * LOG2E
+        return window, scale * LOG2E, 0.0
+    return window, 2 * scale / softcap * LOG2E, softcap * LOG2E
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -335,14 +405,8 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    fold: Tensor,
-    scatter: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    plan: TreeArrays,
+    carried: Carried,
 ) -> tuple[Tensor, Tensor]:
     """The op ``tree_attention``."""
     query, key, value = map(_dense, (query, key, value))
@@ -351,9 +415,9 @@ def tree_attention(
     total = query.new_empty((heads, nodes), dtype=torch.float32)
     tile = _tile(query, value, "forward")
     _forward[(triton.cdiv(nodes, tile["M"]), heads)](
-        query, key, value, result, total, fold, scatter, begin, end, sinks, nodes, window or 0, *_units(scale, softcap),
+        query, key, value, result, total, *_lists(plan), carried.sinks, nodes, *_numbers(carried),
         *_strides(query, key, value, result),
-        **_shape(query, key, value, window, softcap), SINKS=sinks is not None, **tile,
+        **_shape(query, key, value, carried), SINKS=carried.sinks is not None, **tile,
     )  # fmt: skip
     return result, total
 
@@ -365,14 +429,8 @@ def tree_attention_backward(
     value: Tensor,
     result: Tensor,
     total: Tensor,
-    fold: Tensor,
-    scatter: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    plan: TreeArrays,
+    carried: Carried,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``tree_attention_backward``."""
     grad, query, key, value = map(_dense, (grad, query, key, value))
@@ -381,16 +439,15 @@ def tree_attention_backward(
     by_query, by_key, by_value = (
         one.new_empty((1, nodes, one.shape[1], one.shape[3])).transpose(1, 2) for one in (query, key, value)
     )
-    about = _shape(query, key, value, window, softcap)
-    carried = window or 0, *_units(scale, softcap), scale
+    about, numbers = _shape(query, key, value, carried), (*_numbers(carried), carried.scale)
     tile = _tile(query, value, "query")
     _backward_query[(triton.cdiv(nodes, tile["M"]), heads)](
-        grad, query, key, value, total, deltas, by_query, fold, scatter, begin, end, nodes, *carried,
+        grad, query, key, value, total, deltas, by_query, *_lists(plan), nodes, *numbers,
         *_strides(grad, query, key, value, by_query), **about, **tile,
     )  # fmt: skip
     tile = _tile(query, value, "key")
     _backward_key[(triton.cdiv(nodes, tile["M"]), groups)](
-        grad, query, key, value, total, deltas, by_key, by_value, fold, begin, end, nodes, *carried,
+        grad, query, key, value, total, deltas, by_key, by_value, plan.fold, plan.begin, plan.end, nodes, *numbers,
         *_strides(grad, query, key, value, by_key, by_value), **about, **tile,
     )  # fmt: skip
     return by_query, by_key, by_value

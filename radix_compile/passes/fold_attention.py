@@ -19,14 +19,13 @@ from radix_compile.attention import (
     Rows,
     TreeAttention,
     are_side_by_side,
-    compact_attention,
     is_attention,
     narrow,
     read_mask,
 )
-from radix_compile.mask_facts import Masked
+from radix_compile.mask_facts import Blind, Masked, hides
 from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import value_of
+from radix_compile.token_axes import value_of, values_of
 
 aten = torch.ops.aten
 
@@ -36,29 +35,28 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
 
     Needs ``mark_token_axes`` and ``read_attention``. Two things are taken for granted, unless ``gm.meta`` says
     otherwise: that sequences packed in a row are told apart by their paths ("apart"), and that every row sees a key
-    where the attention of one that does not would be of no use to it ("sighted").
+    ("sighted"), where one that does not would attend to all keys, or is a key itself: such rows are not in the tree.
     """
+    blind = {one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.blind}
     apart, sighted = gm.meta.get("apart", True), gm.meta.get("sighted", True)
+    shown = None
     for node in gm.graph.nodes:
         if is_attention(node):
             try:
-                node.meta["attention"] = found = _found(node)
+                node.meta["attention"] = found = _found(node, blind)
                 if found.visible.runs is not None and not apart:
                     raise NotCarried("the sequences of a row cannot be told apart, because rows depend on their column")
-                if needs_sight(node) and not sighted:
-                    raise NotCarried("a row that sees no key attends to all of them")
+                if found.needs_sight and not sighted:
+                    raise NotCarried("a row that sees no key attends to all of them, or is a key itself")
+                shown = found.visible.shown if shown is None else shown
+                if set(shown) != set(found.visible.shown):
+                    raise NotCarried("another attention hides other keys, and the plan is made for those")
             except NotCarried as reason:
                 node.meta["attention"] = str(reason)
     return gm
 
 
-def needs_sight(node: fx.Node) -> bool:
-    """Is it on the tree, and would a row that sees no key attend to all of them, its sequence's later ones too?"""
-    found = compact_attention(node)
-    return found is not None and not found.parts.zero and bool(value_of(node).blind)
-
-
-def _found(node: fx.Node) -> TreeAttention:
+def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     if node.target is aten.scaled_dot_product_attention.default:
         parts = _parts(node)
     else:
@@ -70,9 +68,8 @@ def _found(node: fx.Node) -> TreeAttention:
     visible = read_mask(attends)
     _check(parts)
     parts = replace(parts, key=narrow(parts.key), value=narrow(parts.value))
-    if not all(value_of(source).is_row for source, _ in visible.shown):
-        raise NotCarried("its mask hides keys by what is not one entry for each row")
-    return TreeAttention(parts, visible)
+    seen = not all(hides(attends.visible, one, attends.key) for one in blind)
+    return TreeAttention(parts, visible, needs_sight=seen or (bool(value_of(node).blind) and not parts.zero))
 
 
 def _parts(node: fx.Node) -> Parts:

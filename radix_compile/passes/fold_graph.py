@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from radix_compile.attention import Rows, TreeAttention, compact_attention
-from radix_compile.kernels import index_ops, tree_attention  # noqa: F401 - importing them registers the ops
+from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
+from radix_compile.kernels.tree_attention import lowering
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
 from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
-from radix_compile.passes.fold_attention import needs_sight
 from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
 
 aten = torch.ops.aten
@@ -38,15 +38,14 @@ class Wanted:
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """The folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
 
-    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``, if attention runs on the tree ``begin`` and ``end``, both
-    ``[T']``, and if gradients are asked for, ``rows`` ``[B*S]``,
-    ``starts`` ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
+    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``; if attention runs on the tree, ``begin`` and ``end``, both
+    ``[T']``, and on a GPU the arrays of ``TreeTiles``; and if gradients are asked for, ``rows`` ``[B*S]``, ``starts``
+    ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
 
     ``meta["form"]`` of a node says in which form it has the value of the captured node ``meta["origin"]``.
     """
-    wanted = what_is_wanted(gm.graph)
+    gm.meta["wanted"] = wanted = what_is_wanted(gm.graph)
     folded = _Rewriter(gm, wanted).run()
-    gm.meta["wanted"] = wanted
     folded.meta.update(gm.meta, source=gm)
     return folded
 
@@ -104,7 +103,6 @@ class _Rewriter:
         self.full: dict[fx.Node, fx.Node] = {}
         self.compact: dict[fx.Node, fx.Node] = {}
         self.columns: dict[tuple[fx.Node, int, str], fx.Node] = {}
-        self.ends: dict[tuple[tuple[fx.Node, bool], ...], fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
@@ -120,9 +118,12 @@ class _Rewriter:
     def _add_plan_inputs(self) -> None:
         self.fold = self.graph.placeholder("radix_fold")
         self.scatter = self.graph.placeholder("radix_scatter")
-        if has_tree_attention(self.wanted):
-            self.begin = self.graph.placeholder("radix_begin")
-            self.ends[()] = self.graph.placeholder("radix_end")
+        self.tree: list[fx.Node | None] = []
+        if shown_keys(self.gm) is not None:
+            self.tree = [self.graph.placeholder(f"radix_{name}") for name in ("begin", "end")]
+            tiled = needs_tiles(self.gm)
+            for name in ("runs", "run_starts", "keys", "key_starts"):
+                self.tree.append(self.graph.placeholder(f"radix_{name}") if tiled else None)
         self.lists: tuple[fx.Node | None, ...] = (None, None, None, None)
         if self.gm.meta["differentiable"]:
             self.lists = self.fold, *(self.graph.placeholder(f"radix_{name}") for name in ("rows", "starts", "pieces"))
@@ -176,7 +177,7 @@ class _Rewriter:
         """Attention on the tree."""
         parts, visible = attention.parts, attention.visible
         rows = [self._by_head(row) for row in (parts.query, parts.key, parts.value)]
-        plan = self.fold, self.scatter, self.begin, self._end(visible.shown)
+        plan = self.fold, self.scatter, *self.tree
         sinks = None if parts.sinks is None else self.full[parts.sinks]
         carried = sinks, parts.scale, visible.window, parts.softcap
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
@@ -195,17 +196,6 @@ class _Rewriter:
             return compact
         heads, size = rows.heads()
         return self.graph.call_function(aten.reshape.default, (compact, [1, heads, self.nodes, size]))
-
-    def _end(self, shown: tuple[tuple[fx.Node, bool], ...]) -> fx.Node:
-        """The plan's ``end``, and 0 at nodes that are hidden as keys."""
-        if shown not in self.ends:
-            ((source, truth), *rest) = reversed(shown)
-            entries = self.graph.call_function(aten.reshape.default, (self.compact[source], [self.nodes]))
-            compare = aten.ne.Scalar if truth else aten.eq.Scalar
-            visible = self.graph.call_function(compare, (entries, 0))
-            arguments = (visible, self._end(tuple(reversed(rest))), 0)
-            self.ends[shown] = self.graph.call_function(aten.where.ScalarOther, arguments)
-        return self.ends[shown]
 
     def _constant(self, node: fx.Node, uses: list[tuple[int, str]]) -> fx.Node:
         """A constant of the call where it meets compact rows: by column, or one entry where all are equal."""
@@ -289,22 +279,31 @@ class _Rewriter:
         return made
 
 
-def has_tree_attention(wanted: Wanted) -> bool:
-    """Does any attention run on the tree?"""
-    return any(compact_attention(node) is not None and Form.COMPACT in runs for node, runs in wanted.runs.items())
+def shown_keys(captured: fx.GraphModule) -> tuple[tuple[fx.Node, bool], ...] | None:
+    """What attention on the tree hides keys by (see ``attention.Visible``); None if there is none on the tree."""
+    return next((one.visible.shown for one in _on_the_tree(captured)), None)
+
+
+def needs_tiles(captured: fx.GraphModule) -> bool:
+    """Does the code that will run attention on the tree read lists of keys?"""
+    rows = [one.parts.query.node.meta["val"] for one in _on_the_tree(captured)]
+    return any(lowering(row.device, row.dtype) == "triton" for row in rows)
 
 
 def relies_on_sight(captured: fx.GraphModule) -> bool:
     """Does attention run on the tree that would be wrong in calls in which rows see no key?"""
-    wanted: Wanted = captured.meta["wanted"]
-    return any(needs_sight(node) and Form.COMPACT in runs for node, runs in wanted.runs.items())
+    return any(one.needs_sight for one in _on_the_tree(captured))
 
 
 def relies_on_runs(captured: fx.GraphModule) -> set[fx.Node]:
     """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
+    return {one.visible.runs for one in _on_the_tree(captured) if one.visible.runs is not None}
+
+
+def _on_the_tree(captured: fx.GraphModule) -> list[TreeAttention]:
     wanted: Wanted = captured.meta["wanted"]
     found = [compact_attention(node) for node, runs in wanted.runs.items() if Form.COMPACT in runs]
-    return {one.visible.runs for one in found if one is not None and one.visible.runs is not None}
+    return [one for one in found if one is not None]
 
 
 def _relaxed(node: fx.Node) -> fx.Node:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radix_compile.kernels import attention_reference, attention_tiles, tree_attention  # noqa: F401
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.tree_tiles import tree_tiles
 
 radix = torch.ops.radix
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,31 +55,16 @@ BATCHES = {
     "a tree": few(30, 17),
     "a chain": chain(20, 120),
     "long": prefixes(4, 400, (150, 4)),
+    "a long prefix": prefixes(3, 300, (210, 3)),
 }
 
 
-class Tree(NamedTuple):
-    """A plan's arrays as the op takes them, and its batch."""
-
-    ids: Tensor
-    fold: Tensor
-    scatter: Tensor
-    begin: Tensor
-    end: Tensor
-
-    @property
-    def arrays(self) -> tuple[Tensor, ...]:
-        return self[1:]
-
-
-def tree_of(ids: Tensor, shown: Tensor | None = None, **options: Any) -> Tree:
+def tree_of(ids: Tensor, shown: Tensor | None = None, **options: Any) -> TreeArrays:
     """The tree of a batch; keys that are not ``shown`` ``[B, S]`` are hidden."""
-    keys = (ids,) if shown is None else (ids, shown)
-    plan = PrefixPlan.from_rows(*keys, **options)
-    begin, end = plan.tree()
-    if shown is not None:
-        end *= shown.flatten().numpy()[plan.fold]
-    return Tree(ids, *(torch.from_numpy(one).to(DEVICE) for one in (plan.fold, plan.scatter, begin, end)))
+    plan = PrefixPlan.from_rows(*((ids,) if shown is None else (ids, shown)), **options)
+    begin, end = plan.tree(None if shown is None else shown.flatten().numpy() != 0)
+    arrays = plan.fold, plan.scatter, begin, end, *tree_tiles(plan, begin, end).arrays
+    return TreeArrays(*(torch.from_numpy(one).to(DEVICE) for one in arrays))
 
 
 class Inputs(NamedTuple):
@@ -114,8 +101,8 @@ CARRIED: dict[str, dict[str, Any]] = {
 }
 
 
-def run(code: Any, tree: Tree, given: Inputs, window: int | None = None, softcap: float | None = None) -> Any:
-    return code(*given[:3], *tree.arrays, given.sinks, 0.3, window, softcap)
+def run(code: Any, tree: TreeArrays, given: Inputs, **carried: Any) -> Any:
+    return code(*given[:3], tree, Carried(given.sinks, 0.3, **carried))
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,7 +130,7 @@ def test_the_reference_is_attention_on_rows(ids: Tensor, window: int | None) -> 
     """Folded from the rows and scattered to them, it is torch's attention."""
     tree, (batch, seq) = tree_of(ids), ids.shape
     given = doubled(inputs(len(tree.fold)))
-    compact, _ = run(attention_reference.tree_attention, tree, given, window)
+    compact, _ = run(attention_reference.tree_attention, tree, given, window=window)
     full = [one[0][:, tree.scatter].view(-1, batch, seq, 16).transpose(0, 1) for one in given[:3]]
     column = torch.arange(seq, device=DEVICE)
     behind = column[:, None] - column
@@ -206,8 +193,6 @@ def test_gradients(code: Any, ids: Tensor, name: str) -> None:
 
     exact, plain = by_autograd(doubled(given)), by_autograd(given)
     result, total = run(code.tree_attention, tree, given, **carried)
-    ours = code.tree_attention_backward(
-        grad, *given[:3], result, total, *tree.arrays, given.sinks, 0.3, carried.get("window"), carried.get("softcap")
-    )
+    ours = code.tree_attention_backward(grad, *given[:3], result, total, tree, Carried(given.sinks, 0.3, **carried))
     for one, expected, ordinary in zip(ours, exact, plain, strict=False):
         assert_near(one, expected, ordinary)

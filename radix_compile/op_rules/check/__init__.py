@@ -103,7 +103,7 @@ def check(case: Case) -> None:
     plan = planned.plan(args)
     _expect(plan.compact_tokens < args[0].numel(), "nothing is shared in the sample")
     torch.manual_seed(0)
-    ours = folded(*args, *planned.arrays(plan, torch.device("cpu")))
+    ours = folded(*args, *planned.arrays(plan, args, torch.device("cpu")))
     torch.manual_seed(0)
     _expect_same(ours, graph(*args), args)
     if case.sample.verdict == "full":

@@ -1,0 +1,34 @@
+"""What the code of ``tree_attention`` is given, by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TreeArrays(NamedTuple):
+    """The plan: int64, see ``PrefixPlan`` and its ``tree``, and ``TreeTiles`` for the last four.
+
+    ``end`` is 0 at keys that are hidden.
+    """
+
+    fold: Tensor
+    scatter: Tensor
+    begin: Tensor
+    end: Tensor
+    runs: Tensor | None = None
+    run_starts: Tensor | None = None
+    keys: Tensor | None = None
+    key_starts: Tensor | None = None
+
+
+class Carried(NamedTuple):
+    """``sinks`` ``[H]``: one more score for each head, of a key whose value is zero. ``window``: how many of the last
+    columns a node sees, its own included. ``softcap``: scores are ``softcap * tanh(score / softcap)``.
+    """
+
+    sinks: Tensor | None
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
