@@ -1,11 +1,12 @@
 """Attention on the prefix tree by tiles of nodes, in torch: each tile is one ordinary attention. This runs on CPUs.
 
 The keys of a tile are those of its first node and the tile itself (``tree_attention`` says why), and a mask hides what
-is no ancestor. The heads that share keys are queries of one head here, so that keys are not repeated.
+is no ancestor.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,16 +20,19 @@ from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 aten = torch.ops.aten
 
 LEAST = 64
-"""Rows of a tile: that many at most, or a quarter of the keys in front of it. What a tile hides of itself is waste."""
+"""Rows of a tile, about, or a quarter of the keys in front of it if that is more. What it hides of itself is waste."""
 
 
 class Tile(NamedTuple):
-    """Queries from ``start`` to ``stop``; the keys are ``nodes``. ``visible`` ``[m, L]`` is None if plainly causal."""
+    """Queries from ``start`` to ``stop``; the keys are ``nodes``. ``mask`` ``[m, L]``, 0 or minus infinity, is None if
+    the tile is plainly causal. ``blind`` are the queries that see no key, if there are any.
+    """
 
     start: int
     stop: int
     nodes: Tensor
-    visible: Tensor | None
+    mask: Tensor | None
+    blind: Tensor | None
 
 
 def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
@@ -37,73 +41,94 @@ def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
     depth = rows - begin
     same = (rows[1:] == rows[:-1] + 1) & (begin[1:] == begin[:-1])  # the next row of the same sequence
     bounds = [0, *(np.flatnonzero(~same) + 1).tolist(), len(rows)]
-    start, limit = 0, LEAST
+    start = 0
     for first, stop in pairwise(bounds):
+        limit = max(LEAST, int(depth[start]) // 4)
         if first > start and (stop - start > limit or depth[first] + LEAST < depth[start]):
             yield start, first
             start = first
-        if first == start:
             limit = max(LEAST, int(depth[start]) // 4)
-            if causal and depth[start] == 0 and stop - start > limit:
-                yield start, stop
-                start = stop
-        while stop - start > limit:
-            yield start, start + limit
-            start += limit
-            limit = max(LEAST, int(depth[start]) // 4)
+        if stop - start > limit:  # then it is one sequence
+            parts = 1 if causal and depth[start] == 0 else round((stop - start) / limit)
+            edges = np.linspace(start, stop, parts + 1).astype(int).tolist()
+            yield from pairwise(edges)
+            start = stop
     if start < len(rows):
         yield start, len(rows)
 
 
-def tiles(plan: TreeArrays, window: int | None, causal: bool) -> Iterator[Tile]:
-    """The tiles of a plan. With ``causal``, one that is plainly so has no mask."""
+def tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> Iterator[Tile]:
+    """The tiles of a plan on the host. With ``causal``, one that is plainly so has no mask."""
     causal = causal and window is None
+    depth = plan.fold - plan.begin
     for start, stop in stretches(plan, causal):
         own = torch.arange(start, stop)
         path = plan.scatter[plan.begin[start] : plan.fold[start]]
         if causal and not len(path) and bool((plan.end[start:stop] >= stop).all()):
-            yield Tile(start, stop, own, None)
+            yield Tile(start, stop, own, None, None)
             continue
         path = path[(path >= 0) & (path < start)]
         nodes = torch.cat([path, own])
         visible = (nodes <= own[:, None]) & (own[:, None] < plan.end[nodes])
         if window is not None:
-            depth = plan.fold - plan.begin
             visible &= depth[own, None] - depth[nodes] < window
             seen = visible.any(0)
             nodes, visible = nodes[seen], visible[:, seen]
-        yield Tile(start, stop, nodes, visible)
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+        blind = ~visible.any(1)
+        yield Tile(start, stop, nodes, mask, blind if blind.any() else None)
 
 
-def _keys(tensor: Tensor, tile: Tile) -> Tensor:
-    """``[1, Hkv, T', E]``, the tile's keys of it, ``[1, Hkv, L, E]``."""
-    if tile.visible is None:
-        return tensor[:, :, tile.start : tile.stop]
-    return tensor.index_select(2, tile.nodes)
+class _Latest:
+    """The tiles of the latest plan: its layers ask for the same ones, one after the other."""
+
+    def __init__(self) -> None:
+        self.plan: tuple[weakref.ref[Tensor], ...] = ()
+        self.found: dict[tuple[int | None, bool, torch.dtype], list[Tile]] = {}
+
+    def __call__(self, plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> list[Tile]:
+        arrays = plan[:4]
+        if len(self.plan) != 4 or any(ref() is not one for ref, one in zip(self.plan, arrays, strict=True)):
+            self.plan, self.found = tuple(map(weakref.ref, arrays)), {}
+        about, found = (window, causal, dtype), self.found
+        if about not in found:
+            on_host = TreeArrays(*(one.cpu() for one in arrays))
+            found[about] = list(tiles(on_host, window, causal, dtype))
+        return found[about]
+
+
+_tiles = _Latest()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[T', H * E]`` from ``[1, H, T', E]``: rows that can be moved whole."""
+    return tensor[0].transpose(0, 1).flatten(1).contiguous()
+
+
+def _keys(rows: Tensor, tile: Tile, heads: int) -> Tensor:
+    """The tile's keys, ``[1, H, L, E]``."""
+    own = rows[tile.start : tile.stop] if tile.mask is None else rows.index_select(0, tile.nodes.to(rows.device))
+    return own.view(len(own), heads, -1).transpose(0, 1)[None]
 
 
 def tree_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: TreeArrays,
-    carried: Carried,
+    query: Tensor, key: Tensor, value: Tensor, plan: TreeArrays, carried: Carried
 ) -> tuple[Tensor, Tensor]:
     """The op ``tree_attention``."""
     (_, heads, count, _), groups, exact = query.shape, key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    sinks, scale, window, softcap = carried
     result = query.new_empty((1, count, heads, value.shape[3])).transpose(1, 2)
     total = query.new_empty((heads, count), dtype=exact)
-    sinks, scale, window, softcap = carried
     fused = softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
-    on_host = TreeArrays(*(one.cpu() for one in plan[:4]))
-    for tile in tiles(on_host, window, causal=fused):
-        q = query[:, :, tile.start : tile.stop]
-        if tile.visible is not None:
-            q = q.reshape(1, groups, -1, q.shape[3])  # the heads that share keys, one after the other
-        arguments = q, _keys(key, tile), _keys(value, tile), tile.visible, scale
-        attended, summed = _fused(*arguments) if fused else _spelled(*arguments, softcap)
-        result[:, :, tile.start : tile.stop] = attended.reshape(1, heads, -1, attended.shape[3])
-        total[:, tile.start : tile.stop] = summed.reshape(heads, -1)
+    keys, values = _rows(key), _rows(value)
+    for tile in _tiles(plan, window, fused, query.dtype if fused else exact):
+        q, k, v = query[:, :, tile.start : tile.stop], _keys(keys, tile, groups), _keys(values, tile, groups)
+        attended, summed = _fused(q, k, v, tile, scale) if fused else _spelled(q, k, v, tile, scale, softcap)
+        result[:, :, tile.start : tile.stop] = attended
+        total[:, tile.start : tile.stop] = summed[0]
+        if tile.blind is not None:
+            blind = tile.start + tile.blind.nonzero()[:, 0].to(query.device)
+            result[:, :, blind], total[:, blind] = 0, float("inf")
     if sinks is not None:
         own = sinks.to(exact)[:, None]
         with_sinks = torch.where(total == float("inf"), own, torch.logaddexp(total, own))
@@ -112,42 +137,36 @@ def tree_attention(
     return result, total
 
 
-def _mask(visible: Tensor, q: Tensor) -> Tensor:
-    """What to add to the scores of a tile's queries, ``[G * m, L]``."""
-    mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible.to(q.device), float("-inf"))
-    return mask.repeat(q.shape[2] // len(visible), 1)
+def _fused(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, k, v, is_causal=tile.mask is None, attn_mask=tile.mask, scale=scale
+    )
+    return found
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    fused = aten._scaled_dot_product_flash_attention_for_cpu.default
-    if visible is None:
-        return fused(q, k, v, is_causal=True, scale=scale)  # type: ignore[no-any-return]
-    result, total = fused(q, k, v, attn_mask=_mask(visible, q), scale=scale)
-    blind = ~visible.any(1)
-    if blind.any():
-        blind = blind.repeat(q.shape[2] // len(visible))
-        total, result = total.masked_fill(blind, float("inf")), result.masked_fill(blind[:, None], 0)
-    return result, total
+def _grouped(tensor: Tensor, groups: int) -> Tensor:
+    """``[1, H, m, E]`` as ``[1, groups, H / groups * m, E]``: heads that share keys are queries of one head."""
+    return tensor.reshape(1, groups, -1, tensor.shape[3])
 
 
-def _spelled(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    assert visible is not None
-    exact = torch.promote_types(q.dtype, torch.float32)
-    scores, _ = _scores(q.to(exact), k.to(exact), visible, scale, softcap)
+def _spelled(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    heads, exact = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+    scores, _ = _scores(_grouped(q, k.shape[1]).to(exact), k.to(exact), tile, scale, softcap)
     total = scores.logsumexp(-1)
-    total = total.masked_fill_(total == float("-inf"), float("inf"))
-    return (scores - total[..., None]).exp_() @ v.to(exact), total
+    attended = (scores - total[..., None]).exp_() @ v.to(exact)
+    return attended.reshape(1, heads, -1, v.shape[3]), total.reshape(1, heads, -1)
 
 
-def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """The scores, hidden ones minus infinity, and what a soft cap has made of them, from -1 to 1."""
+    assert tile.mask is not None
     scores, capped = q @ k.mT * scale, None
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores = capped * softcap
-    return scores.add_(_mask(visible, scores)) if capped is None else scores + _mask(visible, scores), capped
+    members = scores.shape[2] // len(tile.mask)
+    scores = scores.unflatten(2, (members, -1)) + tile.mask.to(scores.device)
+    return scores.flatten(2, 3), capped
 
 
 def tree_attention_backward(
@@ -166,18 +185,16 @@ def tree_attention_backward(
     by_key, by_value = (torch.zeros(one.shape, dtype=exact, device=one.device) for one in (key, value))
     delta = (grad * result).sum(-1, keepdim=True, dtype=exact)
     _, scale, window, softcap = carried
-    on_host = TreeArrays(*(one.cpu() for one in plan[:4]))
-    for tile in tiles(on_host, window, causal=False):
-        assert tile.visible is not None
+    keys, values = _rows(key), _rows(value)
+    for tile in _tiles(plan, window, False, exact):
 
         def of_queries(one: Tensor, tile: Tile = tile) -> Tensor:
-            part = one[:, :, tile.start : tile.stop]
-            return part.reshape(1, groups, -1, part.shape[3]).to(exact)
+            return _grouped(one[:, :, tile.start : tile.stop], groups).to(exact)
 
         q, g, d, summed = (of_queries(one) for one in (query, grad, delta, total[None, ..., None]))
-        k, v = (_keys(one, tile).to(exact) for one in (key, value))
+        k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))
         nodes = tile.nodes.to(query.device)
-        scores, capped = _scores(q, k, tile.visible, scale, softcap)
+        scores, capped = _scores(q, k, tile, scale, softcap)
         weights = (scores - summed).exp_()
         by_value.index_add_(2, nodes, weights.mT @ g)
         by_scores = weights.mul_(g @ v.mT - d).mul_(scale)
