@@ -21,7 +21,7 @@ from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
-from radix_compile.plan_inputs import PlanInputs, SeesNothing, advice_on_padding, plan_inputs
+from radix_compile.plan_inputs import OffTheTree, PlanInputs, advice_on_padding, plan_inputs
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.report import COUNTERS, GraphReport, report_on
 from radix_compile.row_contents import RunsPlain
@@ -69,8 +69,8 @@ class RadixBackend:
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
             folded = [_compile_folded(captured, rewritten, inputs, example_inputs, options)]
-            if inputs.sighted:
-                rewritten, inputs = _rewrite_for_blind_rows(captured, options, observe)
+            if inputs.may_leave_the_tree:
+                rewritten, inputs = _rewrite_off_the_tree(captured, options, observe)
                 folded.append(_compile_folded(captured, rewritten, inputs, example_inputs, options))
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason = False, str(refusal)
@@ -129,6 +129,7 @@ def rewrite(
     captured = capture(gm, example_inputs)
     if observe is not None:
         observe("capture", captured)
+    captured.meta["fold_attention"] = options.fold_attention
     folded = run_pipeline(captured, observe, options.verify)
     found = report_on(captured)
     report.__dict__.update(found.__dict__)
@@ -144,11 +145,11 @@ def rewrite(
     return captured, folded, inputs
 
 
-def _rewrite_for_blind_rows(
+def _rewrite_off_the_tree(
     captured: fx.GraphModule, options: Options, observe: Observer | None = None
 ) -> tuple[fx.GraphModule, PlanInputs]:
-    """As :func:`rewrite`, of what it captured: another folded form, for calls in which rows see no key."""
-    captured.meta["sighted"] = False
+    """As :func:`rewrite`, of what it captured: another folded form, for calls that are ``OffTheTree``."""
+    captured.meta.update(sighted=False, apart=False)
     folded = run_pipeline(captured, observe, options.verify, first=fold_attention)
     return folded, _finish(captured, folded, options, GraphReport(folded=True), observe)
 
@@ -257,6 +258,6 @@ def _planned(folded: Sequence[Folded], args: Sequence[Any], options: Options) ->
     for one in others:
         try:
             return one, one.inputs.plan(args, options.pad_multiple_of)
-        except SeesNothing:
+        except OffTheTree:
             pass
     return last, last.inputs.plan(args, options.pad_multiple_of)

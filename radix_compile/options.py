@@ -20,6 +20,7 @@ class Options:
     ``pad_multiple_of``  pad the number of compact rows up to a multiple of this.
     ``padding``          "exact": every row of the output is the row of the plain model. "skip": rows that the attention
                          mask hides are left out and come back as zeros, if it is proved that no other row reads them.
+    ``fold_attention``   run attention on the prefix tree where that can be. False: in full form, as RadixMLP has it.
     ``verify``           check every graph after every pass, and compare the first, second, fourth, ... folded call to
                          the plain program: a wrong result is a ``WrongFold`` that names the op it began at.
     ``strict``           raise, with the reasons, when a graph cannot be folded at all.
@@ -32,6 +33,7 @@ class Options:
     min_tokens: int = 0
     pad_multiple_of: int | None = None
     padding: str = "exact"
+    fold_attention: bool = True
     verify: bool = False
     strict: bool = False
     mode: str | None = None
@@ -51,6 +53,7 @@ class Options:
         _expect("pad_multiple_of", multiple, multiple is None or _is_count(multiple, 1), "a positive integer or None")
         choice = _near(self.padding, ["exact", "skip"])
         _expect("padding", self.padding, self.padding in ("exact", "skip"), f'"exact" or "skip"{choice}')
+        _expect("fold_attention", self.fold_attention, isinstance(self.fold_attention, bool), "True or False")
         _expect("verify", self.verify, isinstance(self.verify, bool), "True or False")
         _expect("strict", self.strict, isinstance(self.strict, bool), "True or False")
         _expect("mode", self.mode, self.mode is None or isinstance(self.mode, str), "a string or None")

@@ -11,10 +11,9 @@ from torch import fx
 from radix_compile.passes.choose_cuts import choose_cuts
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
-from radix_compile.passes.fold_graph import fold_graph, relies_on_runs
+from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
-from radix_compile.passes.prove_shift import prove_shift
 from radix_compile.passes.read_attention import read_attention
 from radix_compile.passes.spell_out_flex import spell_out_flex
 from radix_compile.torch_internals import must_propagate
@@ -55,12 +54,8 @@ def run_pipeline(
 
     Raises ``CannotFold`` if the graph as a whole cannot be folded.
     """
-    captured = gm
     for apply in PASSES[0 if first is None else PASSES.index(first) :]:
         gm = run_pass(apply, gm, observe, verify)
-    if "wanted" in captured.meta and relies_on_runs(captured) - {prove_shift(captured).runs}:
-        captured.meta["apart"] = False
-        return run_pipeline(captured, observe, verify, first=fold_attention)
     return gm
 
 

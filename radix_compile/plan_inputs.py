@@ -28,8 +28,8 @@ from radix_compile.tree_tiles import tree_tiles
 BoolArray = NDArray[np.bool_]
 
 
-class SeesNothing(RunsPlain):
-    """A row sees no key, and the program has attention on the tree that would be wrong about it."""
+class OffTheTree(RunsPlain):
+    """In this call attention on the tree would be wrong; in full form it is not."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class PlanInputs:
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
-    ``runs``  program for the numbers of sequences that are packed in a row; ``apart`` if they must not come back,
-              because attention runs on the tree.
+    ``runs``  program for the numbers of sequences that are packed in a row.
+    ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
+              back, or if there are no ``runs`` not change.
     ``sighted`` if every row must see a key, because attention runs on the tree.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
     ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
@@ -75,10 +76,15 @@ class PlanInputs:
     front: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
     runs: RowProgram | None = None
-    apart: bool = False
+    apart: RowProgram | None = None
     sighted: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
+
+    @property
+    def may_leave_the_tree(self) -> bool:
+        """May a call be ``OffTheTree``? Numbers of sequences that are computed from no key never change."""
+        return self.sighted or (self.apart is not None and bool(self.apart.inputs))
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one."""
@@ -97,13 +103,15 @@ class PlanInputs:
             blind = sightless((program(args, shape) != 0) == truth, window)
             if blind.any():
                 if self.sighted:
-                    raise SeesNothing("a row sees no key, and attends to all of them")
+                    raise OffTheTree("a row sees no key, and attends to all of them or is a key itself")
                 unique = blind if unique is None else unique | blind
         breaks = None
         if self.runs is not None:
             breaks, come_back = sequence_breaks(self.runs(args, shape))
-            if come_back and self.apart:
-                raise RunsPlain("a sequence goes on behind another one that is packed in its row")
+            if come_back and self.apart is not None:
+                raise OffTheTree("a sequence goes on behind another one that is packed in its row")
+        elif self.apart is not None and (np.diff(self.apart(args, shape), axis=1) != 0).any():
+            raise OffTheTree("several sequences are packed in a row, and rows depend on their column")
         start: NDArray[Any] | None = None
         if self.front is not None and breaks is None:
             program, truth = self.front
@@ -182,7 +190,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     runs = _row_program(captured, starts.runs) if starts.runs else None
     if runs is None and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", expected=True)
-    shown = shown_keys(captured)
+    shown, relied = shown_keys(captured), relies_on_runs(captured)
     # Numbers that only tell sequences apart are no part of their rows.
     keys = tuple(
         i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
@@ -210,7 +218,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         front=front,
         masks=masks,
         runs=runs,
-        apart=bool(relies_on_runs(captured)),
+        apart=None if relied is None else _row_program(captured, relied),
         sighted=relies_on_sight(captured),
         scans=scans,
         blocks=blocks,

@@ -70,7 +70,7 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
             report.flops_compact += flops(node)
         elif node.op == "call_function" and node in wanted.runs:
             report.flops_full += flops(node)
-        attention = _attention(node)
+        attention = _attention(node, on_tree=node in compact)
         if attention is not None:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
@@ -85,7 +85,7 @@ def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
     return [f"scan or convolution in {module}: proved causal; runs in full form" for module in modules]
 
 
-def _attention(node: fx.Node) -> Attention | None:
+def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
     if node.op != "call_function":
         return None
     value = values_of(node)[0]
@@ -95,8 +95,7 @@ def _attention(node: fx.Node) -> Attention | None:
         return None
     place = refuse(node, "")
     if value.attends is not None:
-        why = node.meta["attention"]
-        how = f"in full form: {why}" if isinstance(why, str) else "on the prefix tree"
+        how = "on the prefix tree" if on_tree else f"in full form: {node.meta['attention']}"
         return Attention(True, f"proved causal; runs {how}", place.module, place.source)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
     return Attention(False, reason, place.module, place.source)

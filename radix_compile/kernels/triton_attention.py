@@ -24,8 +24,8 @@ LOG2E = math.log2(math.e)
 
 TILES = {
     "forward": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
-    "query": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 2},
-    "key": {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2},
+    "query": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
+    "key": {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2},
 }
 """Of heads of 128 half-width numbers at most: nodes of a tile (``M``), and keys or queries at a time (``N``)."""
 WIDE = {"M": ROWS, "N": 32, "num_warps": 8, "num_stages": 2}

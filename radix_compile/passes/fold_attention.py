@@ -34,22 +34,27 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
     """Write a :class:`TreeAttention`, or in words why there is none, to ``node.meta["attention"]``.
 
     Needs ``mark_token_axes`` and ``read_attention``. Two things are taken for granted, unless ``gm.meta`` says
-    otherwise: that sequences packed in a row are told apart by their paths ("apart"), and that every row sees a key
-    ("sighted"), where one that does not would attend to all keys, or is a key itself: such rows are not in the tree.
+    otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``), and that every
+    row sees a key ("sighted"), where one that does not would attend to all keys, or is a key itself: such rows are not
+    in the tree.
     """
     blind = {one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.blind}
+    wanted = gm.meta.get("fold_attention", True)
     apart, sighted = gm.meta.get("apart", True), gm.meta.get("sighted", True)
-    shown = None
+    shown = runs = None
     for node in gm.graph.nodes:
         if is_attention(node):
             try:
+                if not wanted:
+                    raise NotCarried("the option fold_attention is off")
                 node.meta["attention"] = found = _found(node, blind)
                 if found.visible.runs is not None and not apart:
-                    raise NotCarried("the sequences of a row cannot be told apart, because rows depend on their column")
+                    raise NotCarried("several sequences may be packed in a row")
                 if found.needs_sight and not sighted:
                     raise NotCarried("a row that sees no key attends to all of them, or is a key itself")
                 shown = found.visible.shown if shown is None else shown
-                if set(shown) != set(found.visible.shown):
+                runs = found.visible.runs if runs is None else runs
+                if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
                     raise NotCarried("another attention hides other keys, and the plan is made for those")
             except NotCarried as reason:
                 node.meta["attention"] = str(reason)

@@ -58,7 +58,8 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
         wanted.forms.setdefault(node, set()).add(form)
 
     for node in reversed(graph.nodes):
-        if node.op == "output" or node.op == "placeholder" or node.is_impure():
+        impure = node.is_impure() and compact_attention(node) is None  # it might have drawn numbers, and draws none
+        if node.op in ("output", "placeholder") or impure:
             for arg in node.all_input_nodes:
                 want(arg, Form.FULL)
             if node.op == "call_function":
@@ -295,9 +296,9 @@ def relies_on_sight(captured: fx.GraphModule) -> bool:
     return any(one.needs_sight for one in _on_the_tree(captured))
 
 
-def relies_on_runs(captured: fx.GraphModule) -> set[fx.Node]:
+def relies_on_runs(captured: fx.GraphModule) -> fx.Node | None:
     """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
-    return {one.visible.runs for one in _on_the_tree(captured) if one.visible.runs is not None}
+    return next((one.visible.runs for one in _on_the_tree(captured) if one.visible.runs is not None), None)
 
 
 def _on_the_tree(captured: fx.GraphModule) -> list[TreeAttention]:

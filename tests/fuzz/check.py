@@ -221,7 +221,7 @@ def _check_passes(example: Example, plain: Module, expected: list[tuple[Tensor, 
         if plan.compact_tokens:
             outcome.add(tokens=plan.tokens, compact_tokens=plan.compact_tokens)
             kept = torch.from_numpy(plan.scatter >= 0).view(batch["ids"].shape)
-            _compare(folded(*args, *inputs.arrays(plan, torch.device("cpu"))), wanted, plain, kept)
+            _compare(folded(*args, *inputs.arrays(plan, args, torch.device("cpu"))), wanted, plain, kept)
 
 
 # --------------------------------------------------------------------------------------------- through torch.compile

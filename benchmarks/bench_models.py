@@ -1,0 +1,173 @@
+"""Whole models on batches that share prefixes: plain, without padding, position-wise folded, and folded with attention.
+
+Run as `python -m benchmarks.bench_models`. The models have the sizes of Qwen3 and random weights; what is timed is the
+hidden states of a batch, or with `--backward` a forward and a backward pass. The columns:
+
+    plain     inductor, padding included
+    packed    inductor on one row without padding, attention by `varlen_attn` (GPUs only)
+    rows      radix with `fold_attention=False`, attention in full form: what RadixMLP does (arXiv 2601.15013)
+    radix     radix
+
+The token bound is tokens over distinct prefixes. The arithmetic bound counts multiplications, of weights for each token
+and of attention for each pair of query and key: those of plain, which sees no future, over those of the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from benchmarks import workloads
+from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, positive
+from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
+
+MODELS: dict[str, dict[str, int]] = {
+    "0.6B": {"hidden": 1024, "layers": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "intermediate": 3072},
+    "4B": {"hidden": 2560, "layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 9728},
+    "8B": {"hidden": 4096, "layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 12288},
+    "small": {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 64, "intermediate": 1536},
+}
+VOCABULARY = 32_000
+
+
+def cases(on_gpu: bool, backward: bool) -> Iterator[PrefixBatch]:
+    if backward:
+        yield one_prefix(16, 1024, 256) if on_gpu else one_prefix(8, 128, 32)
+    elif on_gpu:
+        yield from (one_prefix(15, 2047, 256), rerank())
+        yield from (one_prefix(15, prefix, suffix) for prefix, suffix in ((512, 256), (1024, 256), (2047, 1024)))
+    else:
+        yield from (one_prefix(16, 256, 32), one_prefix(16, 512, 32), one_prefix(32, 128, 32), rerank(4, 4))
+
+
+def bounds(case: PrefixBatch, sizes: dict[str, int]) -> tuple[float, float]:
+    """The token bound and the arithmetic bound over plain without padding."""
+    plan = case.plan()
+    begin, _ = plan.tree()
+    inner = sizes["heads"] * sizes["head_dim"]
+    by_token = sizes["hidden"] * (2 * inner + 2 * sizes["kv_heads"] * sizes["head_dim"] + 3 * sizes["intermediate"])
+    pairs = int((case.lengths * (case.lengths + 1) // 2).sum())
+    on_tree = int((plan.fold - begin + 1).sum())
+    nodes = len(plan.fold)
+    return case.tokens / nodes, (case.tokens * by_token + 2 * pairs * inner) / (nodes * by_token + 2 * on_tree * inner)
+
+
+class _Packed:
+    """Attention on one row of several sequences, by `varlen_attn`."""
+
+    starts: Tensor
+    longest: int
+
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
+        from torch.nn.attention.varlen import varlen_attn
+
+        options: dict[str, Any] = {"window_size": (-1, 0)}
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        q, k, v = (one[0].transpose(0, 1) for one in (q, k, v))
+        result: Any = varlen_attn(q, k, v, self.starts, self.starts, self.longest, self.longest, **options)
+        return result[None], None
+
+
+PACKED = _Packed()
+
+
+def ways(model: Any, case: PrefixBatch, device: torch.device) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Name and call."""
+    ids, mask = case.ids.to(device), case.mask.to(device)
+    inputs = {"input_ids": ids, "use_cache": False, **({"attention_mask": mask} if case.is_padded else {})}
+
+    def compiled(**options: Any) -> Callable[[], Tensor]:
+        torch._dynamo.reset()
+        call = torch.compile(lambda **given: model(**given).last_hidden_state, **options)
+        return lambda: call(**inputs)
+
+    model.config._attn_implementation = "sdpa"
+    yield "plain", compiled()
+    if device.type == "cuda":
+        kept = mask.flatten() > 0
+        positions = torch.arange(ids.shape[1], device=device).repeat(len(ids))[kept][None]
+        starts = torch.nn.functional.pad(case.lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        PACKED.starts, PACKED.longest = starts, int(case.lengths.max())
+        packed = {"input_ids": ids.flatten()[kept][None], "position_ids": positions, "use_cache": False}
+        model.config._attn_implementation = "packed"
+        torch._dynamo.reset()
+        call = torch.compile(lambda **given: model(**given).last_hidden_state)
+        yield "packed", lambda: call(**packed)
+        model.config._attn_implementation = "sdpa"
+    yield "rows", compiled(backend="radix", options={"fold_attention": False})
+    yield "radix", compiled(backend="radix")
+
+
+def measure(call: Callable[[], Tensor], device: torch.device, runs: int, backward: bool) -> tuple[float, int | None]:
+    """Median seconds, and the most memory allocated."""
+
+    def step() -> object:
+        if not backward:
+            return call()
+        result = call()
+        return result.backward(torch.ones_like(result))
+
+    with torch.set_grad_enabled(backward):
+        for _ in range(2):
+            step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = statistics.median(workloads.interleaved({"": step}, runs, device)[""])
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints as it goes and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="bench_models", description="Measure models on batches that share prefixes.")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--model", choices=list(MODELS), help="whose sizes (default: 8B, small on a CPU)")
+    parser.add_argument("--layers", type=positive, help="fewer layers")
+    parser.add_argument("--cases", type=positive, default=99, help="only the first so many batches")
+    parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--runs", type=positive, default=7, help="timed runs (default: %(default)s)")
+    options = parser.parse_args(argv)
+    try:
+        device = pick_device(options.device)
+        check_toolchain(device)
+    except UsageError as error:
+        print(f"bench_models: {error}", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore")
+    on_gpu = device.type == "cuda"
+    name = options.model or ("8B" if on_gpu else "small")
+    sizes = {**MODELS[name], **({"layers": options.layers} if options.layers else {})}
+    transformers.AttentionInterface.register("packed", PACKED)
+    with torch.device(device):
+        causal = workloads.qwen3(**sizes, vocabulary=VOCABULARY)
+    model = causal.model.to(device, torch.bfloat16 if on_gpu else torch.float32)
+    model.train(options.backward)
+    print(f"machine  {machine(device)}")
+    print(f"model    Qwen3-{name}, {sizes['layers']} layers, {next(model.parameters()).dtype}")
+    print(f"measured {'forward and backward' if options.backward else 'forward'}, medians of {options.runs}")
+    for case in list(cases(on_gpu, options.backward))[: options.cases]:
+        by_token, by_arithmetic = bounds(case, sizes)
+        print(
+            f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
+        )
+        first = None
+        for way, call in ways(model, case, device):
+            seconds, peak = measure(call, device, options.runs, options.backward)
+            first = first or seconds
+            memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"
+            print(f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}", flush=True)
+            model.zero_grad()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
