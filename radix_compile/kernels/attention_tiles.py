@@ -183,7 +183,6 @@ def tree_attention_backward(
     exact, (heads, groups) = total.dtype, (query.shape[1], key.shape[1])
     by_query = torch.empty_like(query)
     by_key, by_value = (torch.zeros(one.shape, dtype=exact, device=one.device) for one in (key, value))
-    delta = (grad * result).sum(-1, keepdim=True, dtype=exact)
     _, scale, window, softcap = carried
     keys, values = _rows(key), _rows(value)
     for tile in _tiles(plan, window, False, exact):
@@ -191,13 +190,16 @@ def tree_attention_backward(
         def of_queries(one: Tensor, tile: Tile = tile) -> Tensor:
             return _grouped(one[:, :, tile.start : tile.stop], groups).to(exact)
 
-        q, g, d, summed = (of_queries(one) for one in (query, grad, delta, total[None, ..., None]))
+        q, g, summed = (of_queries(one) for one in (query, grad, total[None, ..., None]))
         k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))
         nodes = tile.nodes.to(query.device)
         scores, capped = _scores(q, k, tile, scale, softcap)
         weights = (scores - summed).exp_()
         by_value.index_add_(2, nodes, weights.mT @ g)
-        by_scores = weights.mul_(g @ v.mT - d).mul_(scale)
+        by_weights = g @ v.mT
+        # As softmax has it, and not from the results: nothing is left of the gradient of a single key.
+        by_weights -= (weights * by_weights).sum(-1, keepdim=True)
+        by_scores = weights.mul_(by_weights).mul_(scale)
         if capped is not None:
             by_scores *= 1 - capped * capped
         by_key.index_add_(2, nodes, by_scores.mT @ q)

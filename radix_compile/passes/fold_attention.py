@@ -23,7 +23,7 @@ from radix_compile.attention import (
     narrow,
     read_mask,
 )
-from radix_compile.mask_facts import Blind, Masked, hides
+from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import value_of, values_of
 
@@ -35,8 +35,8 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
 
     Needs ``mark_token_axes`` and ``read_attention``. Two things are taken for granted, unless ``gm.meta`` says
     otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``), and that every
-    row sees a key ("sighted"), where one that does not would attend to all keys, or is a key itself: such rows are not
-    in the tree.
+    row sees a key ("sighted"), where one that sees none in some attention would attend to all of them, is a key, or
+    sees keys in this attention: such rows are not in the tree.
     """
     blind = {one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.blind}
     wanted = gm.meta.get("fold_attention", True)
@@ -51,7 +51,7 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
                 if found.visible.runs is not None and not apart:
                     raise NotCarried("several sequences may be packed in a row")
                 if found.needs_sight and not sighted:
-                    raise NotCarried("a row that sees no key attends to all of them, or is a key itself")
+                    raise NotCarried("some rows see no key: they attend to all of them, or are keys themselves")
                 shown = found.visible.shown if shown is None else shown
                 runs = found.visible.runs if runs is None else runs
                 if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
@@ -72,9 +72,20 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     assert attends is not None
     visible = read_mask(attends)
     _check(parts)
-    parts = replace(parts, key=narrow(parts.key), value=narrow(parts.value))
-    seen = not all(hides(attends.visible, one, attends.key) for one in blind)
-    return TreeAttention(parts, visible, needs_sight=seen or (bool(value_of(node).blind) and not parts.zero))
+    key, value = narrow(parts.key), narrow(parts.value)
+    if key.heads()[0] == value.heads()[0]:
+        parts = replace(parts, key=key, value=value)
+    left_out = all(hides(attends.visible, one, attends.key) and _is_blind(attends, one) for one in blind)
+    return TreeAttention(parts, visible, needs_sight=not left_out or (bool(value_of(node).blind) and not parts.zero))
+
+
+def _is_blind(attends: Weights, rows: Blind) -> bool:
+    """Do the rows that see no key somewhere see none here either?"""
+    own = blind_rows(attends.visible, attends.query, attends.key)
+    if own is None or (own.source, own.truth) != (rows.source, rows.truth):
+        return False
+    # Who sees none of many columns sees none of fewer.
+    return own.window == rows.window or (own.window is not None and (rows.window is None or own.window < rows.window))
 
 
 def _parts(node: fx.Node) -> Parts:
