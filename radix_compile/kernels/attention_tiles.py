@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
 
 aten = torch.ops.aten
 
@@ -117,7 +117,7 @@ def tree_attention(
     """The op ``tree_attention``."""
     (_, heads, count, _), groups, exact = query.shape, key.shape[1], torch.promote_types(query.dtype, torch.float32)
     sinks, scale, window, softcap = carried
-    result = query.new_empty((1, count, heads, value.shape[3])).transpose(1, 2)
+    result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, count), dtype=exact)
     fused = softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
     keys, values = _rows(key), _rows(value)
@@ -181,8 +181,8 @@ def tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``tree_attention_backward``. Adds up in float32 at least."""
     exact, (heads, groups) = total.dtype, (query.shape[1], key.shape[1])
-    by_query = torch.empty_like(query)
-    by_key, by_value = (torch.zeros(one.shape, dtype=exact, device=one.device) for one in (key, value))
+    by_query = heads_inside(query)
+    by_key, by_value = (heads_inside(one, dtype=exact).zero_() for one in (key, value))
     _, scale, window, softcap = carried
     keys, values = _rows(key), _rows(value)
     for tile in _tiles(plan, window, False, exact):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +33,13 @@ class Carried(NamedTuple):
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+
+def heads_inside(like: Tensor, features: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty ``[1, H, T', features]`` like ``[1, H, T', E]``: in memory ``[1, T', H, features]``, for projections.
+
+    So are all results laid out, whatever code runs.
+    """
+    _, heads, nodes, size = like.shape
+    shape = 1, nodes, heads, size if features is None else features
+    return like.new_empty(shape, dtype=dtype or like.dtype).transpose(1, 2)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from radix_compile.kernels import attention_tiles
 from radix_compile.kernels.index_ops import has_triton
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
 
 radix = torch.ops.radix
 
@@ -62,19 +62,14 @@ def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     return found
 
 
-def heads_inside(like: Tensor, heads: int, features: int) -> Tensor:
-    """An empty ``[1, heads, T', features]``, in memory ``[1, T', heads, features]``, as projections want it."""
-    return like.new_empty((1, like.shape[2], heads, features)).transpose(1, 2)
-
-
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     heads, nodes = query.shape[1:3]
     total = query.new_empty((heads, nodes), dtype=torch.promote_types(query.dtype, torch.float32))
-    return heads_inside(query, heads, value.shape[3]), total
+    return heads_inside(query, value.shape[3]), total
 
 
 def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(heads_inside(one, one.shape[1], one.shape[3]) for one in (query, key, value))
+    return tuple(map(heads_inside, (query, key, value)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
 from radix_compile.tree_tiles import ROWS
 
 LOG2E = math.log2(math.e)
@@ -411,7 +411,7 @@ def tree_attention(
     """The op ``tree_attention``."""
     query, key, value = map(_dense, (query, key, value))
     heads, nodes = query.shape[1:3]
-    result = query.new_empty((1, nodes, heads, value.shape[3])).transpose(1, 2)
+    result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, nodes), dtype=torch.float32)
     tile = _tile(query, value, "forward")
     _forward[(triton.cdiv(nodes, tile["M"]), heads)](
@@ -436,9 +436,7 @@ def tree_attention_backward(
     grad, query, key, value = map(_dense, (grad, query, key, value))
     (heads, nodes), groups = query.shape[1:3], key.shape[1]
     deltas = (grad[0] * result[0]).sum(-1, dtype=torch.float32).contiguous()
-    by_query, by_key, by_value = (
-        one.new_empty((1, nodes, one.shape[1], one.shape[3])).transpose(1, 2) for one in (query, key, value)
-    )
+    by_query, by_key, by_value = map(heads_inside, (query, key, value))
     about, numbers = _shape(query, key, value, carried), (*_numbers(carried), carried.scale)
     tile = _tile(query, value, "query")
     _backward_query[(triton.cdiv(nodes, tile["M"]), heads)](

@@ -182,6 +182,7 @@ class _Rewriter:
         sinks = None if parts.sinks is None else self.full[parts.sinks]
         carried = sinks, parts.scale, visible.window, parts.softcap
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
+        made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
         result = self.graph.call_function(operator.getitem, (made, 0))
         axes = value_of(node).axes
         if not Rows(node).is_by_head:

@@ -16,6 +16,8 @@ from radix_compile.tree_tiles import tree_tiles
 
 radix = torch.ops.radix
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPCHECKS = ("test_schema", "test_faketensor")
+"""Of an op that has no gradient of its own."""
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -196,3 +198,28 @@ def test_gradients(code: Any, ids: Tensor, name: str) -> None:
     ours = code.tree_attention_backward(grad, *given[:3], result, total, tree, Carried(given.sinks, 0.3, **carried))
     for one, expected, ordinary in zip(ours, exact, plain, strict=False):
         assert_near(one, expected, ordinary)
+
+
+@pytest.mark.parametrize("name", ["plain", "all of it"])
+def test_schema_shapes_and_gradient_of_the_op(name: str) -> None:
+    tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED[name])
+    given = [None if one is None else one.requires_grad_() for one in inputs(len(tree.fold), **about)]
+    arguments = *given[:3], *tree, given[3], 0.3, carried.get("window"), carried.get("softcap")
+    torch.library.opcheck(radix.tree_attention.default, arguments)
+    result, total = (one.detach() for one in radix.tree_attention(*arguments))
+    plain = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
+    torch.library.opcheck(
+        radix.tree_attention_backward.default, (result, *plain[:3], result, total, *plain[3:]), test_utils=OPCHECKS
+    )
+
+
+def test_the_gradient_of_sinks() -> None:
+    tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED["all of it"])
+    given = doubled(inputs(len(tree.fold), **about))
+    assert given.sinks is not None
+
+    def attended(sinks: Tensor) -> Tensor:
+        result: Tensor = radix.tree_attention(*given[:3], *tree, sinks, 0.3, carried["window"], carried["softcap"])[0]
+        return result
+
+    torch.autograd.gradcheck(attended, given.sinks.requires_grad_())
