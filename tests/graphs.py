@@ -14,12 +14,18 @@ from radix_compile.options import Options
 from radix_compile.report import GraphReport
 
 
-def folded(program: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> fx.GraphModule:
-    """The last graph that Dynamo captures of ``program(*args, **kwargs)``, through the whole pipeline."""
+def folded(
+    program: Callable[..., Any], *args: Any, dynamic: bool | None = None, on_rows: bool = False, **kwargs: Any
+) -> fx.GraphModule:
+    """The last graph that Dynamo captures of ``program(*args, **kwargs)``, through the whole pipeline.
+
+    With ``on_rows`` attention stays in full form.
+    """
+    options = Options(fold_attention=not on_rows)
     graphs: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        _, rewritten, _ = rewrite(gm, inputs, Options(), GraphReport(folded=False))
+        _, rewritten, _ = rewrite(gm, inputs, options, GraphReport(folded=False))
         graphs.append(rewritten)
         return gm.forward
 

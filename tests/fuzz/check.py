@@ -20,11 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import radix_compile
 from radix_compile import backend
 from radix_compile.capture import CaptureError, capture
+from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.pipeline import run_pass, run_pipeline
-from radix_compile.plan_inputs import plan_inputs
+from radix_compile.plan_inputs import PlanInputs, plan_inputs
 from radix_compile.report import report_on
 from radix_compile.row_contents import RunsPlain
 from tests.fuzz.batches import Given, draw_batch, draw_inputs
@@ -195,33 +196,41 @@ def captured(module: Module, batch: Batch) -> fx.GraphModule:
 def _check_passes(example: Example, plain: Module, expected: list[tuple[Tensor, ...]], outcome: Outcome) -> None:
     source = captured(plain, example.batches[0])
     try:
-        folded = run_pipeline(source)
-        inputs = plan_inputs(source)
+        programs = [_folded(source, example, run_pipeline(source))]
     except CannotFold as verdict:
         if not verdict.expected:
             raise
         outcome.add(refused=1)
         return
-    report = report_on(source)
-    outcome.add(folded=report.folded, refused=bool(source.meta["tokens"].refusals))
+    outcome.add(folded=report_on(source).folded, refused=bool(source.meta["tokens"].refusals))
+    outcome.add(skipped_padding="padding" in source.meta)
+    if not programs[0][1].keys:  # nothing runs compact
+        return
+    if programs[0][1].may_leave_the_tree:
+        source.meta.update(sighted=False, apart=False)
+        programs.append(_folded(source, example, run_pipeline(source, first=fold_attention)))
+    for batch, wanted in zip(example.batches, expected, strict=True):
+        args = [*batch.values(), *plain.parameters()]
+        for folded, inputs in programs:
+            try:
+                plan = inputs.plan(args)
+            except RunsPlain:
+                continue
+            if plan.compact_tokens:
+                outcome.add(tokens=plan.tokens, compact_tokens=plan.compact_tokens)
+                kept = torch.from_numpy(plan.scatter >= 0).view(batch["ids"].shape)
+                arrays = inputs.arrays(plan, args, torch.device("cpu"))
+                _compare(folded(*args, *arrays), wanted, plain, kept)
+
+
+def _folded(source: fx.GraphModule, example: Example, folded: fx.GraphModule) -> tuple[fx.GraphModule, PlanInputs]:
+    """What the passes made of a program, finished, and how to plan its calls."""
+    plan_inputs(source)  # raises what the backend would raise before it looks at padding
     if example.skip:
         with contextlib.suppress(PaddingIsRead):
             skip_padding(folded)
-    outcome.add(skipped_padding="padding" in source.meta)
     run_pass(lower_index_ops, folded)
-    inputs = plan_inputs(source)  # again: what is skipped is part of it
-    if not inputs.keys:  # nothing runs compact
-        return
-    for batch, wanted in zip(example.batches, expected, strict=True):
-        args = [*batch.values(), *plain.parameters()]
-        try:
-            plan = inputs.plan(args)
-        except RunsPlain:
-            continue
-        if plan.compact_tokens:
-            outcome.add(tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-            kept = torch.from_numpy(plan.scatter >= 0).view(batch["ids"].shape)
-            _compare(folded(*args, *inputs.arrays(plan, args, torch.device("cpu"))), wanted, plain, kept)
+    return folded, plan_inputs(source)  # what is skipped is part of it
 
 
 # --------------------------------------------------------------------------------------------- through torch.compile
