@@ -74,6 +74,7 @@ class Parts:
     ``softcap``  the scores are ``softcap * tanh(scale * product / softcap)``.
     ``sinks``    one more score for each head, ``[H]``.
     ``grouped``  keys may have fewer heads than queries in a dimension of heads of the same rank.
+    ``product``  that of queries and keys, if it is an op of its own.
     ``zero``     a row that sees no key is zero. (Written out, it attends to all keys alike, or is not a number.)
     """
 
@@ -84,6 +85,7 @@ class Parts:
     softcap: float | None = None
     sinks: fx.Node | None = None
     grouped: bool = False
+    product: fx.Node | None = None
     zero: bool = False
 
 
@@ -123,6 +125,12 @@ class TreeAttention:
 def is_attention(node: fx.Node) -> bool:
     """Does it attend, causally: attention as one op, or the last product of attention written out?"""
     return node.op == "call_function" and node.target is not operator.getitem and values_of(node)[0].attends is not None
+
+
+def attention_steps(node: fx.Node) -> list[fx.Node]:
+    """The products that an attention on the tree stands for: one op, or the two of attention written out."""
+    parts = node.meta.get("parts")
+    return [node, parts.product] if isinstance(parts, Parts) and parts.product is not None else [node]
 
 
 def compact_attention(node: fx.Node) -> TreeAttention | None:

@@ -245,6 +245,8 @@ def _choose_per_call(plain: Program, folded: Sequence[Folded], options: Options,
             COUNTERS.ran_plain("too little is shared")
             return plain(*wrapped)
         COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
+        if chosen.inputs.tree is not None:
+            COUNTERS.add(pairs=rows * ids.shape[1], tree_pairs=plan.pairs)
         results = chosen.program(*args, *arrays)
         if chosen.verify is not None:
             chosen.verify(results, args, arrays, lambda: plain(*wrapped))

@@ -21,11 +21,15 @@ class Explanation:
     ``graphs``          the report of each captured graph, in the order of compilation.
     ``tokens``          rows (sequences times columns) of the folded calls of this one run.
     ``compact_tokens``  nodes of the prefix tree, that is the rows the folded programs ran.
+    ``pairs``           pairs of a query and a key of its sequence, where attention runs on the tree.
+    ``tree_pairs``      pairs of a node and an ancestor, or itself, there.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     tokens: int = 0
     compact_tokens: int = 0
+    pairs: int = 0
+    tree_pairs: int = 0
 
     @property
     def folded(self) -> bool:
@@ -45,16 +49,20 @@ class Explanation:
     @property
     def flops_before(self) -> int:
         """Floating-point operations of matrix products and attention in this run, as written."""
-        return sum(graph.flops_compact + graph.flops_full for graph in self.graphs)
+        return sum(graph.flops_compact + graph.flops_tree + graph.flops_full for graph in self.graphs)
 
     @property
     def flops_after(self) -> int:
-        """The same with token-wise work done once per node."""
+        """The same with token-wise work done once per node, and attention on the tree once per ancestor of a node."""
         if not self.folded:
             return self.flops_before
         share = self.compact_tokens / self.tokens
+        tree_share = self.tree_pairs / self.pairs if self.pairs else 1.0
         return sum(
-            round(graph.flops_compact * (share if graph.folded else 1)) + graph.flops_full for graph in self.graphs
+            round(graph.flops_compact * share + graph.flops_tree * tree_share) + graph.flops_full
+            if graph.folded
+            else graph.flops_compact + graph.flops_tree + graph.flops_full
+            for graph in self.graphs
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +71,8 @@ class Explanation:
             "folded": self.folded,
             "tokens": self.tokens,
             "compact_tokens": self.compact_tokens,
+            "pairs": self.pairs,
+            "tree_pairs": self.tree_pairs,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "graphs": [asdict(graph) for graph in self.graphs],
@@ -125,6 +135,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     finally:
         restore_stats(before)
         torch._dynamo.reset()
-    explanation = Explanation(backend.reports, counted.tokens, counted.compact_tokens)
+    pairs = counted.pairs, counted.tree_pairs
+    explanation = Explanation(backend.reports, counted.tokens, counted.compact_tokens, *pairs)
     print(explanation)
     return explanation

@@ -109,6 +109,12 @@ class PrefixPlan:
             end *= shown[self.fold]
         return begin, end
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a node and an ancestor of it, or itself, there are."""
+        inside = self.fold[: self.tree_nodes]
+        return int((inside - self.begin[self._sequences()] + 1).sum())
+
     def first_nodes(self) -> Int64:
         """How many nodes of the tree are new in the sequences before each one of `order`, ``[N + 1]``."""
         place = np.empty(len(self.order), np.int64)

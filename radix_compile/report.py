@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.attention import is_attention
+from radix_compile.attention import attention_steps, is_attention
 from radix_compile.cost import flops
 from radix_compile.mask_facts import RowMax
 from radix_compile.op_rules.table import tensor_inputs
@@ -42,7 +42,10 @@ class Region:
 
 @dataclass
 class GraphReport:
-    """One captured graph. FLOPs are those of matrix products and attention at the captured shapes."""
+    """One captured graph. FLOPs are those of matrix products and attention as written, at the captured shapes.
+
+    ``flops_compact`` are of what runs once per node, ``flops_tree`` of attention on the tree, ``flops_full`` of the rest.
+    """
 
     folded: bool
     reason: str = ""
@@ -51,12 +54,13 @@ class GraphReport:
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     flops_compact: int = 0
+    flops_tree: int = 0
     flops_full: int = 0
 
     @property
     def foldable_share(self) -> float:
-        total = self.flops_compact + self.flops_full
-        return self.flops_compact / total if total else 0.0
+        total = self.flops_compact + self.flops_tree + self.flops_full
+        return (self.flops_compact + self.flops_tree) / total if total else 0.0
 
 
 def report_on(captured: fx.GraphModule) -> GraphReport:
@@ -66,7 +70,9 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
     compact = {node for node, runs in wanted.runs.items() if Form.COMPACT in runs}
     report = GraphReport(folded=any(flops(node) for node in compact))
     for node in captured.graph.nodes:
-        if node in compact:
+        if node in compact and is_attention(node):
+            report.flops_tree += sum(flops(step) for step in attention_steps(node))
+        elif node in compact:
             report.flops_compact += flops(node)
         elif node.op == "call_function" and node in wanted.runs:
             report.flops_full += flops(node)
@@ -153,6 +159,8 @@ class Stats:
 
     ``calls``, ``folded_calls``    calls of graphs that can fold, and those that did.
     ``tokens``, ``compact_tokens`` rows and nodes, summed over folded calls.
+    ``pairs``, ``tree_pairs``      pairs of a query and a key of its sequence, and of a node and an ancestor or itself,
+                                   summed over folded calls with attention on the tree.
     ``plain_calls``                calls by the reason that they ran plain.
     ``graphs``                     graphs handed to the backend.
     ``plain_compiles``, ``folded_compiles``  programs handed to the inner backend.
@@ -163,6 +171,8 @@ class Stats:
     folded_calls: int = 0
     tokens: int = 0
     compact_tokens: int = 0
+    pairs: int = 0
+    tree_pairs: int = 0
     plain_calls: dict[str, int] = field(default_factory=dict)
     graphs: int = 0
     plain_compiles: int = 0

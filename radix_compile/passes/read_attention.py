@@ -47,8 +47,10 @@ def _parts(node: fx.Node) -> Parts:
     if sliced != (scores.sinks is not None):
         raise NotCarried("its softmax has entries of no key that are not sinks")
     query, right = scores.product.args[:2]
+    assert isinstance(query, fx.Node)
     assert isinstance(right, fx.Node)
-    return Parts(Rows(query), _keys(right), Rows(value), *scores.scaling(), sinks=scores.sinks, zero=sliced)  # type: ignore[arg-type]
+    rows = Rows(query), _keys(right), Rows(value)
+    return Parts(*rows, *scores.scaling(), scores.sinks, product=scores.product, zero=sliced)
 
 
 def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:

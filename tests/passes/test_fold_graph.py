@@ -27,22 +27,31 @@ def width(gm: fx.GraphModule, moved: fx.Node) -> int:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_two_layers_of_qwen(dynamic: bool) -> None:
     """Token ids and two attention outputs are folded; two of Q, K, V and the logits are scattered."""
-    gm = folded(build("Qwen3"), shared_batch(4, 12, 8), dynamic=dynamic, use_cache=False)
+    gm = folded(build("Qwen3"), shared_batch(4, 12, 8), dynamic=dynamic, use_cache=False, on_rows=True)
     assert len(calls(gm, radix.fold_rows.default)) == 3
     assert len(scattered(gm)) == 7
     assert len(calls(gm, radix.gather_columns.default)) == 2  # cos and sin, for both layers
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_two_layers_of_qwen_with_attention_on_the_tree(dynamic: bool) -> None:
+    """Token ids are folded, the logits are scattered: nothing between them runs on rows."""
+    gm = folded(build("Qwen3"), shared_batch(4, 12, 8), dynamic=dynamic, use_cache=False)
+    assert len(calls(gm, radix.tree_attention.default)) == 2
+    assert len(calls(gm, radix.fold_rows.default)) == 1
+    assert [width(gm, node) for node in scattered(gm)] == [VOCABULARY]
+
+
 def test_narrow_keys_and_values_are_scattered() -> None:
     """Grouped-query attention repeats K and V: what is scattered is what stands before the repetition."""
-    gm = folded(build("Qwen3", num_hidden_layers=1), shared_batch(4, 12, 8), use_cache=False)
+    gm = folded(build("Qwen3", num_hidden_layers=1), shared_batch(4, 12, 8), use_cache=False, on_rows=True)
     assert sorted(width(gm, node) for node in scattered(gm)) == [16, 16, 32, VOCABULARY]
     (fold, _) = sorted(calls(gm, radix.fold_rows.default), key=lambda node: node.args[0].op == "placeholder")
     assert width(gm, fold.args[0]) == 32
 
 
 def test_a_cache_comes_back_in_full_form_at_no_extra_scatter() -> None:
-    with_cache = folded(build("Qwen3", num_hidden_layers=1), shared_batch(4, 12, 8), use_cache=True)
+    with_cache = folded(build("Qwen3", num_hidden_layers=1), shared_batch(4, 12, 8), use_cache=True, on_rows=True)
     assert len(scattered(with_cache)) == 4
 
 

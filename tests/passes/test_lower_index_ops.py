@@ -14,7 +14,7 @@ aten, radix = torch.ops.aten, torch.ops.radix
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_one_scatter_for_each_layer(attention: str) -> None:
-    gm = folded(build("Qwen3", attention=attention), shared_batch(4, 12, 8), use_cache=False)
+    gm = folded(build("Qwen3", attention=attention), shared_batch(4, 12, 8), use_cache=False, on_rows=True)
     together = calls(gm, radix.foreach_scatter_rows.default)
     assert [len(node.args[0]) for node in together] == [3, 3]
     assert len(calls(gm, radix.scatter_rows.default)) == 1  # the logits
