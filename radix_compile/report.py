@@ -44,7 +44,7 @@ class Region:
 class GraphReport:
     """One captured graph. FLOPs are those of matrix products and attention as written, at the captured shapes.
 
-    ``flops_compact`` are of what runs once per node, ``flops_tree`` of attention on the tree, ``flops_full`` of the rest.
+    ``flops_compact`` is of what runs once per node, ``flops_tree`` of attention on the tree, ``flops_full`` the rest.
     """
 
     folded: bool

@@ -73,7 +73,7 @@ def mlp(ids: Tensor, table: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.fixture
 def gm() -> fx.GraphModule:
-    result = folded(mlp, IDS, torch.randn(97, 16), torch.randn(16, 16))
+    result = folded(mlp, IDS, torch.randn(97, 16), torch.randn(16, 16), on_rows=True)
     verify_graph(result)
     return result
 
@@ -99,6 +99,16 @@ def test_the_plan_mixed_up(gm: fx.GraphModule) -> None:
     fold = calls(gm, radix.fold_rows.default)[0]
     fold.args = (fold.args[0], fold.args[2], fold.args[1], *fold.args[3:])
     with pytest.raises(InvariantError, match="takes radix_scatter for the plan's fold"):
+        verify_graph(gm)
+
+
+def test_the_tree_mixed_up() -> None:
+    gm = folded(mlp, IDS, torch.randn(97, 16), torch.randn(16, 16))
+    verify_graph(gm)
+    (attention,) = calls(gm, radix.tree_attention.default)
+    *rows, fold, scatter, begin, end = attention.args[:7]
+    attention.args = (*rows, fold, scatter, end, begin, *attention.args[7:])
+    with pytest.raises(InvariantError, match="takes radix_end for the plan's begin"):
         verify_graph(gm)
 
 
