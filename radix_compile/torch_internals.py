@@ -159,7 +159,7 @@ def unbacked_plan_inputs(
         if tree:
             shapes += [(nodes,), (nodes,)]
         if tiles:
-            starts = count() + 1
+            starts = count()  # a symbol by itself: inductor wants each to be the size of some input
             shapes += [(count(), 3), (starts,), (count(),), (starts,)]
         if lists:
             shapes += [(rows,), (nodes + 1,), (count(),)]

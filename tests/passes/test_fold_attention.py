@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import radix_compile
+from radix_compile import plan_inputs
 from radix_compile.op_rules.table import argument
+from radix_compile.passes import fold_graph
 from tests.graphs import calls, folded
 from tests.models import VOCABULARY, build, shared_batch
 
@@ -217,3 +219,18 @@ def test_rows_that_see_no_key_have_a_program_where_they_need_one(attention: str,
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert radix_compile.stats().folded_compiles == programs
     assert radix_compile.stats().folded_calls == 2
+
+
+def test_the_lists_of_tiles_go_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with new sizes of everything in the second call, and no second compilation for them."""
+    for module in (fold_graph, plan_inputs):
+        monkeypatch.setattr(module, "needs_tiles", lambda captured: True)
+    model = build("Qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    for shared in (8, 300):
+        ids = shared_batch(B, 320, shared)
+        with torch.no_grad():
+            ours, plain = (run(ids, use_cache=False).logits for run in (compiled, model))
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert radix_compile.stats().folded_calls == 2
+    assert radix_compile.stats().folded_compiles == 1
