@@ -158,6 +158,7 @@ def _finish(
     captured: fx.GraphModule, folded: fx.GraphModule, options: Options, report: GraphReport, observe: Observer | None
 ) -> PlanInputs:
     """What is done to a folded graph because of options, and how to plan a call."""
+    captured.meta.pop("padding", None)  # another folded form may leave it out where this one cannot
     if options.padding == "skip":
         try:
             skip_padding(folded)
