@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import AtMost, Diff, Formula, Given, Or, RowTrue, Same, Weights, terms_of
-from radix_compile.token_axes import SEQ, Axes, Axis, Feature, Uniform, value_of, values_of
+from radix_compile.token_axes import SEQ, Axes, Axis, Feature, Token, Uniform, value_of, values_of
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ class Rows:
     @property
     def is_by_head(self) -> bool:
         """Is it ``[B, H, S, E]`` as it is?"""
-        return not self.transposed and len(self.axes) == 4 and not any(isinstance(a, Feature) for a in self.axes[0])
+        return not self.transposed and len(self.axes) == 4 and all(isinstance(atom, Token) for atom in self.axes[0])
 
     def heads(self) -> tuple[int, int]:
         """The number and the size of heads. Raises :class:`NotCarried` if these are not rows of heads."""

@@ -112,3 +112,5 @@ def _check(parts: Parts) -> None:
         raise NotCarried(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
     if len({one.node.meta["val"].dtype for one in rows}) > 1:
         raise NotCarried("its queries, keys and values have different dtypes")
+    if parts.sinks is not None and parts.sinks.meta["val"].numel() != heads:
+        raise NotCarried("its sinks are not one number for each head")

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from radix_compile.attention import SAME_ORDER, NotCarried, Parts, Rows, is_attention
-from radix_compile.mask_facts import Filled, Masked, RowMax
+from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, terms_of
 from radix_compile.op_rules.flex import FLEX
 from radix_compile.op_rules.masks import fact_of, is_hidden
 from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import value_of
+from radix_compile.token_axes import Feature, Uniform, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -43,7 +43,9 @@ def _parts(node: fx.Node) -> Parts:
     assert isinstance(weights, fx.Node)
     assert isinstance(value, fx.Node)
     softmax, sliced = _softmax(weights)
-    scores = _Scores(softmax.args[0])
+    attends = value_of(node).attends
+    assert attends is not None
+    scores = _Scores(softmax.args[0], attends.visible)
     if sliced != (scores.sinks is not None):
         raise NotCarried("its softmax has entries of no key that are not sinks")
     query, right = scores.product.args[:2]
@@ -72,9 +74,14 @@ def _is_no_dropout(node: fx.Node) -> bool:
 
 
 class _Scores:
-    """Scores, taken apart from the softmax up to the product of queries and keys."""
+    """Scores, taken apart from the softmax up to the product of queries and keys.
 
-    def __init__(self, node: Any) -> None:
+    A mask on the way is left out if what it says is said of the weights too (``visible``). It need not be: a soft cap
+    makes a score of what was hidden, and so does a scale that lifts it off the floor.
+    """
+
+    def __init__(self, node: Any, visible: Formula) -> None:
+        self.said = set(terms_of(visible))
         self.outer = self.inner = 1.0
         self.capped = False
         self.sinks: fx.Node | None = None
@@ -101,16 +108,26 @@ class _Scores:
             self.capped = True
             return args[0]  # type: ignore[return-value]
         if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and is_hidden(fact_of(args[2]), dtype):
+            self._expect_said(node)
             return args[0]  # type: ignore[return-value]
         if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+            self._expect_said(node)
             return _other(args[1], args[2], lambda one: is_hidden(fact_of(one), dtype), "chooses between two scores")
         if target in (aten.maximum.default, aten.max.other):
             return _other(args[0], args[1], lambda one: is_hidden(fact_of(one), dtype), "bounds its scores from below")
         if target is aten.add.Tensor and argument(node, "alpha") == 1:
+            self._expect_said(node)
             return _other(args[0], args[1], _is_mask, "adds a bias to its scores")
         if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return self._scaled(node)
         raise NotCarried(f"its scores go through {target}")
+
+    def _expect_said(self, node: fx.Node) -> None:
+        fact = fact_of(node)
+        if isinstance(fact, Masked) and not self.said.issuperset(terms_of(fact.visible)):
+            raise NotCarried("not all that its masks hide stays hidden")
+        if not isinstance(fact, Masked) and node.target is not aten.add.Tensor:
+            raise NotCarried("what its masks hide is not understood")
 
     def _scaled(self, node: fx.Node) -> fx.Node:
         scores, number = node.args[:2]
@@ -147,9 +164,12 @@ def _is_mask(operand: Any) -> bool:
 
 def _by_head(node: fx.Node) -> fx.Node:
     """``[H]``, from which a constant ``[..., H, S, 1]`` is expanded."""
+    axes = value_of(node).axes
     while node.target in COPIES:
         node = node.all_input_nodes[0]
-    if node.meta["val"].ndim != 1 or not value_of(node).is_constant:
+    (size, *more), by_head = shape_of(node) or (0,), axes[-3] if len(axes) > 2 else ()
+    alike = [axis for dim, axis in enumerate(axes) if dim != len(axes) - 3]
+    if more or by_head != (Feature(size),) or not all(isinstance(atom, Uniform) for axis in alike for atom in axis):
         raise NotCarried("its sinks are not one number for each head")
     return node
 

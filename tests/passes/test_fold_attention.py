@@ -49,17 +49,29 @@ def within(window: int) -> Tensor:
     return causal() & (torch.arange(S) > torch.arange(S)[:, None] - window)
 
 
-def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, cap: float | None = None) -> Tensor:
-    scores = q @ k.mT / math.sqrt(E)
+def written(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    cap: float | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
+    scores = q @ k.mT / math.sqrt(E) if scores is None else scores
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
     return torch.where(causal() if mask is None else mask, scores, -math.inf).softmax(-1) @ v
 
 
-def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+SINKS = torch.arange(1.0, H + 1, dtype=torch.float64)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dim: int = -3) -> Tensor:
     scores = torch.where(causal(), q @ k.mT * 0.3, torch.finfo(q.dtype).min)
-    scores = torch.cat([scores, sinks.view(1, H, 1, 1).expand(B, H, S, 1)], -1)
+    shape = [-1 if d == dim else 1 for d in range(-4, 0)]
+    more = len(sinks) if dim == -1 else 1
+    scores = torch.cat([scores, sinks.to(q).view(shape).expand(B, H, S, more)], -1)
     scores = scores - scores.max(-1, keepdim=True).values
-    return scores.softmax(-1)[..., :-1] @ v
+    return scores.softmax(-1)[..., :S] @ v
 
 
 def repeated(tensor: Tensor) -> Tensor:
@@ -167,6 +179,20 @@ FULL: dict[str, tuple[Attend, str]] = {
             q.view(B, 2, 2, S, E), k.view(B, 2, 2, S, E)[:, :1], v.view(B, 2, 2, S, E)[:, :1]
         ).reshape(B, H, S, E),
         "heads do not fit",
+    ),
+    "a mask under a soft cap": (
+        lambda q, k, v: written(q, k, v, scores=torch.where(within(3), q @ k.mT, -math.inf), cap=2.0),
+        "not all that its masks hide",
+    ),
+    "a floor that is lifted": (
+        lambda q, k, v: written(q, k, v, scores=torch.where(within(3), q @ k.mT, torch.finfo(q.dtype).min) / 2 / 2),
+        "not all that its masks hide",
+    ),
+    "sinks that heads share": (lambda q, k, v: with_sinks(q, k, v, SINKS[:1]), "not one number for each head"),
+    "several sinks, as many as heads": (lambda q, k, v: with_sinks(q, k, v, SINKS, dim=-1), "not one number for each"),
+    "sinks by query": (
+        lambda q, k, v: with_sinks(q, k, v, torch.arange(1.0, S + 1, dtype=torch.float64), dim=-2),
+        "not one number for each head",
     ),
     "a negative factor": (
         lambda q, k, v: torch.where(causal(), q @ k.mT * -0.5, -math.inf).softmax(-1) @ v,
