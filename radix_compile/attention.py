@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -52,12 +53,11 @@ def are_side_by_side(query: Rows, key: Rows, grouped: bool) -> bool:
     ``enable_gqa``, which is for one dimension of heads).
     """
     many, few = ([sympy.prod(_sizes(axis)) for axis in rows.axes[:-2]] for rows in (query, key))
-    few = [sympy.Integer(1)] * (len(many) - len(few)) + few
-    shared = [one == other for one, other in zip(many, few, strict=True)] if len(many) == len(few) else [False]
     if grouped:
         return len(many) == 2
-    first = shared.index(False) if False in shared else len(shared)
-    return len(many) == len(few) and all(size == 1 for size in few[first:])
+    few = [sympy.Integer(1)] * (len(many) - len(few)) + few
+    behind = itertools.dropwhile(lambda sizes: sizes[0] == sizes[1], zip(many, few, strict=False))
+    return len(many) == len(few) and all(size == 1 for _, size in behind)
 
 
 def _sizes(atoms: Axis | list[object]) -> list[sympy.Expr]:

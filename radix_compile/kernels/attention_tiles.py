@@ -79,25 +79,24 @@ def tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype
         yield Tile(start, stop, nodes, mask, blind if blind.any() else None)
 
 
-class _Latest:
-    """The tiles of the latest plan: its layers ask for the same ones, one after the other."""
+Listed = dict[tuple[int | None, bool, torch.dtype], list[Tile]]
 
-    def __init__(self) -> None:
-        self.plan: tuple[weakref.ref[Tensor], ...] = ()
-        self.found: dict[tuple[int | None, bool, torch.dtype], list[Tile]] = {}
-
-    def __call__(self, plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> list[Tile]:
-        arrays = plan[:4]
-        if len(self.plan) != 4 or any(ref() is not one for ref, one in zip(self.plan, arrays, strict=True)):
-            self.plan, self.found = tuple(map(weakref.ref, arrays)), {}
-        about, found = (window, causal, dtype), self.found
-        if about not in found:
-            on_host = TreeArrays(*(one.cpu() for one in arrays))
-            found[about] = list(tiles(on_host, window, causal, dtype))
-        return found[about]
+_latest: tuple[tuple[weakref.ref[Tensor], ...], Listed] = ((), {})
+"""The plan that was asked for last, and its tiles: layers ask for the same ones, one after the other."""
 
 
-_tiles = _Latest()
+def _tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> list[Tile]:
+    """Those of the latest plan, if it is this one. Another thread may replace it meanwhile, but never change it."""
+    global _latest
+    arrays, (known, found) = plan[:4], _latest
+    if len(known) != len(arrays) or any(ref() is not one for ref, one in zip(known, arrays, strict=True)):
+        found = {}
+        _latest = tuple(map(weakref.ref, arrays)), found
+    about = window, causal, dtype
+    if about not in found:
+        on_host = TreeArrays(*(one.cpu() for one in arrays))
+        found[about] = list(tiles(on_host, window, causal, dtype))
+    return found[about]
 
 
 def _rows(tensor: Tensor) -> Tensor:

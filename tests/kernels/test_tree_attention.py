@@ -223,3 +223,13 @@ def test_the_gradient_of_sinks() -> None:
         return result
 
     torch.autograd.gradcheck(attended, given.sinks.requires_grad_())
+
+
+def test_tiles_are_those_of_the_plan_that_is_given() -> None:
+    """Of several plans in turn, one of them with keys hidden, though each is the latest only once."""
+    shown = (torch.arange(90) % 7 > 0).long().expand(12, 90)
+    trees = [tree_of(BATCHES["levels"]), tree_of(BATCHES["levels"], shown), tree_of(BATCHES["a prefix"])]
+    for tree in [*trees, *trees]:
+        given = doubled(inputs(len(tree.fold)))
+        ours, expected = (run(code.tree_attention, tree, given) for code in (attention_tiles, attention_reference))
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
