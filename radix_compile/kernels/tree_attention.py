@@ -42,24 +42,24 @@ def lowering(device: torch.device, dtype: torch.dtype) -> str:
     return "triton" if device.type == "cuda" and dtype in floats and has_triton() else "tiles"
 
 
-def _code(query: Tensor) -> Any:
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    plan, carried = TreeArrays(*rest[:8]), Carried(*rest[8:])
     if lowering(query.device, query.dtype) == "triton":
         from radix_compile.kernels import triton_attention
 
-        return triton_attention
-    return attention_tiles
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    plan, carried = TreeArrays(*rest[:8]), Carried(*rest[8:])
-    result: tuple[Tensor, Tensor] = _code(query).tree_attention(query, key, value, plan, carried)
-    return result
+        return triton_attention.tree_attention(query, key, value, plan, carried)
+    return attention_tiles.tree_attention(query, key, value, plan, carried)
 
 
 def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, plan, carried = (*rest[:4], TreeArrays(*rest[4:12]), Carried(*rest[12:]))
-    found: tuple[Tensor, Tensor, Tensor] = _code(query).tree_attention_backward(grad, query, *tensors, plan, carried)
-    return found
+    key, value, result, total = rest[:4]
+    plan, carried = TreeArrays(*rest[4:12]), Carried(*rest[12:])
+    backward = attention_tiles.tree_attention_backward
+    if lowering(query.device, query.dtype) == "triton":
+        from radix_compile.kernels import triton_attention_backward
+
+        backward = triton_attention_backward.tree_attention_backward
+    return backward(grad, query, key, value, result, total, plan, carried)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -163,25 +163,30 @@ def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
 
 
 triton_attention = pytest.importorskip("radix_compile.kernels.triton_attention", reason="needs Triton")
-CODES = {"tiles": attention_tiles, "triton": triton_attention}
+triton_attention_backward = pytest.importorskip("radix_compile.kernels.triton_attention_backward")
+FORWARD = {"tiles": attention_tiles.tree_attention, "triton": triton_attention.tree_attention}
+BACKWARD = {
+    "tiles": attention_tiles.tree_attention_backward,
+    "triton": triton_attention_backward.tree_attention_backward,
+}
 
 
 @pytest.mark.parametrize("name", CARRIED)
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
-def test_forward(code: Any, ids: Tensor, name: str) -> None:
+@pytest.mark.parametrize("code", FORWARD)
+def test_forward(code: str, ids: Tensor, name: str) -> None:
     tree, (about, carried) = tree_of(ids), split(CARRIED[name])
     given = inputs(len(tree.fold), **about)
     expected = run(attention_reference.tree_attention, tree, doubled(given), **carried)
     plain = run(attention_reference.tree_attention, tree, given, **carried)
-    for ours, exact, ordinary in zip(run(code.tree_attention, tree, given, **carried), expected, plain, strict=True):
+    for ours, exact, ordinary in zip(run(FORWARD[code], tree, given, **carried), expected, plain, strict=True):
         assert_near(ours, exact, ordinary)
 
 
 @pytest.mark.parametrize("name", CARRIED)
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
-def test_gradients(code: Any, ids: Tensor, name: str) -> None:
+@pytest.mark.parametrize("code", FORWARD)
+def test_gradients(code: str, ids: Tensor, name: str) -> None:
     tree, (about, carried) = tree_of(ids), split(CARRIED[name])
     given = inputs(len(tree.fold), **about)
     grad = inputs(len(tree.fold), about.get("heads", (4, 4)), about.get("sizes", (16, 16))).value
@@ -194,8 +199,8 @@ def test_gradients(code: Any, ids: Tensor, name: str) -> None:
         return torch.autograd.grad(result, leaves, grad.to(result.dtype))
 
     exact, plain = by_autograd(doubled(given)), by_autograd(given)
-    result, total = run(code.tree_attention, tree, given, **carried)
-    ours = code.tree_attention_backward(grad, *given[:3], result, total, tree, Carried(given.sinks, 0.3, **carried))
+    result, total = run(FORWARD[code], tree, given, **carried)
+    ours = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, 0.3, **carried))
     for one, expected, ordinary in zip(ours, exact, plain, strict=False):
         assert_near(one, expected, ordinary)
 

@@ -18,11 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from radix_compile.kernels import triton_nll, triton_rows, triton_sums
+from radix_compile.kernels import triton_attention, triton_attention_backward, triton_nll, triton_rows, triton_sums
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.tree_tiles import tree_tiles
 from tests.kernels.plans import tree, values
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8", torch.int64: "i64"}
-KERNELS = ("_copy_rows", "_sum_rows", "_long_sums", "_sum_same_target")
+KERNELS = ("_copy_rows", "_sum_rows", "_long_sums", "_sum_same_target", "_forward", "_backward_query", "_backward_key")
 compiled = []
 
 
@@ -31,6 +34,8 @@ def signature(value):
         return tuple(map(signature, value))
     if isinstance(value, torch.Tensor):
         return "*" + NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
     return "constexpr" if value is None or value == 1 else "i64"
 
 
@@ -49,19 +54,21 @@ class Compiled:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps=4, **keywords):
+    def compile(self, *args, num_warps=4, num_stages=3, **keywords):
         names = self.kernel.arg_names
         types = dict.fromkeys(names, "constexpr") | {name: signature(arg) for name, arg in zip(names, args)}
         fixed = {(names.index(name),): value for name, value in keywords.items()}
         for i, arg in enumerate(args):
             fixed |= constants(arg, (i,))
         source = ASTSource(fn=self.kernel, signature=types, constexprs=fixed)
-        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert result.metadata.shared <= 227 * 1024  # what a block may have of an H100's
         assert "ld.global" in result.asm["ptx"]
         compiled.append(self.kernel.__name__)
 
 
-for module in (triton_rows, triton_sums, triton_nll):
+for module in (triton_rows, triton_sums, triton_nll, triton_attention, triton_attention_backward):
     for name, kernel in list(vars(module).items()):
         if isinstance(kernel, triton.JITFunction) and name in KERNELS:
             setattr(module, name, Compiled(kernel))
@@ -82,6 +89,17 @@ for batch, seq in ((3, 4), (250, 5)):
     triton_rows.gather_columns(values((1, 8, seq), torch.float32), plan.fold, plan.scatter, batch, seq, 2)
     grad = values((batch * seq,), torch.float32)
     triton_nll.sum_same_target(grad, plan.scatter, plan.scatter, plan.rows, plan.starts)
+
+plan = PrefixPlan.from_rows(torch.randint(0, 3, (30, 9)))
+begin, end = plan.tree()
+arrays = plan.fold, plan.scatter, begin, end, *tree_tiles(plan, begin, end).arrays
+arrays = TreeArrays(*map(torch.from_numpy, arrays))
+for size, sinks, carried in ((128, False, (None, None)), (192, True, (9, 30.0))):
+    shapes = (4, size), (2, size), (2, 128)
+    q, k, v = (values((1, len(plan.fold), *shape), torch.bfloat16).transpose(1, 2) for shape in shapes)
+    about = Carried(values((4,), torch.bfloat16) if sinks else None, 0.3, *carried)
+    result, total = triton_attention.tree_attention(q, k, v, arrays, about)
+    triton_attention_backward.tree_attention_backward(result, q, k, v, result, total, arrays, about)
 print(sorted(set(compiled)))
 '''
 
@@ -90,4 +108,13 @@ def test_every_kernel_compiles() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "['_copy_rows', '_long_sums', '_sum_rows', '_sum_same_target']"
+    compiled = (
+        "_backward_key",
+        "_backward_query",
+        "_copy_rows",
+        "_forward",
+        "_long_sums",
+        "_sum_rows",
+        "_sum_same_target",
+    )
+    assert done.stdout.strip() == str(list(compiled))

@@ -1,0 +1,151 @@
+"""What the Triton kernels of attention on the prefix tree share: where keys are, scores, and the sizes of tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.tree_tiles import ROWS
+
+LOG2E = math.log2(math.e)
+
+TILES = {
+    "forward": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
+    "query": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
+    "key": {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2},
+}
+"""Of heads of 128 half-width numbers at most: nodes of a tile (``M``), and keys or queries at a time (``N``)."""
+WIDE = {"M": ROWS, "N": 32, "num_warps": 8, "num_stages": 2}
+WIDEST = {"M": ROWS, "N": 16, "num_warps": 8, "num_stages": 1}
+
+
+@triton.jit
+def features(pointer, at, there, SIZE: tl.constexpr, ROOM: tl.constexpr, WHOLE: tl.constexpr):
+    """``[rows, ROOM]``, the rows that start ``at`` these entries; ``WHOLE`` if all of them are there."""
+    column = tl.arange(0, ROOM)
+    if WHOLE and SIZE == ROOM:
+        return tl.load(pointer + at[:, None] + column[None, :])
+    if SIZE == ROOM:
+        return tl.load(pointer + at[:, None] + column[None, :], mask=there[:, None], other=0.0)
+    return tl.load(pointer + at[:, None] + column[None, :], mask=there[:, None] & (column < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def scores_of(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """In units of log 2. ``scale`` is of the scores in those units, or with a soft cap of what the cap is given."""
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        scores = softcap * (1 - 2 / (tl.exp2(scores) + 1))
+    return scores
+
+
+@triton.jit
+def depths(fold, begin, nodes, there):
+    return (tl.load(fold + nodes, mask=there, other=0) - tl.load(begin + nodes, mask=there, other=0)).to(tl.int32)
+
+
+@triton.jit
+def depths_of(fold, begin, i, inside, window, WINDOW: tl.constexpr):
+    """Of queries, and of the first key that the least deep one sees; neither is needed without a window."""
+    depth, nearest = i, 0
+    if WINDOW:
+        depth = depths(fold, begin, i, inside)
+        nearest = tl.maximum(tl.min(tl.where(inside, depth, 2147483647), 0) - window + 1, 0)
+    return depth, nearest
+
+
+@triton.jit
+def run_of(runs, run, nearest, N: tl.constexpr, WINDOW: tl.constexpr):
+    """Where a stretch of keys begins and ends, and how deep; without blocks that are in front of every window."""
+    start, behind = tl.load(runs + 3 * run), tl.load(runs + 3 * run + 1)
+    depth = 0
+    if WINDOW:
+        depth = tl.load(runs + 3 * run + 2).to(tl.int32)
+        out_of_sight = tl.maximum(nearest - depth, 0) // N * N
+        start += out_of_sight
+        depth += out_of_sight
+    return start, behind, depth
+
+
+@triton.jit
+def keys_of_run(
+    key, value, k_node, v_node, block, step, depth, inside, depth_i, window,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """A block of a stretch of keys, from ``depth`` on, their values, and which queries see them."""
+    k = features(key + block * k_node, step * k_node, step >= 0, E, E_BLOCK, True)
+    v = features(value + block * v_node, step * v_node, step >= 0, V, V_BLOCK, True)
+    visible = inside[:, None]
+    if WINDOW:
+        visible = depth_i[:, None] - (depth + step)[None, :] < window
+    return k, v, visible
+
+
+@triton.jit
+def keys_of(
+    key, value, k_node, v_node, j, there, i, depth_i, fold, begin, end, window,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The keys ``j``, their values, and which of the queries ``i`` see them."""
+    k = features(key, j.to(tl.int64) * k_node, there, E, E_BLOCK, False)
+    v = features(value, j.to(tl.int64) * v_node, there, V, V_BLOCK, False)
+    stop = tl.load(end + j, mask=there, other=0)
+    visible = (j[None, :] <= i[:, None]) & (i[:, None] < stop[None, :])
+    if WINDOW:
+        visible &= depth_i[:, None] - depths(fold, begin, j, there)[None, :] < window
+    return k, v, visible
+
+
+def blocks(size: int) -> int:
+    """A power of two, and no less than what a matrix product takes."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dict[str, Any]:
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "E": query.shape[3],
+        "E_BLOCK": blocks(query.shape[3]),
+        "V": value.shape[3],
+        "V_BLOCK": blocks(value.shape[3]),
+        "WINDOW": carried.window is not None,
+        "CAPPED": carried.softcap is not None,
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    }
+
+
+def tile_of(query: Tensor, value: Tensor, kernel: str) -> dict[str, int]:
+    width = max(blocks(query.shape[3]), blocks(value.shape[3])) * query.dtype.itemsize
+    return TILES[kernel] if width <= 256 else WIDE if width <= 512 else WIDEST
+
+
+def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:
+    """What leads to the keys of a tile."""
+    arrays = plan.fold, plan.begin, plan.end, plan.runs, plan.run_starts, plan.keys, plan.key_starts
+    if any(one is None for one in arrays):
+        raise RuntimeError("on this device tree_attention needs tiles: pass runs, run_starts, keys and key_starts")
+    return arrays  # type: ignore[return-value]
+
+
+def numbers_of(carried: Carried) -> tuple[int, float, float]:
+    """``window``, and ``scale`` and ``softcap`` as :func:`scores_of` takes them."""
+    window, scale, softcap = carried.window or 0, carried.scale, carried.softcap
+    if softcap is None:
+        return window, scale * LOG2E, 0.0
+    return window, 2 * scale / softcap * LOG2E, softcap * LOG2E
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in (tensor.stride(1), tensor.stride(2))]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """With the features side by side."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
