@@ -204,6 +204,12 @@ def evaluate(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block of a kernel may have on a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
 def upper_bound(size: int | torch.SymInt) -> int:
     """The size itself; of a symbol a number well above it, with a guard that it stays below that in every call."""
     if isinstance(size, int):

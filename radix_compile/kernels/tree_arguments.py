@@ -43,3 +43,9 @@ def heads_inside(like: Tensor, features: int | None = None, dtype: torch.dtype |
     _, heads, nodes, size = like.shape
     shape = 1, nodes, heads, size if features is None else features
     return like.new_empty(shape, dtype=dtype or like.dtype).transpose(1, 2)
+
+
+def row_bytes(query: Tensor, value: Tensor) -> int:
+    """The width of the widest row of a head, padded to a power of two entries, at least 16."""
+    widest = max(16, query.shape[-1], value.shape[-1])
+    return (1 << (widest - 1).bit_length()) * query.dtype.itemsize

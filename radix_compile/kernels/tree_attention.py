@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radix_compile import torch_internals as internals
 from radix_compile.kernels import attention_tiles
 from radix_compile.kernels.index_ops import has_triton
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside, row_bytes
 
 radix = torch.ops.radix
 
@@ -36,15 +37,27 @@ _SCHEMAS = (
 )
 
 
-def lowering(device: torch.device, dtype: torch.dtype) -> str:
-    """The code that runs the op: "triton", a kernel that reads keys where they are, or "tiles", in torch."""
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    return "triton" if device.type == "cuda" and dtype in floats and has_triton() else "tiles"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SHARED_MEMORY = {256: 104 * 1024, 512: 184 * 1024}
+"""What a block of the Triton kernels needs at most, in bytes, by the width of a head's row, in bytes too."""
+
+
+def lowering(query: Tensor, value: Tensor) -> str:
+    """The code that runs the op: "triton", kernels that read keys where they are, or "tiles", in torch.
+
+    The kernels are for CUDA, for half-width numbers and float32, and for heads that the GPU has shared memory for.
+    """
+    if query.device.type != "cuda" or query.dtype not in FLOATS or not has_triton():
+        return "tiles"
+    width = row_bytes(query, value)
+    needed = next((room for widest, room in SHARED_MEMORY.items() if width <= widest), None)
+    has_room = needed is not None and needed <= internals.shared_memory(query.device)
+    return "triton" if has_room else "tiles"
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     plan, carried = TreeArrays(*rest[:8]), Carried(*rest[8:])
-    if lowering(query.device, query.dtype) == "triton":
+    if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention
 
         return triton_attention.tree_attention(query, key, value, plan, carried)
@@ -55,7 +68,7 @@ def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     key, value, result, total = rest[:4]
     plan, carried = TreeArrays(*rest[4:12]), Carried(*rest[12:])
     backward = attention_tiles.tree_attention_backward
-    if lowering(query.device, query.dtype) == "triton":
+    if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention_backward
 
         backward = triton_attention_backward.tree_attention_backward

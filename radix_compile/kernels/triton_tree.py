@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, row_bytes
 from radix_compile.tree_tiles import ROWS
 
 LOG2E = math.log2(math.e)
@@ -22,7 +22,6 @@ TILES = {
 }
 """Of heads of 128 half-width numbers at most: nodes of a tile (``M``), and keys or queries at a time (``N``)."""
 WIDE = {"M": ROWS, "N": 32, "num_warps": 8, "num_stages": 2}
-WIDEST = {"M": ROWS, "N": 16, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -122,8 +121,7 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dic
 
 
 def tile_of(query: Tensor, value: Tensor, kernel: str) -> dict[str, int]:
-    width = max(blocks(query.shape[3]), blocks(value.shape[3])) * query.dtype.itemsize
-    return TILES[kernel] if width <= 256 else WIDE if width <= 512 else WIDEST
+    return TILES[kernel] if row_bytes(query, value) <= 256 else WIDE
 
 
 def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:

@@ -288,8 +288,8 @@ def shown_keys(captured: fx.GraphModule) -> tuple[tuple[fx.Node, bool], ...] | N
 
 def needs_tiles(captured: fx.GraphModule) -> bool:
     """Does the code that will run attention on the tree read lists of keys?"""
-    rows = [one.parts.query.node.meta["val"] for one in _on_the_tree(captured)]
-    return any(lowering(row.device, row.dtype) == "triton" for row in rows)
+    rows = [(one.parts.query.node.meta["val"], one.parts.value.node.meta["val"]) for one in _on_the_tree(captured)]
+    return any(lowering(query, value) == "triton" for query, value in rows)
 
 
 def relies_on_sight(captured: fx.GraphModule) -> bool:

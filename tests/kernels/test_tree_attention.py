@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radix_compile.kernels import attention_reference, attention_tiles, tree_attention  # noqa: F401
+from radix_compile.kernels import attention_reference, attention_tiles, tree_attention
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
@@ -238,3 +238,34 @@ def test_tiles_are_those_of_the_plan_that_is_given() -> None:
         given = doubled(inputs(len(tree.fold)))
         ours, expected = (run(code.tree_attention, tree, given) for code in (attention_tiles, attention_reference))
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+class _OnGPU(NamedTuple):
+    """What ``lowering`` looks at, of a tensor on a GPU that need not be there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: torch.device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "memory", "code"),
+    [
+        (torch.bfloat16, 128, 227, "triton"),
+        (torch.bfloat16, 128, 163, "triton"),  # an A100
+        (torch.bfloat16, 128, 99, "tiles"),
+        (torch.bfloat16, 192, 227, "triton"),
+        (torch.bfloat16, 192, 163, "tiles"),
+        (torch.float32, 128, 227, "triton"),
+        (torch.float32, 256, 227, "tiles"),
+        (torch.float64, 64, 227, "tiles"),
+    ],
+)
+def test_which_code_runs(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, memory: int, code: str
+) -> None:
+    monkeypatch.setattr(tree_attention.internals, "shared_memory", lambda device: memory * 1024)
+    one = _OnGPU(dtype, (1, 4, 10, size))
+    assert tree_attention.lowering(one, one) == code  # type: ignore[arg-type]
+    on_host = torch.empty(1, 4, 10, size, dtype=dtype)
+    assert tree_attention.lowering(on_host, on_host) == "tiles"
