@@ -29,7 +29,6 @@ from benchmarks import workloads
 from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, positive
 from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
 from radix_compile.kernels import tree_attention  # noqa: F401 - importing it registers the op
-from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
 
 SHAPES = {"0.6B": (16, 8, 128), "4B": (32, 8, 128), "8B": (32, 8, 128)}
@@ -71,17 +70,11 @@ class Tensors:
         kept = self.arrays[1] >= 0
         self.packed = [self._leaf(one.flatten(0, 1)[kept]) for one in full]
         self.nodes = [self._leaf(one[0].clone()) for one in compact]
-        self.pairs = _pairs(self.plan)
+        self.pairs = self.plan.pairs
 
     @staticmethod
     def _leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_()
-
-
-def _pairs(plan: PrefixPlan) -> int:
-    """How many pairs of a node and an ancestor, or itself, there are."""
-    begin, _ = plan.tree()
-    return int((plan.fold - begin + 1).sum())
 
 
 def ways(given: Tensors) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:

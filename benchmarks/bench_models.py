@@ -52,13 +52,13 @@ def cases(on_gpu: bool, backward: bool) -> Iterator[PrefixBatch]:
 def bounds(case: PrefixBatch, sizes: dict[str, int]) -> tuple[float, float]:
     """The token bound and the arithmetic bound over plain without padding."""
     plan = case.plan()
-    begin, _ = plan.tree()
     inner = sizes["heads"] * sizes["head_dim"]
     by_token = sizes["hidden"] * (2 * inner + 2 * sizes["kv_heads"] * sizes["head_dim"] + 3 * sizes["intermediate"])
     pairs = int((case.lengths * (case.lengths + 1) // 2).sum())
-    on_tree = int((plan.fold - begin + 1).sum())
     nodes = len(plan.fold)
-    return case.tokens / nodes, (case.tokens * by_token + 2 * pairs * inner) / (nodes * by_token + 2 * on_tree * inner)
+    return case.tokens / nodes, (case.tokens * by_token + 2 * pairs * inner) / (
+        nodes * by_token + 2 * plan.pairs * inner
+    )
 
 
 class _Packed:

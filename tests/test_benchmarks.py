@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bench_cuts, bench_index_kernels
+from benchmarks import bench_attention, bench_cuts, bench_index_kernels, bench_models
 from benchmarks.bench_index_kernels import WIDTHS, Case
+from benchmarks.prefix_batches import one_prefix, rerank
 
 CPU = torch.device("cpu")
 
@@ -26,3 +27,23 @@ def test_cuts() -> None:
         results = program(*inputs)
         for result in results if isinstance(results, list) else [results]:
             assert result.isfinite().all()
+
+
+def test_attention_is_the_same_every_way() -> None:
+    for case in (one_prefix(3, 20, 5), rerank(2, 2, 5, 3)):
+        given = bench_attention.Tensors(case, (4, 2, 16), CPU, torch.float32)
+        calls = {name: call for name, _, call in bench_attention.ways(given)}
+        kept = given.arrays[1] >= 0
+        full = calls["full"]().transpose(1, 2).flatten(0, 1)[kept]
+        assert case.is_padded == (len(full) < case.ids.numel())
+        tree = calls["tree"]()[0].transpose(0, 1)[given.arrays[1][kept]]
+        torch.testing.assert_close(tree, full, rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_of_models() -> None:
+    """Four tokens, of which three are distinct: six pairs of a query and a key, and five on the tree."""
+    sizes = {"hidden": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 16}
+    by_token, by_arithmetic = bench_models.bounds(one_prefix(2, 1, 1), sizes)
+    weights = 8 * (16 + 8 + 48)
+    assert by_token == 4 / 3
+    assert by_arithmetic == (4 * weights + 2 * 6 * 8) / (3 * weights + 2 * 5 * 8)
