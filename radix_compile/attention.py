@@ -107,12 +107,14 @@ class Visible:
 class TreeAttention:
     """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries.
 
-    ``needs_sight`` if it is right only in calls in which every row sees a key.
+    ``needs_sight`` if it is right only in calls in which every row sees a key. ``dtype`` is that of its products: under
+    autocast not that of what they read.
     """
 
     parts: Parts
     visible: Visible
     needs_sight: bool
+    dtype: torch.dtype
 
     @property
     def inputs(self) -> list[fx.Node]:

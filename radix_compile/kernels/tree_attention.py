@@ -57,22 +57,25 @@ def lowering(query: Tensor, value: Tensor) -> str:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     plan, carried = TreeArrays(*rest[:8]), Carried(*rest[8:])
+    run = attention_tiles.tree_attention
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention
 
-        return triton_attention.tree_attention(query, key, value, plan, carried)
-    return attention_tiles.tree_attention(query, key, value, plan, carried)
+        run = triton_attention.tree_attention
+    with torch.autocast(query.device.type, enabled=False):
+        return run(query, key, value, plan, carried)
 
 
 def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     key, value, result, total = rest[:4]
     plan, carried = TreeArrays(*rest[4:12]), Carried(*rest[12:])
-    backward = attention_tiles.tree_attention_backward
+    run = attention_tiles.tree_attention_backward
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention_backward
 
-        backward = triton_attention_backward.tree_attention_backward
-    return backward(grad, query, key, value, result, total, plan, carried)
+        run = triton_attention_backward.tree_attention_backward
+    with torch.autocast(query.device.type, enabled=False):
+        return run(grad, query, key, value, result, total, plan, carried)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

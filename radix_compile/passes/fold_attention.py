@@ -19,6 +19,7 @@ from radix_compile.attention import (
     Rows,
     TreeAttention,
     are_side_by_side,
+    attention_steps,
     is_attention,
     narrow,
     read_mask,
@@ -76,7 +77,11 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     if key.heads()[0] == value.heads()[0]:
         parts = replace(parts, key=key, value=value)
     left_out = all(hides(attends.visible, one, attends.key) and _is_blind(attends, one) for one in blind)
-    return TreeAttention(parts, visible, needs_sight=not left_out or (bool(value_of(node).blind) and not parts.zero))
+    needs_sight = not left_out or (bool(value_of(node).blind) and not parts.zero)
+    dtypes = {step.meta["val"].dtype for step in attention_steps(node)}
+    if len(dtypes) > 1:
+        raise NotCarried("its two products have different dtypes")
+    return TreeAttention(parts, visible, needs_sight, *dtypes)
 
 
 def _is_blind(attends: Weights, rows: Blind) -> bool:
@@ -110,7 +115,5 @@ def _check(parts: Parts) -> None:
     apart = not all(are_side_by_side(parts.query, one, parts.grouped) for one in rows[1:])
     if groups != value_groups or heads % groups or size != key_size or apart:
         raise NotCarried(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
-    if len({one.node.meta["val"].dtype for one in rows}) > 1:
-        raise NotCarried("its queries, keys and values have different dtypes")
     if parts.sinks is not None and parts.sinks.meta["val"].numel() != heads:
         raise NotCarried("its sinks are not one number for each head")

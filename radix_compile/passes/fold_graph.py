@@ -177,7 +177,7 @@ class _Rewriter:
     def _attend(self, node: fx.Node, attention: TreeAttention) -> fx.Node:
         """Attention on the tree."""
         parts, visible = attention.parts, attention.visible
-        rows = [self._by_head(row) for row in (parts.query, parts.key, parts.value)]
+        rows = [self._by_head(row, attention.dtype) for row in (parts.query, parts.key, parts.value)]
         plan = self.fold, self.scatter, *self.tree
         sinks = None if parts.sinks is None else self.full[parts.sinks]
         carried = sinks, parts.scale, visible.window, parts.softcap
@@ -189,9 +189,11 @@ class _Rewriter:
             result = self.graph.call_function(aten.reshape.default, (result, self._compact_shape(axes)))
         return self._tagged(result, node, Form.COMPACT)
 
-    def _by_head(self, rows: Rows) -> fx.Node:
-        """``[1, heads, T', features]``."""
+    def _by_head(self, rows: Rows, dtype: torch.dtype) -> fx.Node:
+        """``[1, heads, T', features]``, cast where autocast would: it does not know the op."""
         compact = self.compact[rows.node]
+        if rows.node.meta["val"].dtype != dtype:
+            compact = self.graph.call_function(aten._to_copy.default, (compact,), {"dtype": dtype})
         if rows.transposed:
             compact = self.graph.call_function(aten.transpose.int, (compact, -2, -1))
         if rows.is_by_head:
@@ -288,8 +290,10 @@ def shown_keys(captured: fx.GraphModule) -> tuple[tuple[fx.Node, bool], ...] | N
 
 def needs_tiles(captured: fx.GraphModule) -> bool:
     """Does the code that will run attention on the tree read lists of keys?"""
-    rows = [(one.parts.query.node.meta["val"], one.parts.value.node.meta["val"]) for one in _on_the_tree(captured)]
-    return any(lowering(query, value) == "triton" for query, value in rows)
+    return any(
+        lowering(*(rows.node.meta["val"].to(one.dtype) for rows in (one.parts.query, one.parts.value))) == "triton"
+        for one in _on_the_tree(captured)
+    )
 
 
 def relies_on_sight(captured: fx.GraphModule) -> bool:

@@ -120,10 +120,11 @@ def test_shapes_that_change_together_or_alone() -> None:
     assert radix_compile.stats().graphs == 0  # the last shapes compiled nothing
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str) -> None:
-    model = build("Qwen3", num_hidden_layers=1)
+def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str, attention: str) -> None:
+    model = build("Qwen3", num_hidden_layers=1, attention=attention)
     ids = shared_batch(4, 12, 8)
     mask = torch.ones_like(ids)
 
@@ -147,6 +148,7 @@ def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str) -> Non
     # Casts that were lost would make the result more exact than the plain model's, and of another dtype.
     assert (ours.double() - exact).abs().max() > 0.1 * (plain.double() - exact).abs().max()
     assert radix_compile.stats().folded_calls == 1
+    assert radix_compile.stats().tree_pairs
 
 
 def test_the_same_op_inside_and_outside_autocast_is_two() -> None:

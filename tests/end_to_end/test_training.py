@@ -147,8 +147,9 @@ def test_through_inductor() -> None:
     assert radix_compile.stats().folded_calls == 4
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
-def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool) -> None:
+def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool, inner: str) -> None:
     """Every gradient against float64: at most twice the error of the plain model's, which sums more roundings."""
     model = build("Qwen3").train()
     exact_model = in_float64(model)
@@ -157,7 +158,7 @@ def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool) -> None:
         exact_model = in_float64(model)
     plain = copy.deepcopy(model)
     batch = BATCHES["three levels"]()
-    compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    compiled = torch.compile(loss_of(model), backend="radix", options={**FOLD, "inner": inner})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, theirs = gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch)
     exact = gradients(loss_of(exact_model), exact_model, **batch)
