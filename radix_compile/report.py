@@ -23,12 +23,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: ``causal`` if it was proved so; ``status`` in words; where it is."""
+    """One attention: ``causal`` if it was proved so; ``status`` in words; where it is; and if it was proved causal and
+    does not run on the prefix tree, why not (``full_form``).
+    """
 
     causal: bool
     status: str
     module: str
     source: str
+    full_form: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,10 @@ def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
         return None
     place = refuse(node, "")
     if value.attends is not None:
-        how = "on the prefix tree" if on_tree else f"in full form: {node.meta['attention']}"
-        return Attention(True, f"proved causal; runs {how}", place.module, place.source)
+        if on_tree:
+            return Attention(True, "proved causal; runs on the prefix tree", place.module, place.source)
+        why: str = node.meta["attention"]
+        return Attention(True, f"proved causal; runs in full form: {why}", place.module, place.source, why)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
     return Attention(False, reason, place.module, place.source)
 

@@ -23,7 +23,10 @@ ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexEr
 
 @dataclass(frozen=True)
 class Cell:
-    """``result``: folded, partly, declined, unsupported (the plain model fails), wrong or crash; ``reason`` for it."""
+    """``result``: folded, partly, declined, unsupported (the plain model fails), wrong or crash; ``reason`` for it.
+
+    ``on_tree`` if all attention runs on the prefix tree, else ``full_form`` says why some that is causal does not.
+    """
 
     family: str
     attention: str
@@ -32,6 +35,8 @@ class Cell:
     reason: str = ""
     tokens: int = 0
     compact_tokens: int = 0
+    on_tree: bool = False
+    full_form: str = ""
 
     @property
     def fails(self) -> bool:
@@ -78,7 +83,9 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager", d
     stats = radix_compile.stats()
     if result in ("folded", "partly") and not stats.folded_calls:
         result, reason = "declined", next(iter(stats.plain_calls), "")
-    return Cell(family, attention, form, result, reason, stats.tokens, stats.compact_tokens)
+    return Cell(
+        family, attention, form, result, reason, stats.tokens, stats.compact_tokens, *attention_forms(backend.reports)
+    )
 
 
 def _placed(value: Any, device: str) -> Any:
@@ -123,6 +130,13 @@ def verdict(reports: list[GraphReport]) -> tuple[str, str]:
     if not folded:
         return "declined", next((report.reason for report in reports if report.reason), "nothing was compiled")
     return ("partly", refusals[0]) if refusals else ("folded", "")
+
+
+def attention_forms(reports: list[GraphReport]) -> tuple[bool, str]:
+    """``on_tree`` and ``full_form`` of a cell."""
+    attentions = [one for report in reports if report.folded for one in report.attentions]
+    full_form = next((one.full_form for one in attentions if one.full_form), "")
+    return bool(attentions) and all(one.causal for one in attentions) and not full_form, full_form
 
 
 def first_line(error: BaseException) -> str:
