@@ -96,7 +96,11 @@ def ways(given: Tensors) -> Iterator[tuple[str, list[Tensor], Callable[[], Tenso
     yield "flex", given.compact, _flex(given)
     a, b, c = given.compact
     plan, scale = (*given.arrays, *given.tree, *given.tiles), q.shape[3] ** -0.5
-    yield "tree", given.compact, lambda: torch.ops.radix.tree_attention(a, b, c, *plan, None, scale, None, None)[0]
+    yield (
+        "tree",
+        given.compact,
+        lambda: torch.ops.radix.tree_attention(a, b, c, *plan, None, None, scale, None, None)[0],
+    )
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest: tuple[int, int]) -> Tensor:

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import AtMost, Diff, Formula, Given, Or, RowTrue, Same, Weights, terms_of
-from radix_compile.token_axes import SEQ, Axes, Axis, Feature, Token, Uniform, value_of, values_of
+from radix_compile.cost import flops
+from radix_compile.mask_facts import (
+    TRUE,
+    AtMost,
+    Diff,
+    Formula,
+    Given,
+    Masked,
+    Or,
+    RowTrue,
+    Same,
+    Weights,
+    negation,
+    terms_of,
+)
+from radix_compile.op_rules.masks import as_formula
+from radix_compile.token_axes import BATCH, SEQ, Axes, Axis, Feature, Token, Uniform, as_size, value_of, values_of
 
 aten = torch.ops.aten
 
@@ -67,15 +83,76 @@ def _sizes(atoms: Axis | list[object]) -> list[sympy.Expr]:
     return sizes
 
 
+def ancestors(*nodes: fx.Node) -> Iterator[fx.Node]:
+    """The nodes, and all that they are computed from."""
+    queue = list(dict.fromkeys(nodes))
+    seen = set(queue)
+    while queue:
+        node = queue.pop()
+        yield node
+        new = [arg for arg in node.all_input_nodes if arg not in seen]
+        seen.update(new)
+        queue += new
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """What is added to scores, ``factor`` times: read where it is, ``[..., S or 1, S]`` in full form.
+
+    Or a predicate, and keys are hidden where it is what ``hides`` says. ``scores`` has the dimensions in front of the
+    last two that it is broadcast to.
+    """
+
+    node: fx.Node
+    scores: fx.Node
+    factor: float = 1.0
+    hides: bool | None = None
+
+    @property
+    def says(self) -> Formula:
+        """Which keys it may leave visible."""
+        value = value_of(self.node)
+        if self.hides is not None:
+            return negation(as_formula(value)) if self.hides else as_formula(value)
+        return value.fact.visible if isinstance(value.fact, Masked) else TRUE
+
+    def shape(self) -> tuple[bool, int, bool]:
+        """As ``[B or 1, H or 1, S or 1, S]``: is it ``B``, how many heads, is it ``S``? Raises :class:`NotCarried`."""
+        front = value_of(self.scores).axes[:-2]
+        *outer, query, key = self.node.meta["val"].shape if self.node.meta["val"].ndim > 1 else (1, 1)
+        outer = [1] * (len(front) - len(outer)) + outer
+        atoms = [atom for axis in front for atom in axis]
+        if as_size(key) == 1 or BATCH in atoms[1:]:
+            raise NotCarried("it adds a bias that has no entry for each key")
+        single = [as_size(size) == 1 for size in outer]
+        batched = any(BATCH in axis and not one for axis, one in zip(front, single, strict=True))
+        sizes = [int(sympy.prod(_sizes([atom for atom in axis if atom is not BATCH]))) for axis in front]
+        heads = int(sympy.prod([1 if one else size for size, one in zip(sizes, single, strict=True)]))
+        if heads not in (1, int(sympy.prod(sizes))):
+            raise NotCarried("it adds a bias for groups of heads")
+        return batched, heads, as_size(query) != 1
+
+    def check(self) -> None:
+        """Raises :class:`NotCarried` if it has no such shape, has a gradient, or is computed from rows at some cost."""
+        self.shape()
+        for node in ancestors(self.node):
+            if node.meta.get("needs_gradient"):
+                raise NotCarried("it adds a bias that has a gradient")
+            if flops(node):
+                raise NotCarried("it adds a bias that is a product itself")
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an attention is made of, but for its mask.
+    """What an attention is made of.
 
     ``softcap``  the scores are ``softcap * tanh(scale * product / softcap)``.
     ``sinks``    one more score for each head, ``[H]``.
     ``grouped``  keys may have fewer heads than queries in a dimension of heads of the same rank.
     ``product``  that of queries and keys, if it is an op of its own.
     ``zero``     a row that sees no key is zero. (Written out, it attends to all keys alike, or is not a number.)
+    ``masks``    what hides keys, of which the formula of the attention (``Weights``) says the same.
+    ``biases``   what is added to the scores besides.
     """
 
     query: Rows
@@ -87,6 +164,8 @@ class Parts:
     grouped: bool = False
     product: fx.Node | None = None
     zero: bool = False
+    masks: tuple[Bias, ...] = ()
+    biases: tuple[Bias, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +186,20 @@ class Visible:
 class TreeAttention:
     """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries.
 
+    ``biases`` are read in full form: those of its parts, and its masks where nothing simpler can be said of them.
     ``needs_sight`` if it is right only in calls in which every row sees a key. ``dtype`` is that of its products: under
     autocast not that of what they read.
     """
 
     parts: Parts
     visible: Visible
+    biases: tuple[Bias, ...]
     needs_sight: bool
     dtype: torch.dtype
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """All that the op reads: no mask, and what hides keys is in the plan."""
+        """All that the op reads in compact form: no mask, and what hides keys is in the plan."""
         parts = self.parts
         nodes = [parts.query.node, parts.key.node, parts.value.node]
         return [*nodes, parts.sinks] if parts.sinks is not None else nodes

@@ -20,6 +20,7 @@ _PRODUCTS = {
     aten.bmm.default: ("mat2", -2),
     aten.matmul.default: ("other", -2),
     aten.addmm.default: ("mat2", 0),
+    aten.baddbmm.default: ("batch2", -2),
 }
 
 

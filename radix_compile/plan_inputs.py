@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from radix_compile.attention import ancestors
 from radix_compile.column_reach import ReachCheck
 from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
 from radix_compile.op_rules.flex import BlockTables, listed_blocks
-from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import Wanted, needs_tiles, relies_on_runs, relies_on_sight, shown_keys
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
@@ -178,9 +178,9 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     """What the plan needs, from an annotated graph and what was folded in it."""
     tokens: Tokens = captured.meta["tokens"]
     wanted: Wanted = captured.meta["wanted"]
-    folded = [node for node, forms in wanted.forms.items() if Form.COMPACT in forms]
+    folded = [node for node in wanted.forms if wanted.is_compact(node)]
     blind = dict.fromkeys(b for node in folded for value in values_of(node) for b in sorted(value.blind, key=str))
-    needed = _ancestors([*folded, *(b.source for b in blind)])
+    needed = set(ancestors(*folded, *(b.source for b in blind)))
     placeholders = captured.graph.find_nodes(op="placeholder")
     hidden: Blind | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
@@ -243,19 +243,8 @@ def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | No
     )
 
 
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in seen:
-            seen.add(node)
-            queue.extend(node.all_input_nodes)
-    return seen
-
-
 def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
-    needed = _ancestors([source])
+    needed = set(ancestors(source))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, bias_places
 
 
 def visible_pairs(plan: TreeArrays, window: int | None = None) -> Tensor:
@@ -32,6 +32,10 @@ def tree_attention(
     scores = q @ k.repeat_interleave(group, 0).mT * carried.scale
     if carried.softcap is not None:
         scores = carried.softcap * torch.tanh(scores / carried.softcap)
+    if carried.bias is not None:
+        everyone = torch.arange(len(plan.fold), device=plan.fold.device)
+        bias = bias_places(plan, carried.bias.shape[3]).of(carried.bias, everyone, everyone)
+        scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
     scores = scores.masked_fill(~visible_pairs(plan, carried.window), float("-inf"))
     if carried.sinks is not None:
         own = carried.sinks.to(exact)[:, None, None].expand(-1, scores.shape[1], 1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, bias_places, heads_inside
 
 aten = torch.ops.aten
 
@@ -115,19 +115,20 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """The op ``tree_attention``."""
     (_, heads, count, _), groups, exact = query.shape, key.shape[1], torch.promote_types(query.dtype, torch.float32)
-    sinks, scale, window, softcap = carried
+    sinks, bias, scale, window, softcap = carried
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, count), dtype=exact)
     fused = softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, fused, query.dtype if fused else exact):
+    for tile in _tiles(plan, window, fused and bias is None, query.dtype if fused else exact):
         q, k, v = query[:, :, tile.start : tile.stop], _keys(keys, tile, groups), _keys(values, tile, groups)
-        attended, summed = _fused(q, k, v, tile, scale) if fused else _spelled(q, k, v, tile, scale, softcap)
+        mask, blind = _mask(tile, bias, plan, exact)
+        attended, summed = _fused(q, k, v, mask, scale) if fused else _spelled(q, k, v, mask, scale, softcap)
         result[:, :, tile.start : tile.stop] = attended
         total[:, tile.start : tile.stop] = summed[0]
-        if tile.blind is not None:
-            blind = tile.start + tile.blind.nonzero()[:, 0].to(query.device)
-            result[:, :, blind], total[:, blind] = 0, float("inf")
+        if blind is not None:
+            result[:, :, tile.start : tile.stop].masked_fill_(blind[..., None], 0)
+            total[:, tile.start : tile.stop].masked_fill_(blind, float("inf"))
     if sinks is not None:
         own = sinks.to(exact)[:, None]
         with_sinks = torch.where(total == float("inf"), own, torch.logaddexp(total, own))
@@ -136,9 +137,27 @@ def tree_attention(
     return result, total
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the scores of a tile, ``[m, L]`` or ``[H or 1, m, L]``, and which queries see no key."""
+    mask, blind, device = tile.mask, tile.blind, plan.fold.device
+    if mask is None:
+        return None, None
+    mask = mask.to(device)
+    if bias is None:
+        return mask, blind if blind is None else blind.to(device)
+    nodes = tile.nodes.to(device)
+    more = bias_places(plan, bias.shape[3]).of(bias, torch.arange(tile.start, tile.stop, device=device), nodes)
+    if more.dtype == torch.bool:
+        more = torch.zeros_like(more, dtype=dtype).masked_fill_(~more, float("-inf"))
+    mask = mask.to(dtype) + more
+    return mask, mask.amax(-1) == float("-inf")
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if mask is not None:
+        mask = mask.to(q.dtype)[(None,) * (4 - mask.ndim)]
     found: tuple[Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu.default(
-        q, k, v, is_causal=tile.mask is None, attn_mask=tile.mask, scale=scale
+        q, k, v, is_causal=mask is None, attn_mask=mask, scale=scale
     )
     return found
 
@@ -148,23 +167,29 @@ def _grouped(tensor: Tensor, groups: int) -> Tensor:
     return tensor.reshape(1, groups, -1, tensor.shape[3])
 
 
-def _spelled(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _spelled(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     heads, exact = q.shape[1], torch.promote_types(q.dtype, torch.float32)
-    scores, _ = _scores(_grouped(q, k.shape[1]).to(exact), k.to(exact), tile, scale, softcap)
+    scores, _ = _scores(_grouped(q, k.shape[1]).to(exact), k.to(exact), mask, scale, softcap)
     total = scores.logsumexp(-1)
     attended = (scores - total[..., None]).exp_() @ v.to(exact)
     return attended.reshape(1, heads, -1, v.shape[3]), total.reshape(1, heads, -1)
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     """The scores, hidden ones minus infinity, and what a soft cap has made of them, from -1 to 1."""
-    assert tile.mask is not None
+    assert mask is not None
     scores, capped = q @ k.mT * scale, None
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores = capped * softcap
-    members = scores.shape[2] // len(tile.mask)
-    scores = scores.unflatten(2, (members, -1)) + tile.mask.to(scores.device)
+    groups, members = scores.shape[1], scores.shape[2] // mask.shape[-2]
+    if mask.ndim > 2 and len(mask) > 1:
+        mask = mask.unflatten(0, (groups, members))
+    scores = scores.unflatten(2, (members, -1)) + mask
     return scores.flatten(2, 3), capped
 
 
@@ -182,7 +207,7 @@ def tree_attention_backward(
     exact, (heads, groups) = total.dtype, (query.shape[1], key.shape[1])
     by_query = heads_inside(query)
     by_key, by_value = (heads_inside(one, dtype=exact).zero_() for one in (key, value))
-    _, scale, window, softcap = carried
+    _, bias, scale, window, softcap = carried
     keys, values = _rows(key), _rows(value)
     for tile in _tiles(plan, window, False, exact):
 
@@ -192,7 +217,7 @@ def tree_attention_backward(
         q, g, summed = (of_queries(one) for one in (query, grad, total[None, ..., None]))
         k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))
         nodes = tile.nodes.to(query.device)
-        scores, capped = _scores(q, k, tile, scale, softcap)
+        scores, capped = _scores(q, k, _mask(tile, bias, plan, exact)[0], scale, softcap)
         weights = (scores - summed).exp_()
         by_value.index_add_(2, nodes, weights.mT @ g)
         by_weights = g @ v.mT

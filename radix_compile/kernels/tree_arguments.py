@@ -26,13 +26,39 @@ class TreeArrays(NamedTuple):
 
 class Carried(NamedTuple):
     """``sinks`` ``[H]``: one more score for each head, of a key whose value is zero. ``window``: how many of the last
-    columns a node sees, its own included. ``softcap``: scores are ``softcap * tanh(score / softcap)``.
+    columns a node sees, its own included. ``softcap``: scores are ``softcap * tanh(score / softcap)``. ``bias``, of
+    rows: what is then added (or, if bool, which keys are seen), see ``BiasPlaces``.
     """
 
     sinks: Tensor | None
+    bias: Tensor | None
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+
+class BiasPlaces(NamedTuple):
+    """Where nodes find the entries of a bias ``[B or 1, H or 1, S or 1, S]``: in the row that stands for the query, at
+    the key's column there. ``batch`` and ``query`` are those of nodes as queries; a key is ``depth`` columns behind
+    ``first``, where the path of the query starts in that row.
+    """
+
+    batch: Tensor
+    query: Tensor
+    first: Tensor
+    depth: Tensor
+
+    def of(self, bias: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """``[H or 1, len(i), len(j)]``. What a key that is no ancestor finds means nothing."""
+        batch = self.batch[i] if bias.shape[0] > 1 else torch.zeros_like(i)
+        query = self.query[i] if bias.shape[2] > 1 else torch.zeros_like(i)
+        column = (self.first[i, None] + self.depth[j]).clamp(max=bias.shape[3] - 1)
+        return bias[batch[:, None], :, query[:, None], column].permute(2, 0, 1)
+
+
+def bias_places(plan: TreeArrays, columns: int) -> BiasPlaces:
+    """In rows of so many columns."""
+    return BiasPlaces(plan.fold // columns, plan.fold % columns, plan.begin % columns, plan.fold - plan.begin)
 
 
 def heads_inside(like: Tensor, features: int | None = None, dtype: torch.dtype | None = None) -> Tensor:

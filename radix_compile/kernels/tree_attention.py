@@ -29,7 +29,7 @@ radix = torch.ops.radix
 
 _LISTS = "Tensor? runs, Tensor? run_starts, Tensor? keys, Tensor? key_starts"
 _PLAN = f"Tensor fold, Tensor scatter, Tensor begin, Tensor end, {_LISTS}"
-_CARRIED = "Tensor? sinks, float scale, int? window, float? softcap"
+_CARRIED = "Tensor? sinks, Tensor? bias, float scale, int? window, float? softcap"
 _SCHEMAS = (
     f"tree_attention(Tensor query, Tensor key, Tensor value, {_PLAN}, {_CARRIED}) -> (Tensor, Tensor)",
     "tree_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor result, Tensor total,"
@@ -96,13 +96,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    query, key, value, result, total, *plan, sinks = ctx.saved_tensors
-    gradients = radix.tree_attention_backward(grad, query, key, value, result, total, *plan, sinks, *ctx.carried)
+    query, key, value, result, total, *plan, sinks, bias = ctx.saved_tensors
+    if bias is not None and ctx.needs_input_grad[12]:
+        raise RuntimeError("tree_attention has no gradient for its bias")
+    gradients = radix.tree_attention_backward(grad, query, key, value, result, total, *plan, sinks, bias, *ctx.carried)
     by_sink = None
     if sinks is not None and ctx.needs_input_grad[11]:
         shares = (sinks.to(total.dtype)[:, None] - total).exp()
         by_sink = -(shares * (grad[0] * result[0]).sum(-1, dtype=total.dtype)).sum(1).to(sinks.dtype)
-    return (*gradients, *[None] * 8, by_sink, None, None, None)
+    return (*gradients, *[None] * 8, by_sink, None, None, None, None)
 
 
 library = torch.library.Library("radix", "FRAGMENT")

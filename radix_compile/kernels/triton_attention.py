@@ -16,6 +16,8 @@ from torch import Tensor
 
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
 from radix_compile.kernels.triton_tree import (
+    bias_and_strides,
+    bias_rows,
     dense,
     depths_of,
     features,
@@ -34,15 +36,17 @@ from radix_compile.kernels.triton_tree import (
 @triton.jit
 def _attend_to(
     largest, total, result, q, keys, values, visible, scale, softcap,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax."""
+    """One step of the online softmax. ``visible`` is a bias if they are ``BIASED``."""
     scores = scores_of(q, tl.trans(keys), scale, softcap, CAPPED, PRECISION)
-    if MASKED:
+    if BIASED:
+        scores += visible
+    elif MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     largest_now = tl.maximum(largest, tl.max(scores, 1))
     base = largest_now
-    if MASKED:
+    if MASKED or BIASED:
         # A row that has seen no key yet: its largest score is minus infinity, which must not be subtracted from itself.
         base = tl.where(largest_now == float("-inf"), 0.0, largest_now)
     weights = tl.exp2(scores - base[:, None])
@@ -55,9 +59,10 @@ def _attend_to(
 @triton.jit
 def _forward(
     query, key, value, result, sums, fold, begin, end, runs, run_starts, keys, key_starts, sinks, nodes,
-    window, scale, softcap, q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
+    window, scale, softcap, bias, columns, b_batch, b_head, b_row, b_key,
+    q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with long paths first
@@ -68,53 +73,43 @@ def _forward(
     key += (head // GROUP) * k_head
     value += (head // GROUP) * v_head
     depth_i, nearest = depths_of(fold, begin, i, inside, window, WINDOW)
+    at = i
+    if BIASED:
+        bias += head * b_head
+        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key)
     largest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     attended = tl.zeros([M, V_BLOCK], tl.float32)
     step = tl.arange(0, N)
     for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
-        start, behind, depth = run_of(runs, run, nearest, N, WINDOW)
+        start, behind, depth = run_of(runs, run, nearest, N, WINDOW, BIASED)
         for block in range(start, behind, N):
             k, v, visible = keys_of_run(
                 key, value, k_node, v_node, block, step, depth + (block - start).to(tl.int32), inside, depth_i, window,
-                E, E_BLOCK, V, V_BLOCK, WINDOW,
+                bias, at, b_key, E, E_BLOCK, V, V_BLOCK, WINDOW, BIASED,
             )  # fmt: skip
             largest, total, attended = _attend_to(
-                largest, total, attended, q, k, v, visible, scale, softcap, WINDOW, CAPPED, PRECISION
+                largest, total, attended, q, k, v, visible, scale, softcap, WINDOW, BIASED, CAPPED, PRECISION
             )
     for block in range(tl.load(key_starts + tile), tl.load(key_starts + tile + 1), N):
         j = tl.load(keys + block + step).to(tl.int32)
         there = j >= 0
         k, v, visible = keys_of(
-            key,
-            value,
-            k_node,
-            v_node,
-            tl.where(there, j, 0),
-            there,
-            i,
-            depth_i,
-            fold,
-            begin,
-            end,
-            window,
-            E,
-            E_BLOCK,
-            V,
-            V_BLOCK,
-            WINDOW,
-        )
+            key, value, k_node, v_node, tl.where(there, j, 0), there, i, depth_i, fold, begin, end, window,
+            bias, at, b_key, E, E_BLOCK, V, V_BLOCK, WINDOW, BIASED,
+        )  # fmt: skip
         largest, total, attended = _attend_to(
-            largest, total, attended, q, k, v, visible, scale, softcap, True, CAPPED, PRECISION
+            largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, PRECISION
         )
     for block in range(first, tl.minimum(first + M, nodes), N):
         j = block + step
         there = j < nodes
         k, v, visible = keys_of(
-            key, value, k_node, v_node, j, there, i, depth_i, fold, begin, end, window, E, E_BLOCK, V, V_BLOCK, WINDOW
-        )
+            key, value, k_node, v_node, j, there, i, depth_i, fold, begin, end, window,
+            bias, at, b_key, E, E_BLOCK, V, V_BLOCK, WINDOW, BIASED,
+        )  # fmt: skip
         largest, total, attended = _attend_to(
-            largest, total, attended, q, k, v, visible, scale, softcap, True, CAPPED, PRECISION
+            largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, PRECISION
         )
     blind = total == 0
     if SINKS:
@@ -149,10 +144,10 @@ def tree_attention(
     heads, nodes = query.shape[1:3]
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, nodes), dtype=torch.float32)
-    tile = tile_of(query, value, "forward")
+    tile = tile_of(query, value, carried, "forward")
     _forward[(triton.cdiv(nodes, tile["M"]), heads)](
         query, key, value, result, total, *lists_of(plan), carried.sinks, nodes, *numbers_of(carried),
-        *strides_of(query, key, value, result),
+        *bias_and_strides(carried), *strides_of(query, key, value, result),
         **shape_of(query, key, value, carried), SINKS=carried.sinks is not None, **tile,
     )  # fmt: skip
     return result, total

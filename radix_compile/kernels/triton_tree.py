@@ -51,6 +51,21 @@ def depths(fold, begin, nodes, there):
 
 
 @triton.jit
+def bias_rows(fold, begin, i, there, columns, b_batch, b_row, b_key):
+    """Where the queries ``i`` find the bias of their first keys (``BiasPlaces`` says why there)."""
+    row, first = tl.load(fold + i, mask=there, other=0), tl.load(begin + i, mask=there, other=0)
+    return row // columns * b_batch + row % columns * b_row + first % columns * b_key
+
+
+@triton.jit
+def bias_of(bias, at, visible):
+    """In units of log 2, minus infinity where ``visible`` is not."""
+    if bias.dtype.element_ty == tl.int1:
+        return tl.where(tl.load(bias + at, mask=visible, other=0), 0.0, float("-inf"))
+    return tl.load(bias + at, mask=visible, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
 def depths_of(fold, begin, i, inside, window, WINDOW: tl.constexpr):
     """Of queries, and of the first key that the least deep one sees; neither is needed without a window."""
     depth, nearest = i, 0
@@ -61,12 +76,13 @@ def depths_of(fold, begin, i, inside, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def run_of(runs, run, nearest, N: tl.constexpr, WINDOW: tl.constexpr):
+def run_of(runs, run, nearest, N: tl.constexpr, WINDOW: tl.constexpr, BIASED: tl.constexpr):
     """Where a stretch of keys begins and ends, and how deep; without blocks that are in front of every window."""
     start, behind = tl.load(runs + 3 * run), tl.load(runs + 3 * run + 1)
     depth = 0
-    if WINDOW:
+    if WINDOW or BIASED:
         depth = tl.load(runs + 3 * run + 2).to(tl.int32)
+    if WINDOW:
         out_of_sight = tl.maximum(nearest - depth, 0) // N * N
         start += out_of_sight
         depth += out_of_sight
@@ -75,30 +91,36 @@ def run_of(runs, run, nearest, N: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def keys_of_run(
-    key, value, k_node, v_node, block, step, depth, inside, depth_i, window,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    key, value, k_node, v_node, block, step, depth, inside, depth_i, window, bias, at, b_key,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """A block of a stretch of keys, from ``depth`` on, their values, and which queries see them."""
+    """A block of a stretch of keys, from ``depth`` on, their values, and which queries see them (or their bias)."""
     k = features(key + block * k_node, step * k_node, step >= 0, E, E_BLOCK, True)
     v = features(value + block * v_node, step * v_node, step >= 0, V, V_BLOCK, True)
     visible = inside[:, None]
     if WINDOW:
         visible = depth_i[:, None] - (depth + step)[None, :] < window
+    if BIASED:
+        visible = bias_of(bias, at[:, None] + (depth + step)[None, :] * b_key, visible)
     return k, v, visible
 
 
 @triton.jit
 def keys_of(
-    key, value, k_node, v_node, j, there, i, depth_i, fold, begin, end, window,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    key, value, k_node, v_node, j, there, i, depth_i, fold, begin, end, window, bias, at, b_key,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """The keys ``j``, their values, and which of the queries ``i`` see them."""
+    """The keys ``j``, their values, and which of the queries ``i`` see them (or their bias)."""
     k = features(key, j.to(tl.int64) * k_node, there, E, E_BLOCK, False)
     v = features(value, j.to(tl.int64) * v_node, there, V, V_BLOCK, False)
     stop = tl.load(end + j, mask=there, other=0)
     visible = (j[None, :] <= i[:, None]) & (i[:, None] < stop[None, :])
     if WINDOW:
         visible &= depth_i[:, None] - depths(fold, begin, j, there)[None, :] < window
+    if BIASED:
+        visible = bias_of(bias, at[:, None] + depths(fold, begin, j, there)[None, :] * b_key, visible)
     return k, v, visible
 
 
@@ -116,12 +138,15 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dic
         "V_BLOCK": blocks(value.shape[3]),
         "WINDOW": carried.window is not None,
         "CAPPED": carried.softcap is not None,
+        "BIASED": carried.bias is not None,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
     }
 
 
-def tile_of(query: Tensor, value: Tensor, kernel: str) -> dict[str, int]:
-    return TILES[kernel] if row_bytes(query, value) <= 256 else WIDE
+def tile_of(query: Tensor, value: Tensor, carried: Carried, kernel: str) -> dict[str, int]:
+    # A bias takes as much room as a tile of scores, twice.
+    narrow = row_bytes(query, value) <= 256 and (carried.bias is None or kernel == "key")
+    return TILES[kernel] if narrow else WIDE
 
 
 def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:
@@ -138,6 +163,15 @@ def numbers_of(carried: Carried) -> tuple[int, float, float]:
     if softcap is None:
         return window, scale * LOG2E, 0.0
     return window, 2 * scale / softcap * LOG2E, softcap * LOG2E
+
+
+def bias_and_strides(carried: Carried) -> tuple[Tensor | None, int, int, int, int, int]:
+    """The bias, the columns of its rows, and its strides by sequence, head, query and key; 0 for a size of one."""
+    bias = carried.bias
+    if bias is None:
+        return None, 1, 0, 0, 0, 0
+    batch, head, row, key = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+    return bias, bias.shape[3], batch, head, row, key
 
 
 def strides_of(*tensors: Tensor) -> list[int]:

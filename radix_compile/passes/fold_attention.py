@@ -14,17 +14,19 @@ import torch
 from torch import fx
 
 from radix_compile.attention import (
+    Bias,
     NotCarried,
     Parts,
     Rows,
     TreeAttention,
+    Visible,
     are_side_by_side,
     attention_steps,
     is_attention,
     narrow,
     read_mask,
 )
-from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides
+from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, terms_of
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import value_of, values_of
 
@@ -71,7 +73,16 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
             raise NotCarried(parts)
     attends = value_of(node).attends
     assert attends is not None
-    visible = read_mask(attends)
+    visible, biases = Visible(), parts.biases
+    try:
+        visible = read_mask(attends)
+    except NotCarried:
+        biases += parts.masks
+        said = {term for bias in biases for term in terms_of(bias.says)}
+        if not said.issuperset(terms_of(attends.visible)):
+            raise
+    for bias in biases:
+        bias.check()
     _check(parts)
     key, value = narrow(parts.key), narrow(parts.value)
     if key.heads()[0] == value.heads()[0]:
@@ -81,7 +92,7 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     dtypes = {step.meta["val"].dtype for step in attention_steps(node)}
     if len(dtypes) > 1:
         raise NotCarried("its two products have different dtypes")
-    return TreeAttention(parts, visible, needs_sight, *dtypes)
+    return TreeAttention(parts, visible, biases, needs_sight, *dtypes)
 
 
 def _is_blind(attends: Weights, rows: Blind) -> bool:
@@ -97,15 +108,19 @@ def _parts(node: fx.Node) -> Parts:
     """Of attention as one op."""
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
     scale, mask, strict = argument(node, "scale"), argument(node, "attn_mask"), True
-    if mask is not None and mask.meta["val"].dtype != torch.bool:
+    masks: tuple[Bias, ...] = ()
+    biases: tuple[Bias, ...] = ()
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        masks = (Bias(mask, node, hides=False),)
+    elif mask is not None:
         fact = value_of(mask).fact
-        if not isinstance(fact, Masked) or not fact.zero:
-            raise NotCarried("it adds a bias to its scores")
-        strict = fact.strict
+        assert isinstance(fact, Masked)
+        strict, given = fact.strict, (Bias(mask, node),)
+        masks, biases = (given, ()) if fact.zero else ((), given)
     _, size = Rows(query).heads()
     scale = 1 / math.sqrt(size) if scale is None else float(scale)
     grouped = bool(argument(node, "enable_gqa"))
-    return Parts(Rows(query), Rows(key), Rows(value), scale, grouped=grouped, zero=strict)
+    return Parts(Rows(query), Rows(key), Rows(value), scale, grouped=grouped, zero=strict, masks=masks, biases=biases)
 
 
 def _check(parts: Parts) -> None:

@@ -8,6 +8,8 @@ Each is made only where it is wanted, starting from the outputs, which are wante
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.attention import Rows, TreeAttention, compact_attention
+from radix_compile.attention import Bias, Rows, TreeAttention, compact_attention
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
@@ -33,6 +35,10 @@ class Wanted:
 
     forms: dict[fx.Node, set[Form]] = field(default_factory=dict)
     runs: dict[fx.Node, set[Form]] = field(default_factory=dict)
+
+    def is_compact(self, node: fx.Node) -> bool:
+        """Has its value a compact form in the folded graph? It may have one though it is only wanted in full form."""
+        return Form.COMPACT in self.forms.get(node, ()) or Form.COMPACT in self.runs.get(node, ())
 
 
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -86,6 +92,8 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
         if Form.COMPACT in runs:
             for arg in read_by_compact(node):
                 want(arg, Form.COMPACT if has_compact_form(arg) else Form.FULL)
+            for bias in () if (attention := compact_attention(node)) is None else attention.biases:
+                want(bias.node, Form.FULL)
     return wanted
 
 
@@ -104,6 +112,7 @@ class _Rewriter:
         self.full: dict[fx.Node, fx.Node] = {}
         self.compact: dict[fx.Node, fx.Node] = {}
         self.columns: dict[tuple[fx.Node, int, str], fx.Node] = {}
+        self.biases: dict[tuple[Any, ...], fx.Node | None] = {(): None}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
@@ -180,7 +189,7 @@ class _Rewriter:
         rows = [self._by_head(row, attention.dtype) for row in (parts.query, parts.key, parts.value)]
         plan = self.fold, self.scatter, *self.tree
         sinks = None if parts.sinks is None else self.full[parts.sinks]
-        carried = sinks, parts.scale, visible.window, parts.softcap
+        carried = sinks, self._bias(attention.biases), parts.scale, visible.window, parts.softcap
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
         made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
         result = self.graph.call_function(operator.getitem, (made, 0))
@@ -188,6 +197,32 @@ class _Rewriter:
         if not Rows(node).is_by_head:
             result = self.graph.call_function(aten.reshape.default, (result, self._compact_shape(axes)))
         return self._tagged(result, node, Form.COMPACT)
+
+    def _bias(self, biases: tuple[Bias, ...]) -> fx.Node | None:
+        """What is added to scores, ``[B or 1, H or 1, S or 1, S]``; bool if it only shows keys."""
+        key = tuple((bias.node, bias.factor, bias.hides, bias.shape()) for bias in biases)
+        if key not in self.biases:
+            found = [self._one_bias(bias) for bias in biases]
+            shows = all(bias.hides is not None for bias in biases)
+            if not shows:
+                hidden = 0.0, -math.inf
+                found = [
+                    one if bias.hides is None else self.graph.call_function(aten.where.Scalar, (one, *hidden))
+                    for bias, one in zip(biases, found, strict=True)
+                ]
+            join = aten.logical_and.default if shows else aten.add.Tensor
+            self.biases[key] = functools.reduce(lambda a, b: self.graph.call_function(join, (a, b)), found)
+        return self.biases[key]
+
+    def _one_bias(self, bias: Bias) -> fx.Node:
+        found = self.full[bias.node]
+        if bias.hides:
+            found = self.graph.call_function(aten.logical_not.default, (found,))
+        if bias.factor != 1:
+            found = self.graph.call_function(aten.mul.Tensor, (found, bias.factor))
+        batched, heads, by_query = bias.shape()
+        shape = [self.batch if batched else 1, heads, self.seq if by_query else 1, self.seq]
+        return self.graph.call_function(aten.reshape.default, (found, shape))
 
     def _by_head(self, rows: Rows, dtype: torch.dtype) -> fx.Node:
         """``[1, heads, T', features]``, cast where autocast would: it does not know the op."""

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, PerRow, Predicate, Same, Weights, hides, terms_of
-from radix_compile.passes.choose_cuts import Form, is_row
+from radix_compile.passes.choose_cuts import is_row
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.token_axes import Uniform, refuse, value_of, values_of
 
@@ -90,7 +90,7 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
         if node.op != "call_function" or node not in wanted.forms:
             continue
         if node in numbers:
-            if Form.COMPACT in wanted.forms[node]:
+            if wanted.is_compact(node):
                 return node
             continue
         values = values_of(node)
@@ -104,7 +104,7 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
         attends = any(value.attends is not None for value in values)
         if is_row(node) and not attends and (tables or not masks.isdisjoint(node.all_input_nodes)):
             masks.add(node)
-            if Form.COMPACT in wanted.forms[node]:
+            if wanted.is_compact(node):
                 return node
     return None
 

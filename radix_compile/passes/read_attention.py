@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.attention import SAME_ORDER, NotCarried, Parts, Rows, is_attention
+from radix_compile.attention import SAME_ORDER, Bias, NotCarried, Parts, Rows, ancestors, is_attention
+from radix_compile.cost import flops
 from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, terms_of
 from radix_compile.op_rules.flex import FLEX
 from radix_compile.op_rules.masks import fact_of, is_hidden
@@ -48,11 +49,17 @@ def _parts(node: fx.Node) -> Parts:
     scores = _Scores(softmax.args[0], attends.visible)
     if sliced != (scores.sinks is not None):
         raise NotCarried("its softmax has entries of no key that are not sinks")
-    query, right = scores.product.args[:2]
-    assert isinstance(query, fx.Node)
-    assert isinstance(right, fx.Node)
+    query, right = scores.factors
     rows = Rows(query), _keys(right), Rows(value)
-    return Parts(*rows, *scores.scaling(), scores.sinks, product=scores.product, zero=sliced)
+    return Parts(
+        *rows,
+        *scores.scaling(),
+        scores.sinks,
+        product=scores.product,
+        zero=sliced,
+        masks=tuple(scores.masks),
+        biases=tuple(scores.biases),
+    )
 
 
 def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -85,9 +92,16 @@ class _Scores:
         self.outer = self.inner = 1.0
         self.capped = False
         self.sinks: fx.Node | None = None
-        while node.target not in PRODUCTS:
+        self.masks: list[Bias] = []
+        self.biases: list[Bias] = []
+        while node.target not in PRODUCTS and node.target is not aten.baddbmm.default:
             node = self._peeled(node)
         self.product: fx.Node = node
+        self.factors: tuple[fx.Node, fx.Node] = node.args[:2]
+        if node.target is aten.baddbmm.default:
+            self._add(argument(node, "self"), node, float(argument(node, "beta")))
+            self._scale(float(argument(node, "alpha")))
+            self.factors = argument(node, "batch1"), argument(node, "batch2")
 
     def scaling(self) -> tuple[float, float | None]:
         """``scale`` and ``softcap`` of :class:`Parts`."""
@@ -109,18 +123,43 @@ class _Scores:
             return args[0]  # type: ignore[return-value]
         if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and is_hidden(fact_of(args[2]), dtype):
             self._expect_said(node)
+            self.masks.append(Bias(args[1], node, hides=True))  # type: ignore[arg-type]
             return args[0]  # type: ignore[return-value]
         if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
             self._expect_said(node)
-            return _other(args[1], args[2], lambda one: is_hidden(fact_of(one), dtype), "chooses between two scores")
+            scores = _other(args[1], args[2], lambda one: is_hidden(fact_of(one), dtype), "chooses between two scores")
+            self.masks.append(Bias(args[0], node, hides=scores is args[2]))  # type: ignore[arg-type]
+            return scores
         if target in (aten.maximum.default, aten.max.other):
             return _other(args[0], args[1], lambda one: is_hidden(fact_of(one), dtype), "bounds its scores from below")
         if target is aten.add.Tensor and argument(node, "alpha") == 1:
             self._expect_said(node)
-            return _other(args[0], args[1], _is_mask, "adds a bias to its scores")
+            scores = _other(args[0], args[1], _has_no_product, "adds one product to another")
+            bias = args[1] if scores is args[0] else args[0]
+            if not isinstance(bias, fx.Node):
+                raise NotCarried("it adds a number to its scores")
+            self._add(bias, node)
+            return scores
         if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return self._scaled(node)
         raise NotCarried(f"its scores go through {target}")
+
+    def _add(self, node: fx.Node, scores: fx.Node, factor: float = 1.0) -> None:
+        bias = Bias(node, scores, self.outer * factor)
+        if _is_mask(node):
+            self.masks.append(bias)
+        elif self.capped:
+            raise NotCarried("it adds a bias under a soft cap")
+        else:
+            self.biases.append(bias)
+
+    def _scale(self, by: float) -> None:
+        if not 0 < by < math.inf:
+            raise NotCarried("it multiplies its scores by what is not a positive number")
+        if self.capped:
+            self.inner *= by
+        else:
+            self.outer *= by
 
     def _expect_said(self, node: fx.Node) -> None:
         fact = fact_of(node)
@@ -139,13 +178,7 @@ class _Scores:
             raise NotCarried("it multiplies its scores by what is not a number")
         if divides and scores is not node.args[0]:
             raise NotCarried("it divides by its scores")
-        by = 1 / factor.value if divides else factor.value
-        if not 0 < by < math.inf:
-            raise NotCarried("it multiplies its scores by what is not a positive number")
-        if self.capped:
-            self.inner *= by
-        else:
-            self.outer *= by
+        self._scale(1 / factor.value if divides else factor.value)
         return scores
 
 
@@ -155,6 +188,11 @@ def _other(one: Any, other: Any, is_ours: Any, what: str) -> fx.Node:
         if is_ours(mask) and isinstance(scores, fx.Node):
             return scores
     raise NotCarried(f"it {what}")
+
+
+def _has_no_product(operand: Any) -> bool:
+    """Scores have one."""
+    return not isinstance(operand, fx.Node) or not any(map(flops, ancestors(operand)))
 
 
 def _is_mask(operand: Any) -> bool:

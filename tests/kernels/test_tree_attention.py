@@ -74,13 +74,19 @@ class Inputs(NamedTuple):
     key: Tensor
     value: Tensor
     sinks: Tensor | None
+    bias: Tensor | None
 
 
 def inputs(
-    nodes: int, heads: tuple[int, int] = (4, 2), sizes: tuple[int, int] = (16, 16), sinks: bool = False, **options: Any
+    tree: TreeArrays,
+    heads: tuple[int, int] = (4, 2),
+    sizes: tuple[int, int] = (16, 16),
+    sinks: bool = False,
+    ids: Tensor | None = None,
+    **options: Any,
 ) -> Inputs:
-    """Random, in memory ``[1, T', H, E]``."""
-    source = generator(1)
+    """Random, in memory ``[1, T', H, E]``. A ``bias`` is written like "B1SS", and hides keys if it ``shows`` some."""
+    source, nodes = generator(1), len(tree.fold)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source, dtype=torch.float64).to(DEVICE, options.get("dtype", torch.float32))
@@ -89,7 +95,14 @@ def inputs(
         random(1, nodes, h, e).transpose(1, 2)
         for h, e in ((heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1]))
     )
-    return Inputs(q, k, v, random(heads[0]) if sinks else None)
+    bias = None
+    if "bias" in options:
+        assert ids is not None
+        sizes_of = {"B": ids.shape[0], "S": ids.shape[1], "H": heads[0], "1": 1}
+        bias = random(*(sizes_of[size] for size in options["bias"]))
+        if options.get("shows"):
+            bias = (bias > 0.5) | torch.eye(ids.shape[1], dtype=torch.bool, device=DEVICE)
+    return Inputs(q, k, v, random(heads[0]) if sinks else None, bias)
 
 
 CARRIED: dict[str, dict[str, Any]] = {
@@ -99,12 +112,15 @@ CARRIED: dict[str, dict[str, Any]] = {
     "soft-capped": {"softcap": 2.0},
     "sinks": {"sinks": True},
     "other value sizes": {"sizes": (24, 8)},
-    "all of it": {"sinks": True, "softcap": 3.0, "window": 9, "sizes": (24, 8)},
+    "a bias": {"bias": "BHSS"},
+    "a bias by head and key": {"bias": "1H1S"},
+    "a mask": {"bias": "B1SS", "shows": True},
+    "all of it": {"sinks": True, "softcap": 3.0, "window": 9, "sizes": (24, 8), "bias": "1HSS"},
 }
 
 
 def run(code: Any, tree: TreeArrays, given: Inputs, **carried: Any) -> Any:
-    return code(*given[:3], tree, Carried(given.sinks, 0.3, **carried))
+    return code(*given[:3], tree, Carried(given.sinks, given.bias, 0.3, **carried))
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -120,26 +136,47 @@ def assert_near(ours: Tensor, exact: Tensor, plain: Tensor) -> None:
 
 
 def doubled(given: Inputs) -> Inputs:
-    return Inputs(*(None if one is None else one.double() for one in given))
+    return Inputs(*(one.double() if one is not None and one.is_floating_point() else one for one in given))
 
 
 # ------------------------------------------------------------------------------------------------ the reference
 
 
+@pytest.mark.parametrize("bias", [None, "1HSS", "11SS", "1H1S"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
-def test_the_reference_is_attention_on_rows(ids: Tensor, window: int | None) -> None:
+def test_the_reference_is_attention_on_rows(ids: Tensor, window: int | None, bias: str | None) -> None:
     """Folded from the rows and scattered to them, it is torch's attention."""
     tree, (batch, seq) = tree_of(ids), ids.shape
-    given = doubled(inputs(len(tree.fold)))
+    given = doubled(inputs(tree, ids=ids, **({} if bias is None else {"bias": bias})))
     compact, _ = run(attention_reference.tree_attention, tree, given, window=window)
     full = [one[0][:, tree.scatter].view(-1, batch, seq, 16).transpose(0, 1) for one in given[:3]]
     column = torch.arange(seq, device=DEVICE)
     behind = column[:, None] - column
     mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    mask = torch.zeros(mask.shape, dtype=torch.float64, device=DEVICE).masked_fill(~mask, float("-inf"))
+    mask = mask if given.bias is None else mask + given.bias
     expected = F.scaled_dot_product_attention(*full, attn_mask=mask, scale=0.3, enable_gqa=True)
     ours = compact[0][:, tree.scatter].view(-1, batch, seq, 16).transpose(0, 1)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_is_read_in_the_row_of_the_query() -> None:
+    """Where paths start at different columns, and a node's ancestors are in another row at other columns."""
+    start = torch.tensor([3, 0, 5])
+    ids = torch.tensor([[7] * s + [1, 2, 3, 4, 5, 6, 8, 9, 10, 11][: 10 - s] for s in start.tolist()])
+    tree = tree_of(ids, start=start.numpy())
+    assert len(tree.fold) == 10 + 8  # nothing of the padding is shared
+    given = doubled(inputs(tree))
+    distance = torch.arange(10)[:, None] - torch.arange(10)
+    bias = -0.3 * distance.to(given.query).expand(1, 4, 10, 10)
+    ours, _ = run(attention_reference.tree_attention, tree, given._replace(bias=bias))
+    depth = tree.fold - tree.begin
+    scores = given.query[0] @ given.key[0].repeat_interleave(2, 0).mT * 0.3 - 0.3 * (depth[:, None] - depth)
+    visible = attention_reference.visible_pairs(tree)
+    expected = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ given.value[0].repeat_interleave(2, 0)
+    seen = visible.any(1)
+    torch.testing.assert_close(ours[0][:, seen], expected[:, seen])
 
 
 def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
@@ -148,7 +185,7 @@ def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
     shown[:, :2] = 0
     blind = shown.cumsum(1) == 0
     tree = tree_of(ids, shown, unique=blind)
-    given = doubled(inputs(len(tree.fold)))
+    given = doubled(inputs(tree))
     result, total = run(attention_reference.tree_attention, tree, given)
     rows = result[0][:, tree.scatter].view(-1, 3, 6, 16)
     assert (rows[:, :, :2] == 0).all()
@@ -176,7 +213,7 @@ BACKWARD = {
 @pytest.mark.parametrize("code", FORWARD)
 def test_forward(code: str, ids: Tensor, name: str) -> None:
     tree, (about, carried) = tree_of(ids), split(CARRIED[name])
-    given = inputs(len(tree.fold), **about)
+    given = inputs(tree, ids=ids, **about)
     expected = run(attention_reference.tree_attention, tree, doubled(given), **carried)
     plain = run(attention_reference.tree_attention, tree, given, **carried)
     for ours, exact, ordinary in zip(run(FORWARD[code], tree, given, **carried), expected, plain, strict=True):
@@ -188,19 +225,17 @@ def test_forward(code: str, ids: Tensor, name: str) -> None:
 @pytest.mark.parametrize("code", FORWARD)
 def test_gradients(code: str, ids: Tensor, name: str) -> None:
     tree, (about, carried) = tree_of(ids), split(CARRIED[name])
-    given = inputs(len(tree.fold), **about)
-    grad = inputs(len(tree.fold), about.get("heads", (4, 4)), about.get("sizes", (16, 16))).value
+    given = inputs(tree, ids=ids, **about)
+    grad = inputs(tree, about.get("heads", (4, 4)), about.get("sizes", (16, 16))).value
 
     def by_autograd(given: Inputs) -> tuple[Tensor, ...]:
-        leaves = [one.detach().requires_grad_() for one in given if one is not None]
-        result, _ = run(
-            attention_reference.tree_attention, tree, Inputs(*leaves, *[None] * (4 - len(leaves))), **carried
-        )
+        leaves = [one.detach().requires_grad_() for one in given[:3]]
+        result, _ = run(attention_reference.tree_attention, tree, Inputs(*leaves, *given[3:]), **carried)
         return torch.autograd.grad(result, leaves, grad.to(result.dtype))
 
     exact, plain = by_autograd(doubled(given)), by_autograd(given)
     result, total = run(FORWARD[code], tree, given, **carried)
-    ours = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, 0.3, **carried))
+    ours = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, given.bias, 0.3, **carried))
     for one, expected, ordinary in zip(ours, exact, plain, strict=False):
         assert_near(one, expected, ordinary)
 
@@ -208,8 +243,9 @@ def test_gradients(code: str, ids: Tensor, name: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "all of it"])
 def test_schema_shapes_and_gradient_of_the_op(name: str) -> None:
     tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED[name])
-    given = [None if one is None else one.requires_grad_() for one in inputs(len(tree.fold), **about)]
-    arguments = *given[:3], *tree, given[3], 0.3, carried.get("window"), carried.get("softcap")
+    *given, bias = inputs(tree, ids=few(3, 4), **about)
+    given = [None if one is None else one.requires_grad_() for one in given]
+    arguments = *given[:3], *tree, given[3], bias, 0.3, carried.get("window"), carried.get("softcap")
     torch.library.opcheck(radix.tree_attention.default, arguments)
     result, total = (one.detach() for one in radix.tree_attention(*arguments))
     plain = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
@@ -220,14 +256,40 @@ def test_schema_shapes_and_gradient_of_the_op(name: str) -> None:
 
 def test_the_gradient_of_sinks() -> None:
     tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED["all of it"])
-    given = doubled(inputs(len(tree.fold), **about))
+    given = doubled(inputs(tree, ids=few(3, 4), **about))
     assert given.sinks is not None
 
     def attended(sinks: Tensor) -> Tensor:
-        result: Tensor = radix.tree_attention(*given[:3], *tree, sinks, 0.3, carried["window"], carried["softcap"])[0]
+        about = sinks, given.bias, 0.3, carried["window"], carried["softcap"]
+        result: Tensor = radix.tree_attention(*given[:3], *tree, *about)[0]
         return result
 
     torch.autograd.gradcheck(attended, given.sinks.requires_grad_())
+
+
+def test_a_bias_has_no_gradient() -> None:
+    tree = tree_of(few(3, 4))
+    given = inputs(tree, ids=few(3, 4), bias="1HSS")
+    assert given.bias is not None
+    result, _ = radix.tree_attention(*given[:3], *tree, None, given.bias.requires_grad_(), 0.3, None, None)
+    with pytest.raises(RuntimeError, match="no gradient for its bias"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("code", FORWARD)
+def test_a_bias_may_hide_all_keys(code: str) -> None:
+    tree, shown = tree_of(few(30, 17)), torch.arange(17) % 3 > 0
+    given = inputs(tree)._replace(bias=shown[:, None].expand(1, 2, 17, 17).repeat(1, 2, 1, 1))
+    result, total = run(FORWARD[code], tree, given)
+    blind = ~shown[tree.fold.cpu() % 17]
+    assert blind.any()
+    assert (result[0].cpu()[:, blind] == 0).all()
+    assert (total.cpu()[:, blind] == float("inf")).all()
+    plain, _ = run(FORWARD[code], tree, inputs(tree))
+    torch.testing.assert_close(result[0].cpu()[:, ~blind], plain[0].cpu()[:, ~blind])
+    grads = BACKWARD[code](result, *given[:3], result, total, tree, Carried(None, given.bias, 0.3))
+    assert (grads[0][0].cpu()[:, blind] == 0).all()
+    assert all(one.isfinite().all() for one in grads)
 
 
 def test_tiles_are_those_of_the_plan_that_is_given() -> None:
@@ -235,7 +297,7 @@ def test_tiles_are_those_of_the_plan_that_is_given() -> None:
     shown = (torch.arange(90) % 7 > 0).long().expand(12, 90)
     trees = [tree_of(BATCHES["levels"]), tree_of(BATCHES["levels"], shown), tree_of(BATCHES["a prefix"])]
     for tree in [*trees, *trees]:
-        given = doubled(inputs(len(tree.fold)))
+        given = doubled(inputs(tree))
         ours, expected = (run(code.tree_attention, tree, given) for code in (attention_tiles, attention_reference))
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 

@@ -25,7 +25,7 @@ from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
 from tests.kernels.plans import tree, values
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8", torch.int64: "i64"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8", torch.int64: "i64", torch.bool: "i1"}
 KERNELS = ("_copy_rows", "_sum_rows", "_long_sums", "_sum_same_target", "_forward", "_backward_query", "_backward_key")
 compiled = []
 
@@ -97,10 +97,16 @@ plan = PrefixPlan.from_rows(torch.randint(0, 3, (30, 9)))
 begin, end = plan.tree()
 arrays = plan.fold, plan.scatter, begin, end, *tree_tiles(plan, begin, end).arrays
 arrays = TreeArrays(*map(torch.from_numpy, arrays))
-for size, sinks, carried in ((128, False, (None, None)), (192, True, (9, 30.0))):
+biases = [None, values((1, 4, 9, 9), torch.float32), values((30, 1, 9, 9), torch.float32) > 0]
+for size, sinks, bias, carried in (
+    (128, False, biases[0], (None, None)),
+    (192, True, biases[0], (9, 30.0)),
+    (128, False, biases[1], (None, 30.0)),
+    (192, False, biases[2], (9, None)),
+):
     shapes = (4, size), (2, size), (2, 128)
     q, k, v = (values((1, len(plan.fold), *shape), torch.bfloat16).transpose(1, 2) for shape in shapes)
-    about = Carried(values((4,), torch.bfloat16) if sinks else None, 0.3, *carried)
+    about = Carried(values((4,), torch.bfloat16) if sinks else None, bias, 0.3, *carried)
     result, total = triton_attention.tree_attention(q, k, v, arrays, about)
     triton_attention_backward.tree_attention_backward(result, q, k, v, result, total, arrays, about)
 print(sorted(set(compiled)))

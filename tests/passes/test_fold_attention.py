@@ -160,11 +160,107 @@ def test_sinks() -> None:
     assert argument(node, "scale") == pytest.approx(0.3)
 
 
+def slopes(like: Tensor) -> Tensor:
+    return 0.5 ** torch.arange(1, H + 1).to(like)[:, None, None]
+
+
+def by_distance(like: Tensor) -> Tensor:
+    return slopes(like) * (torch.arange(S) - torch.arange(S)[:, None]).to(like)
+
+
+def merged(*tensors: Tensor) -> list[Tensor]:
+    """Sequences and heads in one dimension."""
+    return [one.reshape(B * H, S, -1) for one in tensors]
+
+
+def by_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As Bloom does."""
+    bias = (slopes(q) * torch.arange(S).to(q)).expand(B, H, 1, S).reshape(B * H, 1, S)
+    q, k, v = merged(q, k, v)
+    scores = torch.baddbmm(bias, q, k.mT, beta=0.5, alpha=0.25).view(B, H, S, S)
+    weights = torch.where(causal(), scores, -math.inf).softmax(-1).view(B * H, S, S)
+    return torch.bmm(weights, v).view(B, H, S, E)
+
+
+BIASED: dict[str, tuple[Attend, list[int]]] = {
+    "one op, by pair": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, written_bias(q)), [1, 1, S, S]),
+    "one op, by head and pair": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, by_distance(q) + written_bias(q)),
+        [1, H, S, S],
+    ),
+    "added": (lambda q, k, v: written(q, k, v, scores=q @ k.mT + by_distance(q)), [1, H, S, S]),
+    "added, then scaled": (lambda q, k, v: written(q, k, v, scores=(q @ k.mT + by_distance(q)) / 3), [1, H, S, S]),
+    "added behind a soft cap": (
+        lambda q, k, v: written(q, k, v, scores=2 * torch.tanh(q @ k.mT / 2) + by_distance(q)),
+        [1, H, S, S],
+    ),
+    "by key, in a product": (by_key, [B, H, 1, S]),
+    "two masks for one reason or the other": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, within(3) | (causal() & (torch.arange(S) < 2))),
+        [1, 1, S, S],
+    ),
+    "that mask written out, and a bias": (
+        lambda q, k, v: written(
+            q, k, v, within(3) | (causal() & (torch.arange(S) < 2)), scores=q @ k.mT + by_distance(q)
+        ),
+        [1, H, S, S],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_what_is_read_in_full_form(name: str) -> None:
+    attend, shape = BIASED[name]
+    bias = argument(the_op(Model(attend)), "bias")
+    assert isinstance(bias, fx.Node)
+    assert bias.args[1] == shape if bias.target is aten.reshape.default else name.startswith("that mask")
+
+
+def test_a_bias_by_row() -> None:
+    """As Bloom's, from the padding mask: of another row, another bias."""
+
+    class WithPadding(Model):
+        def forward(self, ids: Tensor, padding: Tensor) -> Tensor:  # type: ignore[override]
+            self.attend = lambda q, k, v: by_place(q, k, v, padding)
+            return super().forward(ids)
+
+    def by_place(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        place = ((padding.cumsum(-1) - 1) * padding)[:, None, None, :]
+        itself = torch.arange(S)[:, None] == torch.arange(S)
+        seen = causal() & ((padding != 0)[:, None, None, :] | itself)
+        return written(q, k, v, seen, scores=q @ k.mT + slopes(q) * place)
+
+    model, ids = WithPadding(written).double(), shared_batch(B, S, 8)
+    padding = torch.ones_like(ids)
+    padding[1:3, 4:6] = 0
+    assert radix_compile.explain(model, ids, padding).graphs[0].attentions[0].full_form == ""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})
+    for one in (padding, padding.roll(1, 0)):
+        torch.testing.assert_close(compiled(ids, one), model(ids, one), rtol=1e-9, atol=1e-9)
+    assert radix_compile.stats().tree_pairs
+
+
 FULL: dict[str, tuple[Attend, str]] = {
-    "a bias": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, written_bias(q)), "adds a bias"),
-    "a bias, written out": (
-        lambda q, k, v: torch.where(causal(), q @ k.mT + written_bias(q).clamp(min=-9), -math.inf).softmax(-1) @ v,
-        "adds a bias",
+    "a bias that is computed at some cost": (
+        lambda q, k, v: torch.where(causal(), q @ k.mT + (q @ v.mT).tanh(), -math.inf).softmax(-1) @ v,
+        "adds one product to another",
+    ),
+    "a bias under a soft cap": (
+        lambda q, k, v: written(q, k, v, scores=q @ k.mT + by_distance(q), cap=2.0),
+        "adds a bias under a soft cap",
+    ),
+    "a number": (lambda q, k, v: written(q, k, v, scores=q @ k.mT + 1.5), "adds a number"),
+    "a bias by query": (
+        lambda q, k, v: written(q, k, v, scores=q @ k.mT + slopes(q) * torch.arange(S)[:, None]),
+        "no entry for each key",
+    ),
+    "a bias for groups of heads": (
+        lambda q, k, v: written(
+            *(one.view(B, 2, 2, S, E) for one in (q, k, v)),
+            scores=q.view(B, 2, 2, S, E) @ k.view(B, 2, 2, S, E).mT + by_distance(q).view(2, 2, S, S)[:1],
+        ).reshape(B, H, S, E),
+        "groups of heads",
     ),
     "weights are scaled": (
         lambda q, k, v: (torch.where(causal(), q @ k.mT, -math.inf).softmax(-1) / 2) @ v,
@@ -206,6 +302,19 @@ def written_bias(like: Tensor) -> Tensor:
     return torch.where(causal(), -0.1 * distance, -math.inf)
 
 
+def test_a_bias_that_is_trained() -> None:
+    class WithTable(Model):
+        def __init__(self) -> None:
+            super().__init__(lambda q, k, v: written(q, k, v, scores=q @ k.mT + self.table))
+            self.table = nn.Parameter(torch.randn(H, S, S).clamp(-3, 3))
+
+    model, ids = WithTable(), shared_batch(B, S, 8)
+    for trained, reason in ((False, ""), (True, "it adds a bias that has a gradient")):
+        with torch.set_grad_enabled(trained):
+            (attention,) = radix_compile.explain(model, ids).graphs[0].attentions
+        assert attention.full_form == reason
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_in_full_form_with_a_reason(name: str) -> None:
     attend, reason = FULL[name]
@@ -245,6 +354,28 @@ def test_rows_that_see_no_key_have_a_program_where_they_need_one(attention: str,
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert radix_compile.stats().folded_compiles == programs
     assert radix_compile.stats().folded_calls == 2
+
+
+def test_rows_that_see_no_key_count_though_attention_is_only_wanted_in_full_form() -> None:
+    """What follows it mixes rows. Its own result does not, and runs on the tree."""
+
+    class Mixed(Model):
+        def forward(self, ids: Tensor, padding: Tensor) -> Tensor:  # type: ignore[override]
+            x = self.after(self.embedding(ids))
+            q, k, v = (layer(x).view(B, S, -1, E).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            mask = causal() & (padding != 0)[:, None, None, :]
+            y = torch.where(mask, q @ k.mT, torch.finfo(q.dtype).min).softmax(-1) @ v
+            return y + y.flip(2)
+
+    model, ids = Mixed(written).double(), shared_batch(B, S, 8)
+    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})
+    for padded in (0, 3):
+        padding = torch.ones_like(ids)
+        padding[:, :padded] = 0
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids, padding), model(ids, padding), rtol=1e-9, atol=1e-9)
+    assert radix_compile.stats().folded_calls == 2
+    assert radix_compile.stats().tree_pairs
 
 
 def test_the_lists_of_tiles_go_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
