@@ -25,7 +25,8 @@ from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
 from tests.kernels.plans import tree, values
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8", torch.int64: "i64", torch.bool: "i1"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
+NAMES |= {torch.uint8: "u8", torch.int64: "i64", torch.bool: "i1"}
 KERNELS = ("_copy_rows", "_sum_rows", "_long_sums", "_sum_same_target", "_forward", "_backward_query", "_backward_key")
 compiled = []
 
