@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.arrays import as_multiple
+from radix_compile.calibration import Measurements, calibration_file, fingerprint
 from radix_compile.capture import CaptureError, capture, first_line
+from radix_compile.cost_model import CostModel, Work
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
+from radix_compile.per_call import Folded, PerCall, Program
 from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
-from radix_compile.plan_inputs import OffTheTree, PlanInputs, advice_on_padding, plan_inputs
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
-from radix_compile.row_contents import RunsPlain
 from radix_compile.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
 
 LEAST_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
-
-Program = Callable[..., Any]
 
 
 class RadixBackend:
@@ -48,6 +48,7 @@ class RadixBackend:
 
     def __init__(self, **options: Any) -> None:
         self.options = Options().updated(options)
+        self.predicts_for: Options | None = None
         self._warned: set[str] = set()
 
     def __call__(
@@ -68,10 +69,16 @@ class RadixBackend:
         report = GraphReport(folded=False)
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
-            folded = [_compile_folded(captured, rewritten, inputs, example_inputs, options)]
-            if inputs.may_leave_the_tree:
-                rewritten, inputs = _rewrite_off_the_tree(captured, options, observe)
-                folded.append(_compile_folded(captured, rewritten, inputs, example_inputs, options))
+            name = "full fold" if inputs.tree is not None else "position-wise fold"
+            folded = [_compile_folded(name, captured, rewritten, inputs, example_inputs, options)]
+            # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
+            always = inputs.tiles and options.threshold is None
+            if always or inputs.may_leave_the_tree:
+                captured.meta.update({"fold_attention": False} if always else {"sighted": False, "apart": False})
+                rewritten, inputs = _rewrite_again(captured, options, observe)
+                name = "position-wise fold" if always else "fold off the tree"
+                one = _compile_folded(name, captured, rewritten, inputs, example_inputs, options)
+                folded.append(replace(one, always=always))
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason = False, str(refusal)
             if isinstance(refusal, PassFailed):
@@ -81,10 +88,15 @@ class RadixBackend:
             return _compile_plain(gm, example_inputs, options)
         self.report(report)
         plain = _compile_plain(gm, example_inputs, options)
-        return _choose_per_call(plain, folded, options, captured.meta["wrapped"])
+        kept = _measurements(captured, self.predicts_for or options)
+        model = CostModel({one.name: one.work for one in folded}, [] if kept is None else kept.load())
+        return PerCall(plain, folded, options, model, kept, captured.meta["wrapped"], self.chose)
 
     def report(self, report: GraphReport) -> None:
         """Called with the report of every graph; ``explain`` listens here."""
+
+    def chose(self, program: str, predicted: Mapping[str, float] | None) -> None:
+        """Called with the name of the program that a call runs, and the predicted seconds of each; listened to, too."""
 
     def _say_so(self, report: GraphReport, options: Options, expected: bool) -> None:
         details = "".join(f"\n  {refusal}" for refusal in report.refusals)
@@ -145,11 +157,10 @@ def rewrite(
     return captured, folded, inputs
 
 
-def _rewrite_off_the_tree(
+def _rewrite_again(
     captured: fx.GraphModule, options: Options, observe: Observer | None = None
 ) -> tuple[fx.GraphModule, PlanInputs]:
-    """As :func:`rewrite`, of what it captured: another folded form, for calls that are ``OffTheTree``."""
-    captured.meta.update(sighted=False, apart=False)
+    """As :func:`rewrite`, of what it captured: another folded form, with less attention on the tree."""
     folded = run_pipeline(captured, observe, options.verify, first=fold_attention)
     return folded, _finish(captured, folded, options, GraphReport(folded=True), observe)
 
@@ -178,16 +189,21 @@ def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
         raise
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A folded program, and how to plan its calls and check them."""
-
-    program: Program
-    inputs: PlanInputs
-    verify: CallVerifier | None
+def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | None:
+    """Of the graph's programs; None if they cannot be timed one by one, as other processes take part in them."""
+    nodes = captured.graph.nodes
+    if any(getattr(node.target, "namespace", "").endswith(("c10d", "c10d_functional")) for node in nodes):
+        return None
+    ids = captured.meta["tokens"].keys[0].meta["val"]
+    inner = options.inner if isinstance(options.inner, str) else getattr(options.inner, "__qualname__", "a callable")
+    compiled_by = inner, options.mode, options.inner_options, options.padding, options.fold_attention
+    key = fingerprint(captured, ids.device, compiled_by)
+    about = {"torch": torch.__version__, "device": ids.device.type, "inner": inner}
+    return Measurements(Path(options.calibration or calibration_file()), key, about)
 
 
 def _compile_folded(
+    name: str,
     captured: fx.GraphModule,
     folded: fx.GraphModule,
     plan: PlanInputs,
@@ -208,7 +224,8 @@ def _compile_folded(
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             program = internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
-            return Folded(program, plan, verify)
+            hint = [internals.size_hint(size) for size in ids.shape[:2]]
+            return Folded(name, program, plan, verify, Work.of(report_on(captured), *hint))
     except (RuntimeError, *internals.RUNS_EAGERLY) as error:
         if internals.must_propagate(error):
             raise
@@ -220,47 +237,3 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return fx.GraphModule(gm, graph)
-
-
-def _choose_per_call(plain: Program, folded: Sequence[Folded], options: Options, takes_wrapped: bool) -> Program:
-    """Of the folded programs the first one that the call allows for, if it pays."""
-    first_key = folded[0].inputs.keys[0]
-
-    def run(*wrapped: Any) -> Any:
-        args = internals.taken_apart(wrapped) if takes_wrapped else wrapped
-        ids = args[first_key]
-        rows = ids.shape[0] * ids.shape[1]
-        if rows < options.min_tokens:
-            COUNTERS.ran_plain("fewer rows than min_tokens")
-            return plain(*wrapped)
-        started = time.perf_counter()
-        try:
-            chosen, plan = _planned(folded, args, options)
-        except RunsPlain as reason:
-            COUNTERS.ran_plain(str(reason))
-            return plain(*wrapped)
-        pays = 1 < plan.compact_tokens <= options.threshold * rows  # one node has not been compiled for
-        arrays = chosen.inputs.arrays(plan, args, ids.device) if pays else []
-        COUNTERS.add(plan_seconds=time.perf_counter() - started)
-        if not pays:
-            COUNTERS.ran_plain("too little is shared")
-            return plain(*wrapped)
-        COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-        if chosen.inputs.tree is not None:
-            COUNTERS.add(pairs=rows * ids.shape[1], tree_pairs=plan.pairs)
-        results = chosen.program(*args, *arrays)
-        if chosen.verify is not None:
-            chosen.verify(results, args, arrays, lambda: plain(*wrapped))
-        return results
-
-    return run
-
-
-def _planned(folded: Sequence[Folded], args: Sequence[Any], options: Options) -> tuple[Folded, PrefixPlan]:
-    *others, last = folded
-    for one in others:
-        try:
-            return one, one.inputs.plan(args, options.pad_multiple_of)
-        except OffTheTree:
-            pass
-    return last, last.inputs.plan(args, options.pad_multiple_of)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from radix_compile.backend import RadixBackend
+from radix_compile.calibration import time_programs
+from radix_compile.options import Options
 from radix_compile.report import GraphReport, reset_stats, restore_stats, stats
 from radix_compile.token_axes import Refusal
 
@@ -23,6 +25,9 @@ class Explanation:
     ``compact_tokens``  nodes of the prefix tree, that is the rows the folded programs ran.
     ``pairs``           pairs of a query and a key of its sequence, where attention runs on the tree.
     ``tree_pairs``      pairs of a node and an ancestor, or itself, there.
+    ``predicted``       seconds by program ("plain", "full fold", ...) for the inputs, if calls of about their size were
+                        timed before, or with ``measure``.
+    ``measured``        with ``measure``, seconds of the call as "plain" (the inner backend alone) and as "radix".
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -30,6 +35,8 @@ class Explanation:
     compact_tokens: int = 0
     pairs: int = 0
     tree_pairs: int = 0
+    predicted: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def folded(self) -> bool:
@@ -75,6 +82,8 @@ class Explanation:
             "tree_pairs": self.tree_pairs,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
+            "predicted": self.predicted,
+            "measured": self.measured,
             "graphs": [asdict(graph) for graph in self.graphs],
         }
 
@@ -90,6 +99,9 @@ class Explanation:
             lines = [f"folded: {saved}", f"FLOPs:  {self.flops_before:.3g} -> {self.flops_after:.3g}"]
         else:
             lines = ["nothing folded"]
+        for what, seconds in (("predicted:", self.predicted), ("measured:", self.measured)):
+            if seconds:
+                lines.append(f"{what:10} " + ", ".join(f"{name} {1e3 * took:.3g} ms" for name, took in seconds.items()))
         for number, graph in enumerate(self.graphs):
             lines.append(f"graph {number}: " + ("folded" if graph.folded else f"not folded: {graph.reason}"))
             lines += [f"  region: {region.ops} ops, {region.first} .. {region.last}" for region in graph.regions]
@@ -106,9 +118,14 @@ class _Listening(RadixBackend):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.reports: list[GraphReport] = []
+        self.predicted: dict[str, float] = {}
 
     def report(self, report: GraphReport) -> None:
         self.reports.append(report)
+
+    def chose(self, program: str, predicted: Mapping[str, float] | None) -> None:
+        for name, seconds in (predicted or {}).items():  # summed over graphs
+            self.predicted[name] = self.predicted.get(name, 0.0) + seconds
 
     __hash__ = RadixBackend.__hash__
 
@@ -116,26 +133,47 @@ class _Listening(RadixBackend):
         return self is other
 
 
-def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: dict[str, Any] | None = None,
+    measure: bool = False,
+    **kwargs: Any,
+) -> Explanation:
     """Run ``model(*args, **kwargs)`` once through the backend, print what it did and return it.
 
     ``model`` is a module or a function, compiled or not; its weights and its own compiled code are left alone, except
     that, like ``torch._dynamo.explain``, this starts Dynamo afresh: what was compiled compiles again at its next call.
     The programs run uncompiled (``inner="eager"``), and whatever is shared folds (``threshold=1.0``), unless
-    ``options`` says otherwise. Gradient mode is the caller's.
+    ``options`` says otherwise. Gradient mode is the caller's. With ``measure``, the programs are compiled with
+    ``options`` as they are and time is taken: of the call as it would be, and of the plain program.
     """
     model = getattr(model, "_orig_mod", model)
-    backend = _Listening(**{"inner": "eager", "threshold": 1.0, **(options or {})})
+    backend = _Listening(**{**({} if measure else {"inner": "eager", "threshold": 1.0}), **(options or {})})
+    backend.predicts_for = Options().updated(options)
     torch._dynamo.reset()
     before = stats()
     reset_stats()
     try:
-        torch.compile(model, backend=backend)(*args, **kwargs)
-        counted = stats()
+        compiled = torch.compile(model, backend=backend)
+        compiled(*args, **kwargs)
+        counted, predicted = stats(), dict(backend.predicted)
+        measured = _measured(model, compiled, backend, args, kwargs) if measure else {}
     finally:
         restore_stats(before)
         torch._dynamo.reset()
     pairs = counted.pairs, counted.tree_pairs
-    explanation = Explanation(backend.reports, counted.tokens, counted.compact_tokens, *pairs)
+    explanation = Explanation(backend.reports, counted.tokens, counted.compact_tokens, *pairs, predicted, measured)
     print(explanation)
     return explanation
+
+
+def _measured(
+    model: Callable[..., Any], compiled: Callable[..., Any], backend: RadixBackend, args: Any, kwargs: Any
+) -> dict[str, float]:
+    """The call plain and as it is, whole, after warming up."""
+    plain = torch.compile(model, backend=backend.options.inner, options=dict(backend.options.inner_options) or None)
+    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    runs = {"plain": lambda: plain(*args, **kwargs), "radix": lambda: compiled(*args, **kwargs)}
+    return time_programs(runs, device)

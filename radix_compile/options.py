@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 Inner = str | Callable[..., Any]
@@ -15,7 +16,11 @@ class Options:
     """Options of the ``radix`` backend. Values are checked on construction (``ValueError``).
 
     ``inner``            the backend that compiles the plain and the folded program: a name or a callable.
-    ``threshold``        fold a call if compact tokens / tokens is at most this. 1.0: always.
+    ``threshold``        None: fold a call if that is predicted to be faster. A number: if compact tokens / tokens is at
+                         most this; 1.0: always.
+    ``calibrate``        time the programs of a graph on the inputs of a call where a prediction needs it, and keep what
+                         was measured on disk. False: predict from what is there, else fold at a threshold of 0.95.
+    ``calibration``      the file of measurements, if not the one in the user's cache directory.
     ``min_tokens``       run calls with fewer rows (sequences times columns) plain.
     ``pad_multiple_of``  pad the number of compact rows up to a multiple of this.
     ``padding``          "exact": every row of the output is the row of the plain model. "skip": rows that the attention
@@ -29,7 +34,9 @@ class Options:
     """
 
     inner: Inner = "inductor"
-    threshold: float = 0.95
+    threshold: float | None = None
+    calibrate: bool = True
+    calibration: str | Path | None = None
     min_tokens: int = 0
     pad_multiple_of: int | None = None
     padding: str = "exact"
@@ -45,9 +52,10 @@ class Options:
         _expect(
             "inner", self.inner, isinstance(self.inner, str) or callable(self.inner), "a backend name or a callable"
         )
-        _expect(
-            "threshold", self.threshold, _is_number(self.threshold) and 0 <= self.threshold <= 1, "a number from 0 to 1"
-        )
+        limit = self.threshold
+        _expect("threshold", limit, limit is None or _is_share(limit), "a number from 0 to 1, or None")
+        _expect("calibrate", self.calibrate, isinstance(self.calibrate, bool), "True or False")
+        _expect("calibration", self.calibration, isinstance(self.calibration, str | Path | None), "a path or None")
         _expect("min_tokens", self.min_tokens, _is_count(self.min_tokens, 0), "an integer, zero or more")
         multiple = self.pad_multiple_of
         _expect("pad_multiple_of", multiple, multiple is None or _is_count(multiple, 1), "a positive integer or None")
@@ -78,8 +86,8 @@ def _expect(name: str, value: object, holds: bool, expected: str) -> None:
         raise ValueError(f"radix option {name!r} must be {expected}, not {value!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_count(value: object, least: int) -> bool:

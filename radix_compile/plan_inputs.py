@@ -86,14 +86,19 @@ class PlanInputs:
         """May a call be ``OffTheTree``? Numbers of sequences that are computed from no key never change."""
         return self.sighted or (self.apart is not None and bool(self.apart.inputs))
 
-    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None) -> PrefixPlan:
-        """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one."""
+    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, apart: bool = False) -> PrefixPlan:
+        """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
+
+        If ``apart``, sequences share nothing, as if each of them began with a token of its own.
+        """
         if self.scans is not None and not self.scans(args):
             raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
         keys = [args[i] for i in self.keys]
         shape = (keys[0].shape[0], keys[0].shape[1])
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
         rows = [*_on_host(keys), *(one for one in seen if one is not None)]
+        if apart:
+            rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
         unique: BoolArray | None = None
         skip: BoolArray | None = None
         if self.skip is not None:

@@ -169,7 +169,8 @@ class Stats:
     ``plain_calls``                calls by the reason that they ran plain.
     ``graphs``                     graphs handed to the backend.
     ``plain_compiles``, ``folded_compiles``  programs handed to the inner backend.
-    ``plan_seconds``               time spent making plans.
+    ``plan_seconds``               time spent making plans, and timing programs.
+    ``timed_calls``                calls on whose inputs programs were timed.
     """
 
     calls: int = 0
@@ -183,6 +184,7 @@ class Stats:
     plain_compiles: int = 0
     folded_compiles: int = 0
     plan_seconds: float = 0.0
+    timed_calls: int = 0
 
     @property
     def compression(self) -> float:

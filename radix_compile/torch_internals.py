@@ -210,6 +210,17 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a device to finish what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size in the call that is compiled for."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def upper_bound(size: int | torch.SymInt) -> int:
     """The size itself; of a symbol a number well above it, with a guard that it stays below that in every call."""
     if isinstance(size, int):

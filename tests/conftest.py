@@ -17,6 +17,13 @@ from radix_compile import pipeline
 pipeline.ALWAYS_VERIFY = True
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RADIX_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()

@@ -16,7 +16,9 @@ from radix_compile.options import Options
     ("given", "message"),
     [
         ({"treshold": 0.5}, "unknown radix option 'treshold' .did you mean 'threshold'"),
-        ({"threshold": 1.5}, "'threshold' must be a number from 0 to 1, not 1.5"),
+        ({"threshold": 1.5}, "'threshold' must be a number from 0 to 1, or None, not 1.5"),
+        ({"calibrate": 1}, "'calibrate' must be True or False"),
+        ({"calibration": 3}, "'calibration' must be a path or None"),
         ({"threshold": "high"}, "'threshold' must be a number"),
         ({"threshold": True}, "'threshold' must be a number"),
         ({"min_tokens": -1}, "'min_tokens' must be an integer, zero or more"),
@@ -41,7 +43,7 @@ def test_bad_options_through_torch_compile() -> None:
 
 def test_defaults() -> None:
     options = Options()
-    assert (options.inner, options.threshold, options.padding, options.strict) == ("inductor", 0.95, "exact", False)
+    assert (options.inner, options.threshold, options.padding, options.strict) == ("inductor", None, "exact", False)
 
 
 def test_backends_with_equal_options_are_equal() -> None:
@@ -77,5 +79,6 @@ def test_mode_and_inner_options_reach_the_inner_backend() -> None:
 def test_inductor_takes_a_mode() -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
     ids = torch.zeros(3, 5, dtype=torch.long)
-    torch.testing.assert_close(torch.compile(model, backend="radix", mode="reduce-overhead")(ids), model(ids))
+    backend = radix_compile.RadixBackend(threshold=1.0)
+    torch.testing.assert_close(torch.compile(model, backend=backend, mode="reduce-overhead")(ids), model(ids))
     assert radix_compile.stats().folded_calls == 1

@@ -1,0 +1,158 @@
+"""What happens in every call: plan it, choose a program, run it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from radix_compile import torch_internals as internals
+from radix_compile.calibration import Measurements, time_programs
+from radix_compile.cost_model import PLAIN, CostModel, Counts, Point, Timed, Work, fastest
+from radix_compile.options import Options
+from radix_compile.plan_inputs import OffTheTree, PlanInputs
+from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.report import COUNTERS
+from radix_compile.row_contents import RunsPlain
+from radix_compile.verify_calls import CallVerifier
+
+Program = Callable[..., Any]
+Listener = Callable[[str, Mapping[str, float] | None], None]
+
+THRESHOLD = 0.95
+"""Without a prediction, a call folds if it has at most this many nodes per row."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded program, how to plan its calls and check them, and its FLOPs.
+
+    ``always`` if it will do for all calls of the graph, and not only for those that are ``OffTheTree`` of the others.
+    """
+
+    name: str
+    program: Program
+    inputs: PlanInputs
+    verify: CallVerifier | None
+    work: Work
+    always: bool = True
+
+    def run(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> Any:
+        return self.program(*args, *self.inputs.arrays(plan, args, device))
+
+
+@dataclass(frozen=True)
+class PerCall:
+    """The programs of a graph, called as it was.
+
+    ``model`` chooses among them, unless ``options.threshold`` is a number. If it cannot tell, programs are timed, and
+    ``measurements`` keeps what was found; neither if that is None. ``chose`` is told the name of each call's program
+    and the predicted seconds, if any.
+    """
+
+    plain: Program
+    folded: Sequence[Folded]
+    options: Options
+    model: CostModel
+    measurements: Measurements | None
+    takes_wrapped: bool
+    chose: Listener
+
+    def __call__(self, *wrapped: Any) -> Any:
+        args = internals.taken_apart(wrapped) if self.takes_wrapped else wrapped
+        ids = args[self.folded[0].inputs.keys[0]]
+        batch, seq = ids.shape[:2]
+        if batch * seq < self.options.min_tokens:
+            return self._run_plain(wrapped, "fewer rows than min_tokens")
+        started = time.perf_counter()
+        try:
+            plan, candidates = self._planned(args)
+        except RunsPlain as reason:
+            return self._run_plain(wrapped, str(reason))
+        counts = Counts.of(plan, batch, seq)
+        chosen = self._choose(counts, plan, candidates, args, wrapped, ids.device)
+        if isinstance(chosen, str):
+            COUNTERS.add(plan_seconds=time.perf_counter() - started)
+            return self._run_plain(wrapped, chosen)
+        arrays = chosen.inputs.arrays(plan, args, ids.device)
+        COUNTERS.add(plan_seconds=time.perf_counter() - started)
+        COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
+        if chosen.inputs.tree is not None:
+            COUNTERS.add(pairs=counts.pairs, tree_pairs=counts.tree_pairs)
+        results = chosen.program(*args, *arrays)
+        if chosen.verify is not None:
+            chosen.verify(results, args, arrays, lambda: self.plain(*wrapped))
+        return results
+
+    def _run_plain(self, wrapped: Sequence[Any], reason: str) -> Any:
+        COUNTERS.ran_plain(reason)
+        return self.plain(*wrapped)
+
+    def _planned(self, args: Sequence[Any], apart: bool = False) -> tuple[PrefixPlan, list[Folded]]:
+        """A plan, and the programs that it is for. Raises ``RunsPlain`` if there is none."""
+        *others, last = self.folded
+        for i, one in enumerate(others):
+            try:
+                plan = one.inputs.plan(args, self.options.pad_multiple_of, apart)
+            except OffTheTree:
+                continue
+            return plan, [one, *(other for other in self.folded[i + 1 :] if other.always)]
+        return last.inputs.plan(args, self.options.pad_multiple_of, apart), [last]
+
+    def _choose(
+        self,
+        counts: Counts,
+        plan: PrefixPlan,
+        candidates: list[Folded],
+        args: Sequence[Any],
+        wrapped: Sequence[Any],
+        device: torch.device,
+    ) -> Folded | str:
+        """One of the candidates, or why none of them."""
+        threshold = self.options.threshold
+        by_name = {one.name: one for one in candidates}
+        if counts.nodes <= 1:  # which is not compiled for
+            return "too little is shared"
+        kept = self.measurements if threshold is None and self.options.calibrate else None
+        if kept is not None and self.model.needs_timing(counts, list(by_name)):
+            self.model.timed.append(self._timed(counts, plan, candidates, args, wrapped, device))
+            kept.save(self.model.timed)
+        predicted = self.model.predict(counts, list(by_name))
+        reason = "too little is shared"
+        if threshold is None and predicted is not None:
+            name, reason = fastest(predicted), "the plain program is predicted to be as fast"
+        else:
+            limit = THRESHOLD if threshold is None else threshold
+            name = candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
+        self.chose(name, predicted)
+        return reason if name == PLAIN else by_name[name]
+
+    def _timed(
+        self,
+        counts: Counts,
+        plan: PrefixPlan,
+        candidates: list[Folded],
+        args: Sequence[Any],
+        wrapped: Sequence[Any],
+        device: torch.device,
+    ) -> Timed:
+        """All programs, the folded ones with the call's plan and with one that shares nothing."""
+        unshared, _ = self._planned(args, apart=True)
+        batch, seq = args[self.folded[0].inputs.keys[0]].shape[:2]
+        plans = {"shared": plan, "unshared": unshared}
+        runs: dict[tuple[str, str], Callable[[], object]] = {(PLAIN, ""): lambda: self.plain(*wrapped)}
+        for one in candidates:
+            runs |= {(one.name, which): partial(one.run, of, args, device) for which, of in plans.items()}
+        took = time_programs(runs, device)
+        COUNTERS.add(timed_calls=1)
+        work = {which: Counts.of(of, batch, seq) for which, of in plans.items()}
+        points: dict[str, tuple[Point, ...]] = {
+            one.name: tuple((one.work.flops(of), took[one.name, which]) for which, of in work.items())
+            for one in candidates
+        }
+        points[PLAIN] = ((candidates[0].work.flops(counts.unshared), took[PLAIN, ""]),)
+        return Timed(counts.rows, points)
