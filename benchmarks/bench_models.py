@@ -5,8 +5,12 @@ hidden states of a batch, or with `--backward` a forward and a backward pass. Th
 
     plain     inductor, padding included
     packed    inductor on one row without padding, attention by `varlen_attn` (GPUs only)
+    reuse     inductor on each group's prefix once and then, with its cache repeated, on what follows: as one would
+              write it by hand for these batches; what comes out are the hidden states of what follows (forward only)
     rows      radix with `fold_attention=False`, attention in full form: what RadixMLP does (arXiv 2601.15013)
     radix     radix
+
+Whatever is shared folds (`threshold=1.0`): what the cost model would choose is not the question here.
 
 The token bound is tokens over distinct prefixes. The arithmetic bound counts multiplications, of weights for each token
 and of attention for each pair of query and key: those of plain, which sees no future, over those of the tree.
@@ -81,8 +85,20 @@ class _Packed:
 PACKED = _Packed()
 
 
-def ways(model: Any, case: PrefixBatch, device: torch.device) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and call."""
+def reuse(model: Any, ids: Tensor, mask: Tensor | None, groups: int, prefix: int) -> Tensor:
+    """The hidden states behind the prefixes of groups, whose keys and values are computed once."""
+    members = len(ids) // groups
+    cache = model(input_ids=ids[::members, :prefix], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(members)
+    hidden: Tensor = model(input_ids=ids[:, prefix:], attention_mask=mask, past_key_values=cache).last_hidden_state
+    return hidden
+
+
+Way = tuple[str, Callable[[], Tensor]]
+"""Name and call."""
+
+
+def ways(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -> Iterator[Way]:
     ids, mask = case.ids.to(device), case.mask.to(device)
     inputs = {"input_ids": ids, "use_cache": False, **({"attention_mask": mask} if case.is_padded else {})}
 
@@ -104,8 +120,12 @@ def ways(model: Any, case: PrefixBatch, device: torch.device) -> Iterator[tuple[
         call = torch.compile(lambda **given: model(**given).last_hidden_state)
         yield "packed", lambda: call(**packed)
         model.config._attn_implementation = "sdpa"
-    yield "rows", compiled(backend="radix", options={"fold_attention": False})
-    yield "radix", compiled(backend="radix")
+    if not backward:
+        torch._dynamo.reset()
+        by_hand = torch.compile(reuse)
+        yield "reuse", lambda: by_hand(model, ids, mask if case.is_padded else None, case.groups, case.prefix)
+    yield "rows", compiled(backend="radix", options={"fold_attention": False, "threshold": 1.0})
+    yield "radix", compiled(backend="radix", options={"threshold": 1.0})
 
 
 def measure(call: Callable[[], Tensor], device: torch.device, runs: int, backward: bool) -> tuple[float, int | None]:
@@ -160,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
         )
         first = None
-        for way, call in ways(model, case, device):
+        for way, call in ways(model, case, device, options.backward):
             seconds, peak = measure(call, device, options.runs, options.backward)
             first = first or seconds
             memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"

@@ -12,11 +12,16 @@ from radix_compile.prefix_plan import PrefixPlan
 
 @dataclass(frozen=True, eq=False)
 class PrefixBatch:
-    """Token ids ``[B, S]`` and how long each sequence is; what is behind that is padding."""
+    """Token ids ``[B, S]`` and how long each sequence is; what is behind that is padding.
+
+    The sequences are in ``groups`` of equal size, one behind the other, that share at least ``prefix`` columns each.
+    """
 
     name: str
     ids: Tensor
     lengths: Tensor
+    groups: int
+    prefix: int
 
     @property
     def mask(self) -> Tensor:
@@ -40,7 +45,7 @@ def one_prefix(batch: int, prefix: int, suffix: int, vocabulary: int = 30_000) -
     """All sequences share the first ``prefix`` columns and nothing else."""
     ids = _random(batch, prefix + suffix, vocabulary)
     ids[:, :prefix] = ids[0, :prefix]
-    return PrefixBatch(f"{batch} x ({prefix} + {suffix})", ids, torch.full((batch,), prefix + suffix))
+    return PrefixBatch(f"{batch} x ({prefix} + {suffix})", ids, torch.full((batch,), prefix + suffix), 1, prefix)
 
 
 def rerank(
@@ -53,7 +58,7 @@ def rerank(
     ids[:, :instruction] = ids[0, :instruction]
     for first in range(0, batch, passages):
         ids[first : first + passages, : instruction + query] = ids[first, : instruction + query]
-    made = PrefixBatch(f"rerank {queries} x {passages}", ids, lengths)
+    made = PrefixBatch(f"rerank {queries} x {passages}", ids, lengths, queries, instruction + query)
     ids.masked_fill_(made.mask == 0, 0)
     return made
 

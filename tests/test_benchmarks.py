@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import bench_attention, bench_cuts, bench_index_kernels, bench_models
 from benchmarks.bench_index_kernels import WIDTHS, Case
-from benchmarks.prefix_batches import one_prefix, rerank
+from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
+from tests.models import build
 
 CPU = torch.device("cpu")
 
@@ -47,3 +48,14 @@ def test_bounds_of_models() -> None:
     weights = 8 * (16 + 8 + 48)
     assert by_token == 4 / 3
     assert by_arithmetic == (4 * weights + 2 * 6 * 8) / (3 * weights + 2 * 5 * 8)
+
+
+@pytest.mark.parametrize("case", [one_prefix(4, 12, 5), rerank(2, 3, instruction=5, query=4)], ids=["prefix", "rerank"])
+def test_reuse_by_hand_is_the_same_model(case: PrefixBatch) -> None:
+    model = build("Qwen3", head="Model", vocab_size=30_000)
+    with torch.no_grad():
+        full = model(input_ids=case.ids, attention_mask=case.mask).last_hidden_state[:, case.prefix :]
+        mask = case.mask if case.is_padded else None
+        ours = bench_models.reuse(model, case.ids, mask, case.groups, case.prefix)
+    kept = case.mask[:, case.prefix :] > 0
+    torch.testing.assert_close(ours[kept], full[kept], rtol=1e-4, atol=1e-5)
