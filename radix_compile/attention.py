@@ -26,6 +26,7 @@ from radix_compile.mask_facts import (
     negation,
     terms_of,
 )
+from radix_compile.op_rules.flex import Blocks
 from radix_compile.op_rules.masks import as_formula
 from radix_compile.token_axes import BATCH, SEQ, Axes, Axis, Feature, Token, Uniform, as_size, value_of, values_of
 
@@ -45,7 +46,7 @@ class Rows:
 
     @property
     def axes(self) -> Axes:
-        axes = value_of(self.node).axes
+        axes = values_of(self.node)[0].axes
         return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
     @property
@@ -140,6 +141,8 @@ class Bias:
                 raise NotCarried("it adds a bias that has a gradient")
             if flops(node):
                 raise NotCarried("it adds a bias that is a product itself")
+            if any(isinstance(arg, torch.SymInt) for arg in node.args):  # what spell_out_flex wrote, not to be run
+                raise NotCarried("it adds a bias of a size that is a symbol")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,7 @@ class Parts:
     ``zero``     a row that sees no key is zero. (Written out, it attends to all keys alike, or is not a number.)
     ``masks``    what hides keys, of which the formula of the attention (``Weights``) says the same.
     ``biases``   what is added to the scores besides.
+    ``blocks``   the tables of blocks of flex_attention: that they say what its mask does is seen in every call.
     """
 
     query: Rows
@@ -166,6 +170,7 @@ class Parts:
     zero: bool = False
     masks: tuple[Bias, ...] = ()
     biases: tuple[Bias, ...] = ()
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ class RadixBackend:
             # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
             always = inputs.tiles and options.threshold is None
             if always or inputs.may_leave_the_tree:
-                captured.meta.update({"fold_attention": False} if always else {"sighted": False, "apart": False})
+                less = ("fold_attention",) if always else ("sighted", "apart", "listed")
+                captured.meta.update(dict.fromkeys(less, False))
                 rewritten, inputs = _rewrite_again(captured, options, observe)
                 name = "position-wise fold" if always else "fold off the tree"
                 one = _compile_folded(name, captured, rewritten, inputs, example_inputs, options)

@@ -215,6 +215,15 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True)
+class Distance:
+    """``column[a] - column[b] + offset``."""
+
+    a: int
+    b: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Filled:
     """Every entry is ``value``."""
 
@@ -325,7 +334,9 @@ class Weights:
     key: int
 
 
-Fact = Index | Filled | PerRow | Shifted | Step | Break | Predicate | Ones | Score | Masked | RowMax | Weights
+Fact = (
+    Index | Distance | Filled | PerRow | Shifted | Step | Break | Predicate | Ones | Score | Masked | RowMax | Weights
+)
 
 
 def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
@@ -347,6 +358,8 @@ def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:
     match fact:
         case Index(dim, offset):
             return Index(to(dim), offset)
+        case Distance(a, b, offset):
+            return Distance(to(a), to(b), offset)
         case PerRow() | Shifted():
             return replace(fact, dim=to(fact.dim))
         case Predicate(formula):

@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 from torch import fx
 
 from radix_compile.attention import ancestors
+from radix_compile.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
 from radix_compile.column_reach import ReachCheck
 from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import Blind
-from radix_compile.op_rules.flex import BlockTables, listed_blocks
-from radix_compile.passes.fold_graph import Wanted, needs_tiles, relies_on_runs, relies_on_sight, shown_keys
+from radix_compile.op_rules.flex import Blocks
+from radix_compile.passes.fold_graph import (
+    Wanted,
+    needs_tiles,
+    relies_on_runs,
+    relies_on_sight,
+    shown_keys,
+    with_blocks,
+)
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
@@ -48,6 +56,23 @@ class RowProgram:
 
 
 @dataclass(frozen=True)
+class BlockCheck:
+    """That tables of blocks show and hide what a mask does: see ``leave_the_mask_alone``."""
+
+    tables: BlockTables
+    window: int | None
+    shown: tuple[tuple[RowProgram, bool], ...]
+    runs: RowProgram | None
+
+    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> bool:
+        shown = np.ones(shape, np.bool_)
+        for program, truth in self.shown:
+            shown &= (program(args, shape) != 0) == truth
+        runs = None if self.runs is None else self.runs(args, shape)
+        return leave_the_mask_alone(self.tables, args, shown, self.window, runs)
+
+
+@dataclass(frozen=True)
 class PlanInputs:
     """Which inputs are the row keys, which rows are nodes of their own, which are left out.
 
@@ -56,6 +81,7 @@ class PlanInputs:
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.
+    ``listed`` what those of attention on the tree must say.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``runs``  program for the numbers of sequences that are packed in a row.
     ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
@@ -80,11 +106,12 @@ class PlanInputs:
     sighted: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
+    listed: tuple[BlockCheck, ...] = ()
 
     @property
     def may_leave_the_tree(self) -> bool:
         """May a call be ``OffTheTree``? Numbers of sequences that are computed from no key never change."""
-        return self.sighted or (self.apart is not None and bool(self.apart.inputs))
+        return self.sighted or bool(self.listed) or (self.apart is not None and bool(self.apart.inputs))
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, apart: bool = False) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
@@ -96,6 +123,8 @@ class PlanInputs:
         keys = [args[i] for i in self.keys]
         shape = (keys[0].shape[0], keys[0].shape[1])
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
+        if not all(check(args, shape) for check in self.listed):
+            raise OffTheTree("flex_attention's table of blocks shows or hides others than its mask_mod")
         rows = [*_on_host(keys), *(one for one in seen if one is not None)]
         if apart:
             rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
@@ -203,15 +232,15 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
-    place = placeholders.index
-    blocks = tuple(
-        BlockTables(
-            (place(one.partial[0]), place(one.partial[1])),
-            None if one.full is None else (place(one.full[0]), place(one.full[1])),
-            one.query_size,
-            one.key_size,
+    place = {node: i for i, node in enumerate(placeholders)}
+    listed = tuple(
+        BlockCheck(
+            _places(tables, place),
+            visible.window,
+            tuple((_row_program(captured, source), truth) for source, truth in visible.shown),
+            None if visible.runs is None else _row_program(captured, visible.runs),
         )
-        for one in tokens.blocks
+        for tables, visible in with_blocks(captured)
     )
     return PlanInputs(
         keys,
@@ -226,8 +255,14 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         apart=None if relied is None else _row_program(captured, relied),
         sighted=relies_on_sight(captured),
         scans=scans,
-        blocks=blocks,
+        blocks=tuple(_places(one, place) for one in tokens.blocks),
+        listed=listed,
     )
+
+
+def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
+    full = None if blocks.full is None else (place[blocks.full[0]], place[blocks.full[1]])
+    return BlockTables((place[blocks.partial[0]], place[blocks.partial[1]]), full, blocks.query_size, blocks.key_size)
 
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:

@@ -3,7 +3,7 @@
 In the blocks that the table lists as partial the predicate hides pairs; in full ones nothing is hidden, and blocks
 that are not listed are. The predicate is read as any mask is. The tables are inputs: two rows see the same keys if
 their tables say the same, so what those say is part of the rows' keys, and each call checks that no full block is
-above the diagonal (:func:`listed_blocks`).
+above the diagonal (``block_tables``).
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx
 
 from radix_compile.mask_facts import Formula, Given, Weights, disjunction, hides, implies_causal
 from radix_compile.op_rules.masks import as_formula
 from radix_compile.op_rules.table import is_tensor
-from radix_compile.row_contents import RunsPlain
 from radix_compile.token_axes import BATCH, SEQ, Layout, Marks, Mixes, Value, has_tokens, value_of
 
 FLEX = torch.ops.higher_order.flex_attention
@@ -35,6 +32,7 @@ class Flex(NamedTuple):
     score_mod: fx.Node
     mask_mod: fx.Node
     blocks: Blocks
+    scale: float
     score_buffers: Sequence[fx.Node]
     mask_buffers: Sequence[fx.Node]
 
@@ -58,12 +56,12 @@ class Blocks:
 
 def arguments_of(node: fx.Node) -> Flex:
     arguments: tuple[Any, ...] = node.args
-    query, key, value, score_mod, mask, _, _, *buffers = arguments
+    query, key, value, score_mod, mask, scale, _, *buffers = arguments
     _, _, count, index, full_count, full_index, *_, query_size, key_size, mask_mod = mask
     score_buffers, mask_buffers = (*buffers, (), ())[:2]
     full = None if full_count is None else (full_count, full_index)
     blocks = Blocks((count, index), full, query_size, key_size)
-    return Flex(query, key, value, score_mod, mask_mod, blocks, score_buffers, mask_buffers)
+    return Flex(query, key, value, score_mod, mask_mod, blocks, scale, score_buffers, mask_buffers)
 
 
 def flex_attention(node: fx.Node, layout: Layout) -> Marks:
@@ -77,6 +75,8 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
             raise Mixes(f"the {what} of attention does not have one vector for each row")
     if any(table.op != "placeholder" for table in found.blocks.tables):
         raise Mixes("the block mask is made in the graph: make it outside of the compiled function")
+    if not all(isinstance(size, int) for size in (found.blocks.query_size, found.blocks.key_size)):
+        raise Mixes("the size of the block mask's blocks is a symbol: it is a number without dynamic=True")
     visible = _visible(node)
     if found.blocks.full is not None:
         visible = disjunction(visible, Given(found.blocks.full[1], -2, -1))
@@ -101,47 +101,9 @@ def _visible(node: fx.Node) -> Formula:
             raise Mixes(f"the {what} {value.mixed.reason}")
     if not scores.is_pair:
         raise Mixes("the score_mod is not understood")
-    return as_formula(mask)
+    return mask_of(node)
 
 
-# ----------------------------------------------------------------------------------------------------- in every call
-
-
-@dataclass(frozen=True)
-class BlockTables:
-    """Where in a call's inputs the tables are: see :class:`Blocks`."""
-
-    partial: tuple[int, int]
-    full: tuple[int, int] | None
-    query_size: int
-    key_size: int
-
-
-def listed_blocks(tables: BlockTables, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[np.int64] | None:
-    """Numbers ``[B, S]``, equal for rows whose tables list the same blocks; None if one table is for all sequences.
-
-    Raises :class:`RunsPlain` if a block that is listed as full has a key behind one of its queries.
-    """
-    listed = [_listed(args[count], args[index]) for count, index in filter(None, (tables.partial, tables.full))]
-    if tables.full is not None:
-        full = listed[-1]
-        last = (full + 1) * tables.key_size - 1
-        first = np.arange(full.shape[2])[None, None, :, None] * tables.query_size
-        if ((full >= 0) & (last > first)).any():
-            raise RunsPlain("a block that flex_attention's block mask lists as full has keys behind its queries")
-    if all(one.shape[0] == 1 for one in listed):
-        return None
-    batch, seq = shape
-    blocks = max(one.shape[2] for one in listed)
-    rows = [np.broadcast_to(one, (batch, *one.shape[1:])).swapaxes(1, 2).reshape(batch, blocks, -1) for one in listed]
-    _, numbers = np.unique(np.concatenate(rows, -1).reshape(batch * blocks, -1), axis=0, return_inverse=True)
-    column = np.arange(seq) // tables.query_size
-    result: NDArray[np.int64] = numbers.astype(np.int64).reshape(batch, blocks)[:, column]
-    return result
-
-
-def _listed(count: torch.Tensor, index: torch.Tensor) -> NDArray[np.int64]:
-    """The listed key blocks of each query block, and -1 behind them."""
-    blocks = index.numpy(force=True).astype(np.int64)
-    place = np.arange(blocks.shape[-1])
-    return np.where(place < count.numpy(force=True)[..., None], blocks, -1)
+def mask_of(node: fx.Node) -> Formula:
+    """What the ``mask_mod`` of a flex_attention shows."""
+    return as_formula(value_of(node.meta["visible"]))

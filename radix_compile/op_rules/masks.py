@@ -19,6 +19,7 @@ from radix_compile.mask_facts import (
     Blind,
     Break,
     Diff,
+    Distance,
     Fact,
     Filled,
     Formula,
@@ -122,6 +123,15 @@ def _compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
     return None
 
 
+def _compare_distance(node: fx.Node, sign: int, slack: int) -> Fact | None:
+    """``sign * (distance - number) <= slack``."""
+    fact, number = fact_of(node.args[0]), node.args[1]
+    if not isinstance(fact, Distance) or isinstance(number, bool) or not isinstance(number, int):
+        return None
+    a, b = (fact.a, fact.b) if sign > 0 else (fact.b, fact.a)
+    return Predicate(Diff(a, b, slack + sign * (number - fact.offset)))
+
+
 def _as_shifted(fact: Fact | None) -> Shifted | None:
     if isinstance(fact, PerRow) and fact.exact:
         return Shifted(fact.source, fact.dim, 0)
@@ -130,8 +140,8 @@ def _as_shifted(fact: Fact | None) -> Shifted | None:
 
 def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
     """An index or a row's integer plus a number, in a type in which that does not wrap around."""
-    if isinstance(fact, Index):
-        return Index(fact.dim, fact.offset + amount)
+    if isinstance(fact, Index | Distance):
+        return replace(fact, offset=fact.offset + amount)
     shifted = _as_shifted(fact)
     if shifted is None or node.meta["val"].dtype not in (torch.int32, torch.int64):
         return None
@@ -160,6 +170,26 @@ def _ge(node: fx.Node) -> Fact | None:
 @_derives(aten.gt.Tensor)
 def _gt(node: fx.Node) -> Fact | None:
     return _compare(node, -1, -1)
+
+
+@_derives(aten.le.Scalar)
+def _le_scalar(node: fx.Node) -> Fact | None:
+    return _compare_distance(node, 1, 0)
+
+
+@_derives(aten.lt.Scalar)
+def _lt_scalar(node: fx.Node) -> Fact | None:
+    return _compare_distance(node, 1, -1)
+
+
+@_derives(aten.ge.Scalar)
+def _ge_scalar(node: fx.Node) -> Fact | None:
+    return _compare_distance(node, -1, 0)
+
+
+@_derives(aten.gt.Scalar)
+def _gt_scalar(node: fx.Node) -> Fact | None:
+    return _compare_distance(node, -1, -1)
 
 
 @_derives(aten.eq.Tensor)
@@ -239,7 +269,7 @@ def _add(node: fx.Node) -> Fact | None:
         return None
     (first, second), dtype = node.args[:2], node.meta["val"].dtype
     left, right = fact_of(first), fact_of(second)
-    if isinstance(node.args[1], int) and isinstance(left, Index | PerRow | Shifted):
+    if isinstance(node.args[1], int) and isinstance(left, Index | Distance | PerRow | Shifted):
         return _shifted(node, left, node.args[1])
     for fact, other in ((left, right), (right, left)):
         if isinstance(fact, Masked):
@@ -255,8 +285,10 @@ def _add(node: fx.Node) -> Fact | None:
 @_derives(aten.sub.Tensor)
 def _sub(node: fx.Node) -> Fact | None:
     fact, other = fact_of(node.args[0]), fact_of(node.args[1])
-    if isinstance(node.args[1], int) and isinstance(fact, Index | PerRow | Shifted):
+    if isinstance(node.args[1], int) and isinstance(fact, Index | Distance | PerRow | Shifted):
         return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
+    if isinstance(fact, Index) and isinstance(other, Index) and fact.dim != other.dim:
+        return Distance(fact.dim, other.dim, fact.offset - other.offset) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
         # The floor was far below the largest visible entry, and now that is zero at most.
         return (

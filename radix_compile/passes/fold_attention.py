@@ -27,6 +27,7 @@ from radix_compile.attention import (
     read_mask,
 )
 from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, terms_of
+from radix_compile.op_rules.flex import mask_of
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import value_of, values_of
 
@@ -36,14 +37,14 @@ aten = torch.ops.aten
 def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
     """Write a :class:`TreeAttention`, or in words why there is none, to ``node.meta["attention"]``.
 
-    Needs ``mark_token_axes`` and ``read_attention``. Two things are taken for granted, unless ``gm.meta`` says
-    otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``), and that every
-    row sees a key ("sighted"), where one that sees none in some attention would attend to all of them, is a key, or
-    sees keys in this attention: such rows are not in the tree.
+    Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless ``gm.meta`` says
+    otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``); that every row
+    sees a key ("sighted"), where one that sees none in some attention would attend to all of them, is a key, or sees
+    keys in this attention: such rows are not in the tree; and that tables of blocks say what masks do ("listed").
     """
     blind = {one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.blind}
     wanted = gm.meta.get("fold_attention", True)
-    apart, sighted = gm.meta.get("apart", True), gm.meta.get("sighted", True)
+    apart, sighted, listed = (gm.meta.get(name, True) for name in ("apart", "sighted", "listed"))
     shown = runs = None
     for node in gm.graph.nodes:
         if is_attention(node):
@@ -53,6 +54,8 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
                 node.meta["attention"] = found = _found(node, blind)
                 if found.visible.runs is not None and not apart:
                     raise NotCarried("several sequences may be packed in a row")
+                if found.parts.blocks is not None and not listed:
+                    raise NotCarried("its table of blocks may show or hide others than its mask_mod")
                 if found.needs_sight and not sighted:
                     raise NotCarried("some rows see no key: they attend to all of them, or are keys themselves")
                 shown = found.visible.shown if shown is None else shown
@@ -71,8 +74,11 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
         parts = node.meta["parts"]
         if isinstance(parts, str):
             raise NotCarried(parts)
-    attends = value_of(node).attends
+    value = values_of(node)[0]
+    attends = value.attends
     assert attends is not None
+    if parts.blocks is not None:
+        attends = replace(attends, visible=mask_of(node))
     visible, biases = Visible(), parts.biases
     try:
         visible = read_mask(attends)
@@ -84,15 +90,21 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     for bias in biases:
         bias.check()
     _check(parts)
-    key, value = narrow(parts.key), narrow(parts.value)
-    if key.heads()[0] == value.heads()[0]:
-        parts = replace(parts, key=key, value=value)
+    key, values = narrow(parts.key), narrow(parts.value)
+    if key.heads()[0] == values.heads()[0]:
+        parts = replace(parts, key=key, value=values)
     left_out = all(hides(attends.visible, one, attends.key) and _is_blind(attends, one) for one in blind)
-    needs_sight = not left_out or (bool(value_of(node).blind) and not parts.zero)
-    dtypes = {step.meta["val"].dtype for step in attention_steps(node)}
+    needs_sight = not left_out or (bool(value.blind) and not parts.zero)
+    dtypes = {_result(step).dtype for step in attention_steps(node)}
     if len(dtypes) > 1:
         raise NotCarried("its two products have different dtypes")
     return TreeAttention(parts, visible, biases, needs_sight, *dtypes)
+
+
+def _result(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    result: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
+    return result
 
 
 def _is_blind(attends: Weights, rows: Blind) -> bool:

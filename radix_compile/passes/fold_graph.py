@@ -18,9 +18,10 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.attention import Bias, Rows, TreeAttention, compact_attention
+from radix_compile.attention import Bias, Rows, TreeAttention, Visible, compact_attention
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
+from radix_compile.op_rules.flex import Blocks
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
 from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
 from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
@@ -164,6 +165,8 @@ class _Rewriter:
         attention = compact_attention(node)
         if attention is not None:
             return self._attend(node, attention)
+        if node.target is operator.getitem and compact_attention(source := node.all_input_nodes[0]) is not None:
+            return self.compact[source]  # flex_attention's first result, the only one that is read
         value = values_of(node)[0]
         if value.identity is not None:
             return self.compact[value.identity]
@@ -193,7 +196,7 @@ class _Rewriter:
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
         made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
         result = self.graph.call_function(operator.getitem, (made, 0))
-        axes = value_of(node).axes
+        axes = values_of(node)[0].axes
         if not Rows(node).is_by_head:
             result = self.graph.call_function(aten.reshape.default, (result, self._compact_shape(axes)))
         return self._tagged(result, node, Form.COMPACT)
@@ -339,6 +342,12 @@ def relies_on_sight(captured: fx.GraphModule) -> bool:
 def relies_on_runs(captured: fx.GraphModule) -> fx.Node | None:
     """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
     return next((one.visible.runs for one in _on_the_tree(captured) if one.visible.runs is not None), None)
+
+
+def with_blocks(captured: fx.GraphModule) -> list[tuple[Blocks, Visible]]:
+    """The tables of blocks of attentions on the tree, and what their masks say."""
+    found = ((one.parts.blocks, one.visible) for one in _on_the_tree(captured))
+    return list(dict.fromkeys((blocks, visible) for blocks, visible in found if blocks is not None))
 
 
 def _on_the_tree(captured: fx.GraphModule) -> list[TreeAttention]:

@@ -11,7 +11,7 @@ from torch import fx
 from radix_compile.attention import SAME_ORDER, Bias, NotCarried, Parts, Rows, ancestors, is_attention
 from radix_compile.cost import flops
 from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, terms_of
-from radix_compile.op_rules.flex import FLEX
+from radix_compile.op_rules.flex import FLEX, arguments_of, mask_of
 from radix_compile.op_rules.masks import fact_of, is_hidden
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import Feature, Uniform, shape_of, value_of
@@ -37,7 +37,7 @@ def read_attention(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _parts(node: fx.Node) -> Parts:
     if node.target is FLEX:
-        raise NotCarried("flex_attention's table of blocks is the caller's")
+        return _flex_parts(node)
     if node.target not in PRODUCTS:
         raise NotCarried(f"it ends in {node.target}, and not in a product of weights and values")
     weights, value = node.args
@@ -59,6 +59,27 @@ def _parts(node: fx.Node) -> Parts:
         zero=sliced,
         masks=tuple(scores.masks),
         biases=tuple(scores.biases),
+    )
+
+
+def _flex_parts(node: fx.Node) -> Parts:
+    """Of flex_attention, whose functions ``spell_out_flex`` has written out on products of queries."""
+    if any(user.args[1] != 0 for user in node.users):
+        raise NotCarried("the sums of its weights are read")
+    found = arguments_of(node)
+    scores = _Scores(node.meta["scores"], mask_of(node))
+    scale, softcap = scores.scaling()
+    scale *= found.scale
+    return Parts(
+        Rows(found.query),
+        Rows(found.key),
+        Rows(found.value),
+        scale,
+        softcap,
+        grouped=True,
+        zero=True,
+        biases=tuple(scores.biases),
+        blocks=found.blocks,
     )
 
 

@@ -15,6 +15,8 @@ CAUSAL = (
     "torch.ones(S, S).tril() == 1",
     "torch.tril(torch.ones(S, S)) != 0",
     "torch.full((S, S), True).tril()",
+    "queries - keys >= 0",
+    "keys - queries < 1",
 )
 NOT_CAUSAL = (
     "keys <= queries + 1",
@@ -32,6 +34,9 @@ NOT_CAUSAL = (
     "keys != queries",
     "torch.arange(1)[None, :] <= queries",
     "keys <= S - 1 - queries",
+    "queries - keys > -2",
+    "keys - queries >= 0",
+    "(queries - keys) * 2 >= -1",
 )
 INDICES = "queries, keys = torch.arange(S)[:, None], torch.arange(S)[None, :]"
 LOWEST = "torch.finfo(x.dtype).min"
@@ -39,7 +44,12 @@ LOWEST = "torch.finfo(x.dtype).min"
 
 def window(d: Draw) -> str:
     width = d.number(1, d.sizes.S)
-    return d.one_of(f"(keys > queries - {width})", f"(queries < keys + {width})", f"~(keys <= queries - {width})")
+    return d.one_of(
+        f"(keys > queries - {width})",
+        f"(queries < keys + {width})",
+        f"~(keys <= queries - {width})",
+        f"(queries - keys < {width})",
+    )
 
 
 def seen_keys(d: Draw) -> str:

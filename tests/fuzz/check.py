@@ -207,7 +207,7 @@ def _check_passes(example: Example, plain: Module, expected: list[tuple[Tensor, 
     if not programs[0][1].keys:  # nothing runs compact
         return
     if programs[0][1].may_leave_the_tree:
-        source.meta.update(sighted=False, apart=False)
+        source.meta.update(sighted=False, apart=False, listed=False)
         programs.append(_folded(source, example, run_pipeline(source, first=fold_attention)))
     for batch, wanted in zip(example.batches, expected, strict=True):
         args = [*batch.values(), *plain.parameters()]

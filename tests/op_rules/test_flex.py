@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 import radix_compile
-from radix_compile.op_rules.flex import BlockTables, listed_blocks
+from radix_compile.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
 from radix_compile.row_contents import RunsPlain
 from tests.models import VOCABULARY, paths, shared_batch
 
@@ -60,6 +61,11 @@ FOLDS: dict[str, tuple[Mod, Mod | None]] = {
     "window": (lambda b, h, query, key: (query >= key) & (query - key < 20), None),
     "distances": (causal, lambda score, b, h, query, key: score + SLOPES[h] * (key - query)),
     "soft-cap": (causal, lambda score, b, h, query, key: 5 * torch.tanh(score / 5)),
+    "scaled": (causal, lambda score, b, h, query, key: score * 0.5),
+    "all of it": (
+        lambda b, h, query, key: (query >= key) & (query - key < 9),
+        lambda score, b, h, query, key: 5 * torch.tanh(score / 5) + SLOPES[h] * (key - query),
+    ),
 }
 
 
@@ -69,6 +75,7 @@ def test_folds(name: str) -> None:
     stats = run(blocks(mask_mod), score_mod)
     assert stats.folded_calls == 1
     assert stats.compact_tokens == paths(IDS) < stats.tokens
+    assert stats.tree_pairs < stats.pairs
 
 
 def test_padding_is_part_of_the_key() -> None:
@@ -76,6 +83,128 @@ def test_padding_is_part_of_the_key() -> None:
     stats = run(mask)
     assert stats.folded_calls == 1
     assert stats.compact_tokens < stats.tokens
+    assert stats.tree_pairs
+
+
+@pytest.mark.parametrize(
+    ("mask_mod", "score_mod", "reason"),
+    [
+        (lambda b, h, q, k: (q >= k) & ((q - k < 5) | (k < 3)), None, "for one of several reasons"),
+        (causal, lambda score, b, h, q, k: 5 * torch.tanh((score + SLOPES[h] * (k - q)) / 5), "under a soft cap"),
+        (causal, lambda score, b, h, q, k: torch.where(q - k < 9, score, -torch.inf), "not all that its masks hide"),
+    ],
+)
+def test_in_full_form_with_a_reason(mask_mod: Mod, score_mod: Mod | None, reason: str) -> None:
+    mask = blocks(mask_mod)
+    with torch.no_grad():
+        explanation = radix_compile.explain(Model(score_mod).double(), IDS, mask)
+    assert reason in explanation.graphs[0].attentions[0].full_form
+    torch._dynamo.reset()
+    assert run(mask, score_mod).folded_calls == 1
+
+
+def test_heads_of_a_group_and_sizes_that_change() -> None:
+    class Grouped(Model):
+        def forward(self, ids: Tensor, mask: BlockMask) -> Tensor:
+            x = self.embedding(ids)
+            q, k, v = (part.reshape(*ids.shape, H, E).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            mixed = flex_attention(q, k[:, :1], v[:, :1], self.score_mod, mask, enable_gqa=True)
+            return self.after(mixed.transpose(1, 2).reshape(x.shape))  # type: ignore[union-attr, no-any-return]
+
+    model = Grouped().double()
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    for batch in (4, 6, 9):
+        ids = shared_batch(batch, S, 35)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids, blocks(causal)), model(ids, blocks(causal)), rtol=1e-9, atol=1e-9)
+    assert radix_compile.stats().folded_calls == 3
+    assert radix_compile.stats().tree_pairs
+    assert radix_compile.stats().graphs == 2
+
+
+def test_blocks_of_a_size_that_is_a_symbol_are_refused() -> None:
+    model = Model().double()
+    options = {"inner": "aot_eager", "threshold": 1.0}
+    compiled = torch.compile(model, backend="radix", options=options, dynamic=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match="without dynamic=True"):
+        torch.testing.assert_close(compiled(IDS, blocks(causal)), model(IDS, blocks(causal)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_table_that_hides_more_than_the_mask_runs_off_the_tree() -> None:
+    mask = blocks(causal)
+    counts = mask.full_kv_num_blocks
+    assert counts is not None
+    counts[..., 1:] = 0
+    stats = run(mask)
+    assert stats.folded_calls == 1
+    assert stats.tree_pairs == 0
+
+
+DOCUMENTS = torch.tensor([[0] * 20 + [1] * 28, [0] * S, [0] * 5 + [1] * 27 + [2] * 16, [0] * 32 + [1] * 16])
+MASKS: dict[str, tuple[Mod, dict[str, Any]]] = {
+    "causal": (causal, {}),
+    "window": (lambda b, h, q, k: (q >= k) & (q - k < 10), {"window": 10}),
+    "padding": (lambda b, h, q, k: (q >= k) & (PADDING[b, k] != 0), {"shown": PADDING.numpy() != 0}),
+    "documents": (lambda b, h, q, k: (q >= k) & (DOCUMENTS[b, q] == DOCUMENTS[b, k]), {"runs": DOCUMENTS.numpy()}),
+}
+
+
+def arguments(mask: BlockMask) -> list[Tensor | None]:
+    return [mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices]
+
+
+@pytest.mark.parametrize("size", [16, 10])
+@pytest.mark.parametrize("name", MASKS)
+def test_tables_made_from_a_mask_leave_it_alone(name: str, size: int) -> None:
+    mask_mod, says = MASKS[name]
+    mask = create_block_mask(mask_mod, B, None, S, S, device="cpu", BLOCK_SIZE=size)
+    says = {"shown": np.ones((B, S), np.bool_), **says}
+    tables = BlockTables((0, 1), (2, 3), size, size)
+    assert leave_the_mask_alone(tables, arguments(mask), **says)
+    noticed = 0
+    for other_mod, different in MASKS.values():
+        says = {"shown": np.ones((B, S), np.bool_), **different}
+        expected = create_mask(other_mod, B, 1, S, S, device="cpu")
+        found = (in_blocks(mask.kv_num_blocks, mask.kv_indices, size) & expected) | in_blocks(
+            mask.full_kv_num_blocks, mask.full_kv_indices, size
+        )
+        if leave_the_mask_alone(tables, arguments(mask), **says):
+            assert torch.equal(found, expected)
+        else:
+            noticed += 1
+    assert noticed
+
+
+def in_blocks(count: Tensor | None, index: Tensor | None, size: int) -> Tensor:
+    """The pairs in listed blocks."""
+    assert count is not None
+    assert index is not None
+    pairs = torch.zeros(B, 1, S, S, dtype=torch.bool)
+    for b, i in itertools.product(range(B), range(count.shape[2])):
+        for j in index[b, 0, i, : count[b, 0, i]].tolist():
+            pairs[b, 0, i * size : (i + 1) * size, j * size : (j + 1) * size] = True
+    return pairs
+
+
+@pytest.mark.parametrize("change", ["one more in full", "one less in part", "one less in full", "twice", "in both"])
+def test_a_table_that_was_changed_is_noticed(change: str) -> None:
+    tables, shown = BlockTables((0, 1), (2, 3), BLOCK, BLOCK), np.ones((B, S), np.bool_)
+    given = arguments(blocks(causal))
+    assert leave_the_mask_alone(tables, given, shown)
+    count, index, full, full_index = (one.clone() for one in given if one is not None)
+    assert count.flatten().tolist() == [1, 1, 1]
+    assert full.flatten().tolist() == [0, 1, 2]
+    if change == "one more in full":  # the block on the diagonal, of which half is hidden
+        count[..., 0], full[..., 0], full_index[..., 0, 0] = 0, 1, 0
+    elif change == "one less in part":
+        count[..., 1] = 0
+    elif change == "one less in full":
+        full[..., 2] = 1
+    elif change == "twice":
+        full_index[..., 2, 1] = full_index[..., 2, 0]
+    else:
+        full[..., 1], full_index[..., 1, 1] = 2, 1
+    assert not leave_the_mask_alone(tables, [count, index, full, full_index], shown)
 
 
 REFUSED: dict[str, tuple[Mod, Mod | None, str]] = {
@@ -138,6 +267,6 @@ def test_other_tables_tell_rows_apart() -> None:
     assert counts is not None
     counts[0, :, 1:] = 0  # the first sequence sees nothing but its own block
     stats = run(mask)
-    assert stats.folded_calls == 1
+    assert (stats.folded_calls, stats.tree_pairs) == (1, 0)
     alone, rest = S, paths(IDS[1:])
     assert stats.compact_tokens == alone + rest - BLOCK  # the first block of all is the same

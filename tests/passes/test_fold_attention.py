@@ -45,6 +45,10 @@ def causal() -> Tensor:
     return torch.arange(S)[:, None] >= torch.arange(S)
 
 
+def behind() -> Tensor:
+    return torch.arange(S)[:, None] - torch.arange(S)
+
+
 def within(window: int) -> Tensor:
     return causal() & (torch.arange(S) > torch.arange(S)[:, None] - window)
 
@@ -102,6 +106,14 @@ TREE: dict[str, tuple[Attend, tuple[Any, Any, Any]]] = {
     "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (E**-0.5, None, None)),
     "a mask": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, causal(), scale=0.2), (0.2, None, None)),
     "a window": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, within(3)), (E**-0.5, 3, None)),
+    "distances": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, (behind() >= 0) & (behind() < 4)),
+        (E**-0.5, 4, None),
+    ),
+    "distances the other way": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, (-1 + behind().mT < 0) & (behind().mT > -2)),
+        (E**-0.5, 2, None),
+    ),
     "a mask to add": (
         lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, torch.zeros(S, S).to(q).masked_fill(~causal(), -math.inf)
