@@ -37,22 +37,26 @@ class NotCarried(Exception):  # noqa: N818 - a verdict about an attention
     """An attention has no compact form. The message says why."""
 
 
+Order = tuple[int | None, ...]
+"""A tensor's dimensions in another order; None for one of size one that it does not have. Empty: as they are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Queries, keys or values: a node ``[..., S, E]``, or ``[..., E, S]`` if ``transposed``; heads are in front."""
+    """Queries, keys or values: a node whose dimensions, in that ``order``, are ``[..., S, E]``; heads are in front."""
 
     node: fx.Node
-    transposed: bool = False
+    order: Order = ()
 
     @property
     def axes(self) -> Axes:
         axes = values_of(self.node)[0].axes
-        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
+        return tuple(() if dim is None else axes[dim] for dim in self.order) if self.order else axes
 
     @property
     def is_by_head(self) -> bool:
         """Is it ``[B, H, S, E]`` as it is?"""
-        return not self.transposed and len(self.axes) == 4 and all(isinstance(atom, Token) for atom in self.axes[0])
+        return not self.order and len(self.axes) == 4 and all(isinstance(atom, Token) for atom in self.axes[0])
 
     def heads(self) -> tuple[int, int]:
         """The number and the size of heads. Raises :class:`NotCarried` if these are not rows of heads."""
@@ -156,6 +160,7 @@ class Parts:
     ``zero``     a row that sees no key is zero. (Written out, it attends to all keys alike, or is not a number.)
     ``masks``    what hides keys, of which the formula of the attention (``Weights``) says the same.
     ``biases``   what is added to the scores besides.
+    ``order``    of the result's dimensions, as that of :class:`Rows`.
     ``blocks``   the tables of blocks of flex_attention: that they say what its mask does is seen in every call.
     """
 
@@ -170,6 +175,7 @@ class Parts:
     zero: bool = False
     masks: tuple[Bias, ...] = ()
     biases: tuple[Bias, ...] = ()
+    order: Order = ()
     blocks: Blocks | None = None
 
 
@@ -244,7 +250,7 @@ SAME_ORDER = (
 def narrow(rows: Rows) -> Rows:
     """Keys or values without the copies that are made for the heads of a group, whose entries are side by side."""
     wanted, found, node = _order(rows.axes), rows, rows.node
-    while not rows.transposed:
+    while not rows.order:
         source = value_of(node).identity or (node.args[0] if node.target in SAME_ORDER else None)
         if not isinstance(source, fx.Node):
             break

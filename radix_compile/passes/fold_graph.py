@@ -196,9 +196,12 @@ class _Rewriter:
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
         made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
         result = self.graph.call_function(operator.getitem, (made, 0))
-        axes = values_of(node)[0].axes
-        if not Rows(node).is_by_head:
-            result = self.graph.call_function(aten.reshape.default, (result, self._compact_shape(axes)))
+        own = Rows(node, parts.order)
+        if not own.is_by_head:
+            result = self.graph.call_function(aten.reshape.default, (result, self._compact_shape(own.axes)))
+        if parts.order:
+            back = [parts.order.index(dim) for dim in range(len(parts.order))]
+            result = self.graph.call_function(aten.permute.default, (result, back))
         return self._tagged(result, node, Form.COMPACT)
 
     def _bias(self, biases: tuple[Bias, ...]) -> fx.Node | None:
@@ -232,10 +235,11 @@ class _Rewriter:
         compact = self.compact[rows.node]
         if rows.node.meta["val"].dtype != dtype:
             compact = self.graph.call_function(aten._to_copy.default, (compact,), {"dtype": dtype})
-        if rows.transposed:
-            compact = self.graph.call_function(aten.transpose.int, (compact, -2, -1))
         if rows.is_by_head:
             return compact
+        present = [dim for dim in rows.order if dim is not None]
+        if present != sorted(present):
+            compact = self.graph.call_function(aten.permute.default, (compact, present))
         heads, size = rows.heads()
         return self.graph.call_function(aten.reshape.default, (compact, [1, heads, self.nodes, size]))
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from radix_compile.attention import SAME_ORDER, Bias, NotCarried, Parts, Rows, ancestors, is_attention
+from radix_compile.attention_products import is_product_of_scores, queries_and_keys, weights_and_values
 from radix_compile.cost import flops
 from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, terms_of
 from radix_compile.op_rules.flex import FLEX, arguments_of, mask_of
@@ -18,7 +19,6 @@ from radix_compile.token_axes import Feature, Uniform, shape_of, value_of
 
 aten = torch.ops.aten
 
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
 COPIES = (*SAME_ORDER, aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 
 
@@ -38,27 +38,23 @@ def read_attention(gm: fx.GraphModule) -> fx.GraphModule:
 def _parts(node: fx.Node) -> Parts:
     if node.target is FLEX:
         return _flex_parts(node)
-    if node.target not in PRODUCTS:
-        raise NotCarried(f"it ends in {node.target}, and not in a product of weights and values")
-    weights, value = node.args
-    assert isinstance(weights, fx.Node)
-    assert isinstance(value, fx.Node)
+    weights, values, order = weights_and_values(node)
     softmax, sliced = _softmax(weights)
     attends = value_of(node).attends
     assert attends is not None
     scores = _Scores(softmax.args[0], attends.visible)
     if sliced != (scores.sinks is not None):
         raise NotCarried("its softmax has entries of no key that are not sinks")
-    query, right = scores.factors
-    rows = Rows(query), _keys(right), Rows(value)
     return Parts(
-        *rows,
+        *queries_and_keys(scores.product),
+        values,
         *scores.scaling(),
         scores.sinks,
         product=scores.product,
         zero=sliced,
         masks=tuple(scores.masks),
         biases=tuple(scores.biases),
+        order=order,
     )
 
 
@@ -115,14 +111,12 @@ class _Scores:
         self.sinks: fx.Node | None = None
         self.masks: list[Bias] = []
         self.biases: list[Bias] = []
-        while node.target not in PRODUCTS and node.target is not aten.baddbmm.default:
+        while not is_product_of_scores(node):
             node = self._peeled(node)
         self.product: fx.Node = node
-        self.factors: tuple[fx.Node, fx.Node] = node.args[:2]
         if node.target is aten.baddbmm.default:
             self._add(argument(node, "self"), node, float(argument(node, "beta")))
             self._scale(float(argument(node, "alpha")))
-            self.factors = argument(node, "batch1"), argument(node, "batch2")
 
     def scaling(self) -> tuple[float, float | None]:
         """``scale`` and ``softcap`` of :class:`Parts`."""
@@ -231,11 +225,3 @@ def _by_head(node: fx.Node) -> fx.Node:
     if more or by_head != (Feature(size),) or not all(isinstance(atom, Uniform) for axis in alike for atom in axis):
         raise NotCarried("its sinks are not one number for each head")
     return node
-
-
-def _keys(node: fx.Node) -> Rows:
-    """Keys from what the queries are multiplied by, ``[..., E, S]``."""
-    last = {-1, -2, node.meta["val"].ndim - 1, node.meta["val"].ndim - 2}
-    if node.target is aten.mT.default or (node.target is aten.transpose.int and last.issuperset(node.args[1:])):
-        return Rows(node.args[0])  # type: ignore[arg-type]
-    return Rows(node, transposed=True)

@@ -138,6 +138,46 @@ TREE: dict[str, tuple[Attend, tuple[Any, Any, Any]]] = {
 }
 
 
+def equations(scores: str, values: str) -> Attend:
+    """Attention in two of them, on queries, keys and values ``[B, S, H, E]``."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        if "r" in scores:
+            q = q.view(B, S, 2, 2, E)
+        if scores.count("h") < 3 and "h" in scores:
+            k, v = k[:, :, 0], v[:, :, 0]
+        product = torch.einsum(scores, q, k) * 0.3
+        weights = torch.where(causal(), product, -math.inf).softmax(-1)
+        return torch.einsum(values, weights, v).reshape(B, S, H, E).transpose(1, 2)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "heads"),
+    [
+        ("bqhe,bkhe->bhqk", "bhqk,bkhe->bqhe", H),
+        ("bqhe,bke->bhqk", "bhqk,bke->bqhe", 1),
+        ("bqgre,bkge->bgrqk", "bgrqk,bkge->bqgre", 2),
+    ],
+)
+def test_equations(scores: str, values: str, heads: int) -> None:
+    node = the_op(Model(equations(scores, values), heads))
+    assert carried(node) == (pytest.approx(0.3), None, None)
+
+
+def test_an_equation_of_keys_and_queries() -> None:
+    """The other way round, and heads in front of sequences in the second one."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        product = torch.einsum("bhke,bhqe->bhqk", k, q) * 0.3
+        weights = torch.where(causal(), product, -math.inf).softmax(-1)
+        return torch.einsum("bhqk,bhke->bqhe", weights, v).transpose(1, 2)
+
+    assert carried(the_op(Model(attend))) == (pytest.approx(0.3), None, None)
+
+
 @pytest.mark.parametrize("name", TREE)
 def test_on_the_tree(name: str) -> None:
     attend, expected = TREE[name]
@@ -278,9 +318,11 @@ FULL: dict[str, tuple[Attend, str]] = {
         lambda q, k, v: (torch.where(causal(), q @ k.mT, -math.inf).softmax(-1) / 2) @ v,
         "its weights go through",
     ),
-    "an equation": (
-        lambda q, k, v: torch.einsum("bhqk,bhke->bhqe", torch.where(causal(), q @ k.mT, -math.inf).softmax(-1), v),
-        "it ends in",
+    "an equation that sums over two dimensions": (
+        lambda q, k, v: torch.einsum(
+            "bqk,bhke->bqhe", torch.where(causal(), torch.einsum("bhqe,bhke->bqk", q, k), -math.inf).softmax(-1), v
+        ).transpose(1, 2),
+        "not one of weights and values",
     ),
     "heads of a group that are not side by side": (
         lambda q, k, v: written(
