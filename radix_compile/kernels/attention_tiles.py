@@ -73,6 +73,7 @@ def tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype
         if window is not None:
             visible &= depth[own, None] - depth[nodes] < window
             seen = visible.any(0)
+            seen[-1] = True  # a tile outside of the tree sees none, and attention of no keys has no shape
             nodes, visible = nodes[seen], visible[:, seen]
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
         blind = ~visible.any(1)

@@ -275,6 +275,25 @@ def test_the_gradient_of_sinks() -> None:
     torch.autograd.gradcheck(attended, given.sinks.requires_grad_())
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("code", FORWARD)
+def test_tiles_in_which_no_node_sees_a_key(code: str, window: int | None) -> None:
+    """Rows of padding on the left, which are outside of the tree, fill whole tiles."""
+    shown = torch.ones(3, 300, dtype=torch.long)
+    shown[:, :280] = 0
+    tree = tree_of(prefixes(3, 300, (290, 3)), shown, unique=shown.cumsum(1) == 0)
+    given = inputs(tree)
+    outside = tree.begin == tree.fold
+    assert outside[-512:].all()
+    result, total = run(FORWARD[code], tree, given, window=window)
+    expected, sums = run(attention_reference.tree_attention, tree, given, window=window)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total, sums, rtol=1e-4, atol=1e-5)
+    gradients = BACKWARD[code](result, *given[:3], result, total, tree, Carried(None, None, 0.3, window))
+    assert all(one.isfinite().all() for one in gradients)
+    assert (gradients[0][:, :, -512:] == 0).all()
+
+
 def test_a_bias_has_no_gradient() -> None:
     tree = tree_of(few(3, 4))
     given = inputs(tree, ids=few(3, 4), bias="1HSS")
