@@ -69,14 +69,15 @@ def tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype
             continue
         path = path[(path >= 0) & (path < start)]
         nodes = torch.cat([path, own])
-        visible = (nodes <= own[:, None]) & (own[:, None] < plan.end[nodes])
+        hidden = own[:, None] >= plan.end[nodes]
+        hidden[:, len(path) :] |= own > own[:, None]  # those on the path are all in front
         if window is not None:
-            visible &= depth[own, None] - depth[nodes] < window
-            seen = visible.any(0)
+            hidden |= depth[own, None] - depth[nodes] >= window
+            seen = ~hidden.all(0)
             seen[-1] = True  # a tile outside of the tree sees none, and attention of no keys has no shape
-            nodes, visible = nodes[seen], visible[:, seen]
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-        blind = ~visible.any(1)
+            nodes, hidden = nodes[seen], hidden[:, seen]
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        blind = hidden.all(1)
         yield Tile(start, stop, nodes, mask, blind if blind.any() else None)
 
 

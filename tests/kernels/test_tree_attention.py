@@ -12,7 +12,7 @@ from torch import Tensor
 from radix_compile.kernels import attention_reference, attention_tiles, tree_attention
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.tree_tiles import tree_tiles
+from radix_compile.tree_tiles import ROWS, tree_tiles
 
 radix = torch.ops.radix
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,6 +273,33 @@ def test_the_gradient_of_sinks() -> None:
         return result
 
     torch.autograd.gradcheck(attended, given.sinks.requires_grad_())
+
+
+LARGE = {
+    "one sequence": prefixes(1, 4096),
+    "nothing shared": prefixes(32, 256),
+    "one prefix of many": prefixes(4096, 64, (63, 4096)),
+    "levels": prefixes(256, 300, (100, 256), (200, 8), (280, 2)),
+    "a chain": chain(64, 512),
+    "a tree": few(2048, 32),
+}
+
+
+@pytest.mark.parametrize("ids", LARGE.values(), ids=LARGE.keys())
+def test_work_grows_with_the_pairs_of_nodes_and_ancestors(ids: Tensor) -> None:
+    """And not with the square of the nodes: at most by a factor, for what tiles hide of what they compute."""
+    plan = PrefixPlan.from_rows(ids)
+    begin, end = plan.tree()
+    arrays = TreeArrays(*map(torch.from_numpy, (plan.fold, plan.scatter, begin, end)))
+    computed = 0.0
+    for tile in attention_tiles.tiles(arrays, None, True, torch.float32):
+        rows = tile.stop - tile.start
+        computed += rows * ((rows + 1) / 2 if tile.mask is None else len(tile.nodes))
+    assert plan.pairs <= computed <= 3 * plan.pairs
+    lists = tree_tiles(plan, begin, end)
+    listed = sum(stop - start for start, stop, _ in lists.runs.tolist()) + len(lists.keys)
+    in_tiles = len(plan.fold) * ROWS
+    assert listed * ROWS <= 3.5 * plan.pairs + in_tiles
 
 
 @pytest.mark.parametrize("window", [None, 3])
