@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from radix_compile.attention import ancestors
+from radix_compile.ancestors import ancestors
 from radix_compile.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
 from radix_compile.column_reach import ReachCheck
 from radix_compile.given_masks import rows_seen

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.attention import attention_steps, is_attention
+from radix_compile.attention.parts import attention_steps, is_attention
 from radix_compile.cost import flops
 from radix_compile.mask_facts import RowMax
 from radix_compile.op_rules.table import tensor_inputs

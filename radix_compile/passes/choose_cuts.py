@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.attention import compact_attention
+from radix_compile.attention.parts import compact_attention
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor

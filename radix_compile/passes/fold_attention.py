@@ -13,19 +13,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from radix_compile.attention import (
-    Bias,
-    NotCarried,
-    Parts,
-    Rows,
-    TreeAttention,
-    Visible,
-    are_side_by_side,
-    attention_steps,
-    is_attention,
-    narrow,
-    read_mask,
-)
+from radix_compile.attention.bias import Bias
+from radix_compile.attention.masks import Visible, read_mask
+from radix_compile.attention.parts import Parts, TreeAttention, attention_steps, is_attention
+from radix_compile.attention.rows import NotCarried, Rows, are_side_by_side, narrow
 from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, terms_of
 from radix_compile.op_rules.flex import mask_of
 from radix_compile.op_rules.table import argument

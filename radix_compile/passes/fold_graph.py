@@ -18,7 +18,10 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.attention import Bias, Rows, TreeAttention, Visible, compact_attention
+from radix_compile.attention.bias import Bias
+from radix_compile.attention.masks import Visible
+from radix_compile.attention.parts import TreeAttention, compact_attention
+from radix_compile.attention.rows import Rows
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.op_rules.flex import Blocks

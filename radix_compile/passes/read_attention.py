@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.attention import SAME_ORDER, Bias, NotCarried, Parts, Rows, ancestors, is_attention
-from radix_compile.attention_products import is_product_of_scores, queries_and_keys, weights_and_values
+from radix_compile.ancestors import ancestors
+from radix_compile.attention.bias import Bias
+from radix_compile.attention.parts import Parts, is_attention
+from radix_compile.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
+from radix_compile.attention.rows import SAME_ORDER, NotCarried, Rows
 from radix_compile.cost import flops
 from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, terms_of
 from radix_compile.op_rules.flex import FLEX, arguments_of, mask_of

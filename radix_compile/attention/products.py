@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.attention import NotCarried, Order, Rows
+from radix_compile.attention.rows import NotCarried, Order, Rows
 from radix_compile.op_rules.contractions import labels_of
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import Mixes
