@@ -131,6 +131,8 @@ class _Scores:
         if target in COPIES:
             return node.all_input_nodes[0]
         if target is aten.cat.default and self.sinks is None:
+            if self.outer != 1 or self.capped or self.masks or self.biases:
+                raise NotCarried("something is done to its sinks")
             scores, *sinks = argument(node, "tensors")  # of which mark_token_axes has seen that those of keys are first
             self.sinks = _by_head(*sinks)
             return scores  # type: ignore[no-any-return]

@@ -224,6 +224,7 @@ def with_sinks(d: Draw) -> str:
         INDICES,
         f"scores = torch.where({mask}, {scores(d)}, {floor(d, blind)})",
         f"scores = torch.cat([scores, {sink}], -1)",
+        *d.one_of([], [], [f"scores = scores {d.one_of('* 0.5', '/ 3')}"]),
         *d.one_of([], ["scores = scores - scores.amax(-1, keepdim=True)"]),
         *d.one_of([], ["scores = scores - scores.max(-1, keepdim=True).values"]),
         "y = scores.softmax(-1)[..., :S] @ v",
