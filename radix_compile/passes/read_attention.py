@@ -137,6 +137,8 @@ class _Scores:
             self.sinks = _by_head(*sinks)
             return scores  # type: ignore[no-any-return]
         if target is aten.sub.Tensor and isinstance(fact := fact_of(args[1]), RowMax) and fact.of is args[0]:
+            if self.sinks is not None:  # of which nothing has been subtracted
+                raise NotCarried("it has sinks behind scores that something was subtracted from")
             return args[0]
         if target is aten.tanh.default and not self.capped:
             self.capped = True

@@ -223,6 +223,7 @@ def with_sinks(d: Draw) -> str:
     lines += [
         INDICES,
         f"scores = torch.where({mask}, {scores(d)}, {floor(d, blind)})",
+        *d.one_of([], [], ["scores = scores - scores.amax(-1, keepdim=True)"]),
         f"scores = torch.cat([scores, {sink}], -1)",
         *d.one_of([], [], [f"scores = scores {d.one_of('* 0.5', '/ 3')}"]),
         *d.one_of([], ["scores = scores - scores.amax(-1, keepdim=True)"]),

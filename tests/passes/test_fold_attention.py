@@ -69,8 +69,11 @@ def written(
 SINKS = torch.arange(1.0, H + 1, dtype=torch.float64)
 
 
-def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dim: int = -3, factor: float = 1) -> Tensor:
+def with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dim: int = -3, factor: float = 1, centred: bool = False
+) -> Tensor:
     scores = torch.where(causal(), q @ k.mT * 0.3, torch.finfo(q.dtype).min)
+    scores = scores - scores.max(-1, keepdim=True).values if centred else scores
     shape = [-1 if d == dim else 1 for d in range(-4, 0)]
     more = len(sinks) if dim == -1 else 1
     scores = torch.cat([scores, sinks.to(q).view(shape).expand(B, H, S, more)], -1)
@@ -339,6 +342,10 @@ FULL: dict[str, tuple[Attend, str]] = {
         "not all that its masks hide",
     ),
     "sinks that are scaled": (lambda q, k, v: with_sinks(q, k, v, SINKS, factor=0.5), "is done to its sinks"),
+    "sinks behind scores whose largest was subtracted": (
+        lambda q, k, v: with_sinks(q, k, v, SINKS, centred=True),
+        "something was subtracted from",
+    ),
     "sinks that heads share": (lambda q, k, v: with_sinks(q, k, v, SINKS[:1]), "not one number for each head"),
     "several sinks, as many as heads": (lambda q, k, v: with_sinks(q, k, v, SINKS, dim=-1), "not one number for each"),
     "sinks by query": (
