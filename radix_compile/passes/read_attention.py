@@ -118,7 +118,8 @@ class _Scores:
             node = self._peeled(node)
         self.product: fx.Node = node
         if node.target is aten.baddbmm.default:
-            self._add(argument(node, "self"), node, float(argument(node, "beta")))
+            if beta := float(argument(node, "beta")):
+                self._add(argument(node, "self"), node, beta)
             self._scale(float(argument(node, "alpha")))
 
     def scaling(self) -> tuple[float, float | None]:
