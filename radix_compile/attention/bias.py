@@ -43,8 +43,10 @@ class Bias:
         *outer, query, key = self.node.meta["val"].shape if self.node.meta["val"].ndim > 1 else (1, 1)
         outer = [1] * (len(front) - len(outer)) + outer
         atoms = [atom for axis in front for atom in axis]
-        if as_size(key) == 1 or BATCH in atoms[1:]:
+        if as_size(key) == 1:
             raise NotCarried("it adds a bias that has no entry for each key")
+        if BATCH in atoms[1:] or len(outer) > len(front):
+            raise NotCarried("it adds a bias whose dimensions are not those of its scores")
         single = [as_size(size) == 1 for size in outer]
         batched = any(BATCH in axis and not one for axis, one in zip(front, single, strict=True))
         sizes = [int(sympy.prod(sizes_of([atom for atom in axis if atom is not BATCH]))) for axis in front]
