@@ -40,7 +40,8 @@ def fingerprint(captured: fx.GraphModule, device: torch.device, compiled_by: tup
     """A graph's name in the file: its ops, the sizes of its weights, what compiles and what runs it."""
     ops = [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
     static = [node.meta["val"] for node in captured.graph.find_nodes(op="placeholder") if node.meta.get("is_static")]
-    weights = [(str(one.dtype), list(one.shape)) for one in static if isinstance(one, torch.Tensor)]
+    tensors = [one for one in static if isinstance(one, torch.Tensor)]
+    weights = [(str(one.dtype), [size if isinstance(size, int) else None for size in one.shape]) for one in tensors]
     about = [ops, weights, captured.meta["differentiable"], _device(device), torch.__version__, str(compiled_by)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 

@@ -8,7 +8,7 @@ not, which rows may see nothing at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,6 +105,19 @@ def disjunction(*formulas: Formula) -> Formula:
 def terms_of(formula: Formula) -> tuple[Formula, ...]:
     """What all has to hold for the predicate to hold."""
     return formula.terms if isinstance(formula, And) else (formula,)
+
+
+def atoms_of(formula: Formula) -> Iterator[Formula]:
+    if isinstance(formula, And | Or):
+        for term in formula.terms:
+            yield from atoms_of(term)
+    else:
+        yield formula
+
+
+def is_known(formula: Formula) -> bool:
+    """Is all of it understood? Of two formulas that are not, nothing says that they are the same."""
+    return not any(isinstance(atom, Opaque) for atom in atoms_of(formula))
 
 
 def negation(formula: Formula) -> Formula:

@@ -141,9 +141,12 @@ class PlanInputs:
                 unique = blind if unique is None else unique | blind
         breaks = None
         if self.runs is not None:
-            breaks, come_back = sequence_breaks(self.runs(args, shape))
-            if come_back and self.apart is not None:
+            numbers = self.runs(args, shape)
+            breaks, come_back = sequence_breaks(numbers)
+            if come_back.any() and self.apart is not None:
                 raise OffTheTree("a sequence goes on behind another one that is packed in its row")
+            if come_back.any():  # their paths have to say which of their rows go together
+                rows.append(np.where(come_back[:, None], numbers - numbers.min() + 1, 0))
         elif self.apart is not None and (np.diff(self.apart(args, shape), axis=1) != 0).any():
             raise OffTheTree("several sequences are packed in a row, and rows depend on their column")
         start: NDArray[Any] | None = None
@@ -193,18 +196,18 @@ def sightless(visible: BoolArray, window: int | None) -> BoolArray:
     return blind
 
 
-def sequence_breaks(numbers: NDArray[Any]) -> tuple[BoolArray | None, bool]:
+def sequence_breaks(numbers: NDArray[Any]) -> tuple[BoolArray | None, BoolArray]:
     """Where the next sequence of a row starts, from the numbers ``[B, S]`` of its sequences; None if nowhere.
 
-    And does a number come back anywhere? In a row where one comes back after another one, the rows between see none of
-    it, but those behind do: such a row of the batch is one sequence.
+    And in which rows does a number come back, ``[B]``? Where one comes back after another one, the rows between see
+    none of it, but those behind do: such a row of the batch is one sequence.
     """
     breaks = np.zeros(numbers.shape, np.bool_)
     np.not_equal(numbers[:, 1:], numbers[:, :-1], out=breaks[:, 1:])
-    come_back = False
+    come_back = np.zeros(len(numbers), np.bool_)
     for row in np.flatnonzero((numbers[:, 1:] < numbers[:, :-1]).any(1)):
         if len(np.unique(numbers[row])) <= breaks[row].sum():
-            breaks[row], come_back = False, True
+            breaks[row], come_back[row] = False, True
     return breaks if breaks.any() else None, come_back
 
 

@@ -30,6 +30,13 @@ class Bias:
     hides: bool | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which it is added: that of the sum."""
+        value = self.scores.meta["val"]
+        dtype: torch.dtype = (value[0] if isinstance(value, tuple | list) else value).dtype
+        return dtype
+
+    @property
     def says(self) -> Formula:
         """Which keys it may leave visible."""
         value = value_of(self.node)
@@ -40,7 +47,8 @@ class Bias:
     def shape(self) -> tuple[bool, int, bool]:
         """As ``[B or 1, H or 1, S or 1, S]``: is it ``B``, how many heads, is it ``S``? Raises :class:`NotCarried`."""
         front = value_of(self.scores).axes[:-2]
-        *outer, query, key = self.node.meta["val"].shape if self.node.meta["val"].ndim > 1 else (1, 1)
+        value = self.node.meta["val"]
+        *outer, query, key = (1,) * (2 - value.ndim) + tuple(value.shape)
         outer = [1] * (len(front) - len(outer)) + outer
         atoms = [atom for axis in front for atom in axis]
         if as_size(key) == 1:

@@ -73,6 +73,12 @@ def is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is not operator.getitem and values_of(node)[0].attends is not None
 
 
+def biases_of(node: fx.Node) -> tuple[Bias, ...]:
+    """What an attention in compact form reads in full form."""
+    found = compact_attention(node)
+    return () if found is None else found.biases
+
+
 def attention_steps(node: fx.Node) -> list[fx.Node]:
     """The products that an attention on the tree stands for: one op, or the two of attention written out."""
     parts = node.meta.get("parts")

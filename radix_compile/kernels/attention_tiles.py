@@ -151,13 +151,14 @@ def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype)
     more = bias_places(plan, bias.shape[3]).of(bias, torch.arange(tile.start, tile.stop, device=device), nodes)
     if more.dtype == torch.bool:
         more = torch.zeros_like(more, dtype=dtype).masked_fill_(~more, float("-inf"))
-    mask = mask.to(dtype) + more
+    # Not added: what a key that is hidden finds may be anything, infinite too.
+    mask = more.to(dtype).masked_fill(mask == float("-inf"), float("-inf"))
     return mask, mask.amax(-1) == float("-inf")
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     if mask is not None:
-        mask = mask.to(q.dtype)[(None,) * (4 - mask.ndim)]
+        mask = mask[(None,) * (4 - mask.ndim)]
     found: tuple[Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu.default(
         q, k, v, is_causal=mask is None, attn_mask=mask, scale=scale
     )

@@ -17,8 +17,8 @@ from torch import fx
 
 from radix_compile.mask_facts import Formula, Given, Weights, disjunction, hides, implies_causal
 from radix_compile.op_rules.masks import as_formula
-from radix_compile.op_rules.table import is_tensor
-from radix_compile.token_axes import BATCH, SEQ, Layout, Marks, Mixes, Value, has_tokens, value_of
+from radix_compile.op_rules.table import is_tensor, operand
+from radix_compile.token_axes import BATCH, SEQ, Layout, Marks, Mixes, Value, broadcast, has_tokens, value_of
 
 FLEX = torch.ops.higher_order.flex_attention
 
@@ -77,7 +77,7 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
         raise Mixes("the block mask is made in the graph: make it outside of the compiled function")
     if not all(isinstance(size, int) for size in (found.blocks.query_size, found.blocks.key_size)):
         raise Mixes("the size of the block mask's blocks is a symbol: it is a number without dynamic=True")
-    visible = _visible(node)
+    visible = _visible(node, layout)
     if found.blocks.full is not None:
         visible = disjunction(visible, Given(found.blocks.full[1], -2, -1))
     if not implies_causal(visible, -2, -1):
@@ -93,7 +93,7 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
     return (result, *(statistics for _ in node.meta["val"][1:]))
 
 
-def _visible(node: fx.Node) -> Formula:
+def _visible(node: fx.Node, layout: Layout) -> Formula:
     """What ``mask_mod`` shows, if ``score_mod`` makes scores out of scores."""
     mask, scores = value_of(node.meta["visible"]), value_of(node.meta["scores"])
     for what, value in (("mask_mod", mask), ("score_mod", scores)):
@@ -101,6 +101,10 @@ def _visible(node: fx.Node) -> Formula:
             raise Mixes(f"the {what} {value.mixed.reason}")
     if not scores.is_pair:
         raise Mixes("the score_mod is not understood")
+    try:
+        broadcast(layout, [operand(node.meta["scores"]), operand(node.meta["visible"])])
+    except Mixes as reason:
+        raise Mixes(f"the mask_mod {reason}") from reason
     return mask_of(node)
 
 

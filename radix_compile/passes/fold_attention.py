@@ -17,7 +17,7 @@ from radix_compile.attention.bias import Bias
 from radix_compile.attention.masks import Visible, read_mask
 from radix_compile.attention.parts import Parts, TreeAttention, attention_steps, is_attention
 from radix_compile.attention.rows import NotCarried, Rows, are_side_by_side, narrow
-from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, terms_of
+from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, is_known, terms_of
 from radix_compile.op_rules.flex import mask_of
 from radix_compile.op_rules.table import argument
 from radix_compile.token_axes import Mixes, value_of, values_of
@@ -76,11 +76,13 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     except NotCarried:
         biases += parts.masks
         said = {term for bias in biases for term in terms_of(bias.says)}
-        if not said.issuperset(terms_of(attends.visible)):
+        if not all(term in said and is_known(term) for term in terms_of(attends.visible)):
             raise
     for bias in biases:
         bias.check()
     _check(parts)
+    if Rows(node, parts.order).heads()[0] != parts.query.heads()[0]:
+        raise NotCarried("its mask, its bias or its values have more heads than its queries")
     key, values = narrow(parts.key), narrow(parts.value)
     if key.heads()[0] == values.heads()[0]:
         parts = replace(parts, key=key, value=values)

@@ -20,7 +20,7 @@ from torch import fx
 
 from radix_compile.attention.bias import Bias
 from radix_compile.attention.masks import Visible
-from radix_compile.attention.parts import TreeAttention, compact_attention
+from radix_compile.attention.parts import TreeAttention, biases_of, compact_attention
 from radix_compile.attention.rows import Rows
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
@@ -96,7 +96,7 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
         if Form.COMPACT in runs:
             for arg in read_by_compact(node):
                 want(arg, Form.COMPACT if has_compact_form(arg) else Form.FULL)
-            for bias in () if (attention := compact_attention(node)) is None else attention.biases:
+            for bias in biases_of(node):
                 want(bias.node, Form.FULL)
     return wanted
 
@@ -209,24 +209,28 @@ class _Rewriter:
 
     def _bias(self, biases: tuple[Bias, ...]) -> fx.Node | None:
         """What is added to scores, ``[B or 1, H or 1, S or 1, S]``; bool if it only shows keys."""
-        key = tuple((bias.node, bias.factor, bias.hides, bias.shape()) for bias in biases)
+        key = tuple((bias.node, bias.factor, bias.hides, bias.shape(), bias.dtype) for bias in biases)
         if key not in self.biases:
             found = [self._one_bias(bias) for bias in biases]
-            shows = all(bias.hides is not None for bias in biases)
-            if not shows:
-                hidden = 0.0, -math.inf
-                found = [
-                    one if bias.hides is None else self.graph.call_function(aten.where.Scalar, (one, *hidden))
-                    for bias, one in zip(biases, found, strict=True)
-                ]
-            join = aten.logical_and.default if shows else aten.add.Tensor
-            self.biases[key] = functools.reduce(lambda a, b: self.graph.call_function(join, (a, b)), found)
+            numbers = [one for bias, one in zip(biases, found, strict=True) if bias.hides is None]
+            seen = [one for bias, one in zip(biases, found, strict=True) if bias.hides is not None]
+            made = self._joined(aten.add.Tensor, numbers)
+            if seen:
+                visible = self._joined(aten.logical_and.default, seen)
+                hidden = (visible, made, -math.inf)
+                made = visible if made is None else self.graph.call_function(aten.where.ScalarOther, hidden)
+            self.biases[key] = made
         return self.biases[key]
+
+    def _joined(self, op: Any, nodes: list[fx.Node]) -> fx.Node | None:
+        return functools.reduce(lambda a, b: self.graph.call_function(op, (a, b)), nodes) if nodes else None
 
     def _one_bias(self, bias: Bias) -> fx.Node:
         found = self.full[bias.node]
         if bias.hides:
             found = self.graph.call_function(aten.logical_not.default, (found,))
+        if bias.hides is None and bias.node.meta["val"].dtype != bias.dtype:
+            found = self.graph.call_function(aten._to_copy.default, (found,), {"dtype": bias.dtype})
         if bias.factor != 1:
             found = self.graph.call_function(aten.mul.Tensor, (found, bias.factor))
         batched, heads, by_query = bias.shape()

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import And, Blind, Formula, Opaque, Or, PerRow, Predicate, Same, Weights, hides, terms_of
+from radix_compile.attention.bias import Bias
+from radix_compile.attention.parts import biases_of
+from radix_compile.mask_facts import Blind, PerRow, Predicate, Same, Weights, atoms_of, hides, is_known, terms_of
 from radix_compile.passes.choose_cuts import is_row
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.token_axes import Uniform, refuse, value_of, values_of
@@ -93,6 +95,8 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
             if wanted.is_compact(node):
                 return node
             continue
+        if wanted.is_compact(node) and any(map(_is_by_column, biases_of(node))):
+            return node
         values = values_of(node)
         along_sequence = any(value.full_only and value.attends is None for value in values)
         moves_nothing = node.target is aten.index.Tensor  # by indices that count: the entries stay where they are
@@ -132,18 +136,15 @@ def _numbering(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
 def _tells_apart(node: fx.Node, numbers: set[fx.Node], runs: fx.Node | None) -> bool:
     """Does a predicate read the numbers only to ask whether two of them are the same?"""
     fact = values_of(node)[0].fact
-    if not isinstance(fact, Predicate) or not _is_known(fact.formula):
+    if not isinstance(fact, Predicate) or not is_known(fact.formula):
         return False
-    read = [atom for atom in _atoms(fact.formula) if getattr(atom, "source", None) in numbers]
+    read = [atom for atom in atoms_of(fact.formula) if getattr(atom, "source", None) in numbers]
     return all(isinstance(atom, Same) and atom.source is runs for atom in read)
 
 
-def _atoms(formula: Formula) -> Iterator[Formula]:
-    if isinstance(formula, And | Or):
-        for term in formula.terms:
-            yield from _atoms(term)
-    else:
-        yield formula
+def _is_by_column(bias: Bias) -> bool:
+    """Is it a table, and not one that compares columns with each other?"""
+    return value_of(bias.node).is_constant and not _compares_columns(bias.node)
 
 
 def _is_uniform(table: fx.Node, dim: int) -> bool:
@@ -152,8 +153,4 @@ def _is_uniform(table: fx.Node, dim: int) -> bool:
 
 def _compares_columns(table: fx.Node) -> bool:
     fact = value_of(table).fact
-    return isinstance(fact, Predicate) and _is_known(fact.formula)
-
-
-def _is_known(formula: Formula) -> bool:
-    return not any(isinstance(atom, Opaque) for atom in _atoms(formula))
+    return isinstance(fact, Predicate) and is_known(fact.formula)

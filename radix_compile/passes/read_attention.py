@@ -14,7 +14,7 @@ from radix_compile.attention.parts import Parts, is_attention
 from radix_compile.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
 from radix_compile.attention.rows import SAME_ORDER, NotCarried, Rows
 from radix_compile.cost import flops
-from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, terms_of
+from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.op_rules.flex import FLEX, arguments_of, mask_of
 from radix_compile.op_rules.masks import fact_of, is_hidden
 from radix_compile.op_rules.table import argument
@@ -88,7 +88,7 @@ def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:
     while node.target is not aten.softmax.int:
         if node.target is aten.slice.Tensor and not sliced:
             sliced = True  # mark_token_axes has seen that what is left are weights of keys
-        elif not (node.target in COPIES or _is_no_dropout(node)):
+        elif not node.meta["val"].is_floating_point() or not (node.target in COPIES or _is_no_dropout(node)):
             raise NotCarried(f"its weights go through {node.target}")
         (node, *_) = node.all_input_nodes
     if argument(node, "dim") not in (-1, node.meta["val"].ndim - 1):
@@ -129,7 +129,7 @@ class _Scores:
     def _peeled(self, node: fx.Node) -> fx.Node:
         target, args = node.target, node.args
         dtype = node.meta["val"].dtype
-        if target in COPIES:
+        if target in COPIES and dtype.is_floating_point:
             return node.all_input_nodes[0]
         if target is aten.cat.default and self.sinks is None:
             if self.outer != 1 or self.capped or self.masks or self.biases:
@@ -138,8 +138,8 @@ class _Scores:
             self.sinks = _by_head(*sinks)
             return scores  # type: ignore[no-any-return]
         if target is aten.sub.Tensor and isinstance(fact := fact_of(args[1]), RowMax) and fact.of is args[0]:
-            if self.sinks is not None:  # of which nothing has been subtracted
-                raise NotCarried("it has sinks behind scores that something was subtracted from")
+            if self.sinks is not None or self.capped:  # of sinks nothing has been subtracted, and a cap is no sum
+                raise NotCarried("something was subtracted from its scores in front of sinks or a soft cap")
             return args[0]
         if target is aten.tanh.default and not self.capped:
             self.capped = True
@@ -186,7 +186,9 @@ class _Scores:
 
     def _expect_said(self, node: fx.Node) -> None:
         fact = fact_of(node)
-        if isinstance(fact, Masked) and not self.said.issuperset(terms_of(fact.visible)):
+        if isinstance(fact, Masked) and not all(
+            term in self.said and is_known(term) for term in terms_of(fact.visible)
+        ):
             raise NotCarried("not all that its masks hide stays hidden")
         if not isinstance(fact, Masked) and node.target is not aten.add.Tensor:
             raise NotCarried("what its masks hide is not understood")

@@ -41,7 +41,8 @@ def _indices(graph: fx.Graph, query: fx.Node, key: fx.Node) -> list[fx.Node]:
     batch, heads, rows, _ = query.meta["val"].shape
     made = []
     for dim, size in enumerate((batch, heads, rows, key.meta["val"].shape[2])):
-        node = graph.call_function(aten.arange.default, (size,), {"device": query.meta["val"].device})
+        options = {"dtype": torch.int32, "device": query.meta["val"].device}  # as flex_attention counts
+        node = graph.call_function(aten.arange.default, (size,), options)
         internals.evaluate(node)
         for other in range(4):
             node = node if other == dim else _call(graph, aten.unsqueeze.default, node, other)
@@ -62,12 +63,23 @@ def _inlined(gm: fx.GraphModule, name: fx.Node, inputs: Sequence[fx.Node], like:
     placeholders = body.graph.find_nodes(op="placeholder")
     copies: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
     for node in body.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "get_attr":
+            copies[node] = _constant(gm, getattr(body, str(node.target)), node)
+        elif node.op == "call_function" and node.target is not aten._assert_tensor_metadata.default:
             copies[node] = gm.graph.node_copy(node, copies.__getitem__)
             copies[node].meta = _place(like.meta)
             internals.evaluate(copies[node])
     (result,) = _outputs(body)
     made: fx.Node = copies[result]
+    return made
+
+
+def _constant(gm: fx.GraphModule, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+    """A tensor of a subgraph as one of the graph's own."""
+    name = f"radix_{like.name}_{id(tensor)}"
+    gm.register_buffer(name, tensor, persistent=False)
+    made = gm.graph.get_attr(name)
+    made.meta = {**_place(like.meta), "val": like.meta["val"]}
     return made
 
 

@@ -243,6 +243,8 @@ def biased_by_distance(d: Draw) -> str:
     slopes = d.one_of("0.5 ** torch.arange(1, H + 1)", "1 / torch.arange(1, H + 1)", "w(H)")
     lines += [INDICES, f"slopes = ({slopes})[:, None, None]"]
     distances = ["slopes * (keys - queries)", "slopes * torch.arange(S)", "slopes * (1 - queries)"]
+    distances += ["torch.log(queries - keys + 1.0)", "(queries - keys < 3)", "(10 * (queries - keys)).to(torch.int8)"]
+    distances += ["w(H, S, S)", "(ids[:, None, :, None] == ids[:, None, None, :])"]
     if d.has("padding"):
         distances.append("slopes * ((padding.long().cumsum(-1) - 1) * padding)[:, None, None, :]")
     lines.append(f"bias = {d.one_of(*distances)}")
