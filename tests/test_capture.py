@@ -149,7 +149,7 @@ class Doubled(torch.autograd.Function):
 
 def test_a_custom_autograd_function_keeps_its_gradient() -> None:
     model = Tiny(lambda x: Doubled.apply(x))
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
     with pytest.warns(UserWarning, match="would lose its gradient"):
         compiled(shared_batch(4, 8, 8)).sum().backward()
     ours = model.first.weight.grad.clone()
@@ -168,7 +168,9 @@ def test_vmap_is_refused_before_anything_is_touched() -> None:
     table = torch.randn(VOCABULARY, 16)
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="torch.func transforms"):
-        ours = torch.compile(program, backend="radix", options={"inner": "eager"})(shared_batch(4, 8, 4), table)
+        ours = torch.compile(program, backend="radix", options={"inner": "eager", "threshold": 1.0})(
+            shared_batch(4, 8, 4), table
+        )
     torch.testing.assert_close(ours, program(shared_batch(4, 8, 4), table))
 
 
@@ -207,7 +209,7 @@ class Counting(nn.Module):
 def test_a_program_that_writes_to_its_inputs_runs_plain() -> None:
     model = Counting()
     with torch.no_grad(), pytest.warns(UserWarning, match="writes to its inputs"):
-        torch.compile(model, backend="radix", options={"inner": "eager"})(shared_batch(4, 8, 4))
+        torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})(shared_batch(4, 8, 4))
     assert model.calls == 1
     assert radix_compile.stats().folded_compiles == 0
 
@@ -237,7 +239,7 @@ def test_data_dependent_failures_of_the_inner_backend_are_heard() -> None:
 
     model, ids = Tiny(), shared_batch(4, 8, 4)
     with pytest.warns(UserWarning, match="radix: ") as caught:
-        ours = torch.compile(model, backend=radix_compile.RadixBackend(inner=inner))(ids)
+        ours = torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0))(ids)
     torch.testing.assert_close(ours, model(ids))
     messages = " ".join(str(warning.message) for warning in caught)
     assert "cannot compile the folded program: DynamicOutputShapeException: aten.nonzero.default" in messages

@@ -48,12 +48,11 @@ def test_grpo_trains_to_the_same_losses(inner: str) -> None:
     check_folded(calls=STEPS * grpo.UPDATES, rows=rows, nodes=nodes)
 
 
-@pytest.mark.parametrize("inner", INNERS)
-def test_dpo_trains_to_the_same_losses(inner: str) -> None:
+def test_dpo_trains_to_the_same_losses() -> None:
     plain = dpo.train(STEPS, None, exact_model())
     assert plain[0] == pytest.approx(math.log(2), rel=0, abs=TOLERANCE)
     assert plain[-1] < plain[0] - 1e-3
-    assert dpo.train(STEPS, folding(inner), exact_model()) == pytest.approx(plain, rel=0, abs=TOLERANCE)
+    assert dpo.train(STEPS, folding("aot_eager"), exact_model()) == pytest.approx(plain, rel=0, abs=TOLERANCE)
     rows = 2 * dpo.PAIRS * dpo.LENGTH
     check_folded(calls=2 * STEPS, rows=rows, nodes=rows - dpo.PAIRS * dpo.PROMPT_LENGTHS[0])
 
@@ -72,7 +71,7 @@ def test_what_the_scripts_print(
 ) -> None:
     assert example.main(["--backend", "none", "--steps", "2"]) == 0
     plain = capsys.readouterr().out.splitlines()
-    monkeypatch.setattr(backend.radix, "options", radix_compile.Options(inner="aot_eager"))  # inductor would take long
+    monkeypatch.setattr(backend.radix, "options", radix_compile.Options(inner="aot_eager", threshold=1.0))
     assert example.main(["--backend", "radix", "--steps", "2"]) == 0
     *steps, tokens = capsys.readouterr().out.splitlines()
     assert len(steps) == len(plain) == 2

@@ -58,7 +58,7 @@ def test_an_equal_backend_does_not_compile_again() -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
     ids = torch.zeros(3, 5, dtype=torch.long)
     for _ in range(2):
-        torch.compile(model, backend=radix_compile.RadixBackend(inner="eager"))(ids)
+        torch.compile(model, backend=radix_compile.RadixBackend(inner="eager", threshold=1.0))(ids)
     assert radix_compile.stats().graphs == 1
 
 
@@ -71,8 +71,8 @@ def test_mode_and_inner_options_reach_the_inner_backend() -> None:
 
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
     ids = torch.zeros(3, 5, dtype=torch.long)
-    torch.compile(model, backend=radix_compile.RadixBackend(inner=inner), mode="reduce-overhead")(ids)
-    torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, inner_options={"a": 1}))(ids)
+    torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0), mode="reduce-overhead")(ids)
+    torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0, inner_options={"a": 1}))(ids)
     assert seen == [{"mode": "reduce-overhead"}] * 2 + [{"options": {"a": 1}}] * 2
 
 
