@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.attention.parts import attention_steps, is_attention
+from radix_compile.attention.parts import attention_steps, compact_attention, is_attention
 from radix_compile.cost import flops
+from radix_compile.kernels.tree_attention import why_tiles
 from radix_compile.mask_facts import RowMax
 from radix_compile.op_rules.table import tensor_inputs
 from radix_compile.passes.choose_cuts import Form
@@ -105,11 +106,19 @@ def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
     place = refuse(node, "")
     if value.attends is not None:
         if on_tree:
-            return Attention(True, "proved causal; runs on the prefix tree", place.module, place.source)
+            status = f"proved causal; runs on the prefix tree{_lowering(node)}"
+            return Attention(True, status, place.module, place.source)
         why: str = node.meta["attention"]
         return Attention(True, f"proved causal; runs in full form: {why}", place.module, place.source, why)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
     return Attention(False, reason, place.module, place.source)
+
+
+def _lowering(node: fx.Node) -> str:
+    found = compact_attention(node)
+    assert found is not None
+    why = why_tiles(*found.operands)
+    return ", by Triton kernels" if why is None else f", in tiles ({why})"
 
 
 def _that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:

@@ -61,6 +61,15 @@ class TreeAttention:
     dtype: torch.dtype
 
     @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As queries and values that the op will be given, but for all dimensions except the last."""
+        query, value = (
+            rows.node.meta["val"].new_empty((rows.heads()[1],), dtype=self.dtype)
+            for rows in (self.parts.query, self.parts.value)
+        )
+        return query, value
+
+    @property
     def inputs(self) -> list[fx.Node]:
         """All that the op reads in compact form: no mask, and what hides keys is in the plan."""
         parts = self.parts

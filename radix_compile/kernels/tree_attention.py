@@ -43,16 +43,23 @@ SHARED_MEMORY = {256: 104 * 1024, 512: 184 * 1024}
 
 
 def lowering(query: Tensor, value: Tensor) -> str:
-    """The code that runs the op: "triton", kernels that read keys where they are, or "tiles", in torch.
+    """The code that runs the op: "triton", kernels that read keys where they are, or "tiles", in torch."""
+    return "triton" if why_tiles(query, value) is None else "tiles"
 
-    The kernels are for CUDA, for half-width numbers and float32, and for heads that the GPU has shared memory for.
-    """
-    if query.device.type != "cuda" or query.dtype not in FLOATS or not has_triton():
-        return "tiles"
+
+def why_tiles(query: Tensor, value: Tensor) -> str | None:
+    """Why the Triton kernels cannot run the op; None if they can."""
+    if query.device.type != "cuda":
+        return f"on a {query.device.type.upper()}"
+    if not has_triton():
+        return "without Triton"
+    if query.dtype not in FLOATS:
+        return f"of {str(query.dtype).removeprefix('torch.')}"
     width = row_bytes(query, value)
     needed = next((room for widest, room in SHARED_MEMORY.items() if width <= widest), None)
-    has_room = needed is not None and needed <= internals.shared_memory(query.device)
-    return "triton" if has_room else "tiles"
+    if needed is None or needed > internals.shared_memory(query.device):
+        return "with heads that the GPU has too little shared memory for"
+    return None
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

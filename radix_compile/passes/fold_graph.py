@@ -339,10 +339,7 @@ def shown_keys(captured: fx.GraphModule) -> tuple[tuple[fx.Node, bool], ...] | N
 
 def needs_tiles(captured: fx.GraphModule) -> bool:
     """Does the code that will run attention on the tree read lists of keys?"""
-    return any(
-        lowering(*(rows.node.meta["val"].to(one.dtype) for rows in (one.parts.query, one.parts.value))) == "triton"
-        for one in _on_the_tree(captured)
-    )
+    return any(lowering(*one.operands) == "triton" for one in _on_the_tree(captured))
 
 
 def relies_on_sight(captured: fx.GraphModule) -> bool:
