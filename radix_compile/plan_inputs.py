@@ -145,8 +145,8 @@ class PlanInputs:
             breaks, come_back = sequence_breaks(numbers)
             if come_back.any() and self.apart is not None:
                 raise OffTheTree("a sequence goes on behind another one that is packed in its row")
-            if come_back.any():  # their paths have to say which of their rows go together
-                rows.append(np.where(come_back[:, None], numbers - numbers.min() + 1, 0))
+            if come_back.any():
+                rows += numbers_in_paths(numbers, come_back)
         elif self.apart is not None and (np.diff(self.apart(args, shape), axis=1) != 0).any():
             raise OffTheTree("several sequences are packed in a row, and rows depend on their column")
         start: NDArray[Any] | None = None
@@ -209,6 +209,16 @@ def sequence_breaks(numbers: NDArray[Any]) -> tuple[BoolArray | None, BoolArray]
         if len(np.unique(numbers[row])) <= breaks[row].sum():
             breaks[row], come_back[row] = False, True
     return breaks if breaks.any() else None, come_back
+
+
+def numbers_in_paths(numbers: NDArray[Any], come_back: BoolArray) -> list[NDArray[Any]]:
+    """Keys that say which rows of a sequence go together, in those in which numbers come back.
+
+    Up to the first change such a sequence is like any other. Behind it count the number, and the one it began with.
+    """
+    counted = numbers.astype(np.int64) - numbers.min() + 1
+    changed = come_back[:, None] & np.logical_or.accumulate(numbers != numbers[:, :1], axis=1)
+    return [np.where(changed, counted, 0), np.where(changed, counted[:, :1], 0)]
 
 
 def plan_inputs(captured: fx.GraphModule) -> PlanInputs:

@@ -250,14 +250,12 @@ BIASED: dict[str, tuple[Attend, list[int]]] = {
         [1, H, S, S],
     ),
     "by key, in a product": (by_key, [B, H, 1, S]),
-    "two masks for one reason or the other": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, within(3) | (causal() & (torch.arange(S) < 2))),
+    "keys for one reason or the other": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, within(2) | (within(7) & ~within(4))),
         [1, 1, S, S],
     ),
     "that mask written out, and a bias": (
-        lambda q, k, v: written(
-            q, k, v, within(3) | (causal() & (torch.arange(S) < 2)), scores=q @ k.mT + by_distance(q)
-        ),
+        lambda q, k, v: written(q, k, v, within(2) | (within(7) & ~within(4)), scores=q @ k.mT + by_distance(q)),
         [1, H, S, S],
     ),
 }

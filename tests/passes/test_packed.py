@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import radix_compile
 from radix_compile import backend
 from radix_compile.passes.prove_shift import prove_shift
-from radix_compile.plan_inputs import sequence_breaks
+from radix_compile.plan_inputs import numbers_in_paths, sequence_breaks
 from tests.graphs import folded
 from tests.models import VOCABULARY, assert_as_exact, build, in_float64
 
@@ -275,7 +275,19 @@ def test_one_sequence_is_left_alone_without_a_word(recwarn: pytest.WarningsRecor
 def test_numbers_that_come_back() -> None:
     numbers = np.array([[0, 0, 1, 1, 2], [0, 1, 1, 0, 2], [2, 1, 1, 0, 0], [3, 3, 3, 3, 3]])
     breaks, come_back = sequence_breaks(numbers)
-    assert come_back
+    assert come_back.tolist() == [False, True, False, False]
     assert breaks is not None
     assert breaks.astype(int).tolist() == [[0, 0, 1, 0, 1], [0] * 5, [0, 1, 0, 1, 0], [0] * 5]
-    assert sequence_breaks(numbers[3:]) == (None, False)
+    breaks, come_back = sequence_breaks(numbers[3:])
+    assert breaks is None
+    assert not come_back.any()
+
+
+def test_paths_where_numbers_come_back() -> None:
+    """Equal up to where other rows go together."""
+    numbers = np.array([[0, 0, 1, 0], [2, 2, 1, 0], [0, 0, 1, 0], [5, 5, 5, 5]])
+    keys = np.stack(numbers_in_paths(numbers, np.array([True, True, True, False])), -1).tolist()
+    assert keys[0] == keys[2]
+    assert keys[0][:2] == keys[1][:2] == keys[3][:2]
+    assert keys[0][2:] != keys[1][2:]
+    assert keys[3][2] != keys[0][2]
