@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,17 @@ class Folded:
         return self.program(*args, *self.inputs.arrays(plan, args, device))
 
 
+class _Call(NamedTuple):
+    """A call as it came, and with the tensors that wrappers hold; its plan, and what may run it."""
+
+    wrapped: Sequence[Any]
+    args: Sequence[Any]
+    device: torch.device
+    plan: PrefixPlan
+    counts: Counts
+    candidates: list[Folded]
+
+
 @dataclass(frozen=True)
 class PerCall:
     """The programs of a graph, called as it was.
@@ -74,7 +85,7 @@ class PerCall:
         except RunsPlain as reason:
             return self._run_plain(wrapped, str(reason))
         counts = Counts.of(plan, batch, seq)
-        chosen = self._choose(counts, plan, candidates, args, wrapped, ids.device)
+        chosen = self._choose(_Call(wrapped, args, ids.device, plan, counts, candidates))
         if isinstance(chosen, str):
             COUNTERS.add(plan_seconds=time.perf_counter() - started)
             return self._run_plain(wrapped, chosen)
@@ -103,23 +114,15 @@ class PerCall:
             return plan, [one, *(other for other in self.folded[i + 1 :] if other.always)]
         return last.inputs.plan(args, self.options.pad_multiple_of, apart), [last]
 
-    def _choose(
-        self,
-        counts: Counts,
-        plan: PrefixPlan,
-        candidates: list[Folded],
-        args: Sequence[Any],
-        wrapped: Sequence[Any],
-        device: torch.device,
-    ) -> Folded | str:
+    def _choose(self, call: _Call) -> Folded | str:
         """One of the candidates, or why none of them."""
-        threshold = self.options.threshold
-        by_name = {one.name: one for one in candidates}
+        threshold, counts = self.options.threshold, call.counts
+        by_name = {one.name: one for one in call.candidates}
         if counts.nodes <= 1:  # which is not compiled for
             return "too little is shared"
         kept = self.measurements if threshold is None and self.options.calibrate else None
         if kept is not None and self.model.needs_timing(counts, list(by_name)):
-            self.model.timed.append(self._timed(counts, plan, candidates, args, wrapped, device))
+            self.model.timed.append(self._timed(call))
             kept.save(self.model.timed)
         predicted = self.model.predict(counts, list(by_name))
         reason = "too little is shared"
@@ -127,32 +130,24 @@ class PerCall:
             name, reason = fastest(predicted), "the plain program is predicted to be as fast"
         else:
             limit = THRESHOLD if threshold is None else threshold
-            name = candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
+            name = call.candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
         self.chose(name, predicted)
         return reason if name == PLAIN else by_name[name]
 
-    def _timed(
-        self,
-        counts: Counts,
-        plan: PrefixPlan,
-        candidates: list[Folded],
-        args: Sequence[Any],
-        wrapped: Sequence[Any],
-        device: torch.device,
-    ) -> Timed:
+    def _timed(self, call: _Call) -> Timed:
         """All programs, the folded ones with the call's plan and with one that shares nothing."""
-        unshared, _ = self._planned(args, apart=True)
-        batch, seq = args[self.folded[0].inputs.keys[0]].shape[:2]
-        plans = {"shared": plan, "unshared": unshared}
-        runs: dict[tuple[str, str], Callable[[], object]] = {(PLAIN, ""): lambda: self.plain(*wrapped)}
-        for one in candidates:
-            runs |= {(one.name, which): partial(one.run, of, args, device) for which, of in plans.items()}
-        took = time_programs(runs, device)
+        unshared, _ = self._planned(call.args, apart=True)
+        batch, seq = call.args[self.folded[0].inputs.keys[0]].shape[:2]
+        plans = {"shared": call.plan, "unshared": unshared}
+        runs: dict[tuple[str, str], Callable[[], object]] = {(PLAIN, ""): partial(self.plain, *call.wrapped)}
+        for one in call.candidates:
+            runs |= {(one.name, which): partial(one.run, of, call.args, call.device) for which, of in plans.items()}
+        took = time_programs(runs, call.device)
         COUNTERS.add(timed_calls=1)
         work = {which: Counts.of(of, batch, seq) for which, of in plans.items()}
         points: dict[str, tuple[Point, ...]] = {
             one.name: tuple((one.work.flops(of), took[one.name, which]) for which, of in work.items())
-            for one in candidates
+            for one in call.candidates
         }
-        points[PLAIN] = ((candidates[0].work.flops(counts.unshared), took[PLAIN, ""]),)
-        return Timed(counts.rows, points)
+        points[PLAIN] = ((call.candidates[0].work.flops(call.counts.unshared), took[PLAIN, ""]),)
+        return Timed(call.counts.rows, points)

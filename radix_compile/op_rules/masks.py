@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -152,44 +153,10 @@ def _same_source(left: PerRow, right: PerRow) -> bool:
     return left.source is right.source and left.exact and right.exact and left.dim != right.dim
 
 
-@_derives(aten.le.Tensor)
-def _le(node: fx.Node) -> Fact | None:
-    return _compare(node, 1, 0)
-
-
-@_derives(aten.lt.Tensor)
-def _lt(node: fx.Node) -> Fact | None:
-    return _compare(node, 1, -1)
-
-
-@_derives(aten.ge.Tensor)
-def _ge(node: fx.Node) -> Fact | None:
-    return _compare(node, -1, 0)
-
-
-@_derives(aten.gt.Tensor)
-def _gt(node: fx.Node) -> Fact | None:
-    return _compare(node, -1, -1)
-
-
-@_derives(aten.le.Scalar)
-def _le_scalar(node: fx.Node) -> Fact | None:
-    return _compare_distance(node, 1, 0)
-
-
-@_derives(aten.lt.Scalar)
-def _lt_scalar(node: fx.Node) -> Fact | None:
-    return _compare_distance(node, 1, -1)
-
-
-@_derives(aten.ge.Scalar)
-def _ge_scalar(node: fx.Node) -> Fact | None:
-    return _compare_distance(node, -1, 0)
-
-
-@_derives(aten.gt.Scalar)
-def _gt_scalar(node: fx.Node) -> Fact | None:
-    return _compare_distance(node, -1, -1)
+_COMPARISONS = {"le": (1, 0), "lt": (1, -1), "ge": (-1, 0), "gt": (-1, -1)}
+for _name, (_sign, _slack) in _COMPARISONS.items():
+    FACTS[getattr(aten, _name).Tensor] = functools.partial(_compare, sign=_sign, slack=_slack)
+    FACTS[getattr(aten, _name).Scalar] = functools.partial(_compare_distance, sign=_sign, slack=_slack)
 
 
 @_derives(aten.eq.Tensor)
