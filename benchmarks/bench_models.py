@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, int]] = {
     "small": {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 64, "intermediate": 1536},
 }
 VOCABULARY = 32_000
+_SHORTER = ((512, 256), (512, 1024), (1024, 256), (1024, 1024), (2047, 1024))
 
 
 def cases(on_gpu: bool, backward: bool) -> Iterator[PrefixBatch]:
@@ -48,7 +49,7 @@ def cases(on_gpu: bool, backward: bool) -> Iterator[PrefixBatch]:
         yield one_prefix(16, 1024, 256) if on_gpu else one_prefix(8, 128, 32)
     elif on_gpu:
         yield from (one_prefix(15, 2047, 256), rerank())
-        yield from (one_prefix(15, prefix, suffix) for prefix, suffix in ((512, 256), (1024, 256), (2047, 1024)))
+        yield from (one_prefix(15, prefix, suffix) for prefix, suffix in _SHORTER)
     else:
         yield from (one_prefix(16, 256, 32), one_prefix(16, 512, 32), one_prefix(32, 128, 32), rerank(4, 4))
 
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(MODELS), help="whose sizes (default: 8B, small on a CPU)")
     parser.add_argument("--layers", type=positive, help="fewer layers")
     parser.add_argument("--cases", type=positive, default=99, help="only the first so many batches")
+    parser.add_argument("--only", default="", help="only batches with this in their name")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -174,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"machine  {machine(device)}")
     print(f"model    Qwen3-{name}, {sizes['layers']} layers, {next(model.parameters()).dtype}")
     print(f"measured {'forward and backward' if options.backward else 'forward'}, medians of {options.runs}")
-    for case in list(cases(on_gpu, options.backward))[: options.cases]:
+    chosen = [case for case in cases(on_gpu, options.backward) if options.only in case.name]
+    for case in chosen[: options.cases]:
         by_token, by_arithmetic = bounds(case, sizes)
         print(
             f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
