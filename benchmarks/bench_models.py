@@ -22,6 +22,7 @@ import argparse
 import inspect
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -129,8 +130,10 @@ def ways(model: Any, case: PrefixBatch, device: torch.device, backward: bool) ->
     yield "radix", compiled(backend="radix", options={"threshold": 1.0})
 
 
-def measure(call: Callable[[], Tensor], device: torch.device, runs: int, backward: bool) -> tuple[float, int | None]:
-    """Median seconds, and the most memory allocated."""
+def measure(
+    call: Callable[[], Tensor], device: torch.device, runs: int, backward: bool
+) -> tuple[float, float, int | None]:
+    """Median seconds, those of the first call, which compiles, and the most memory allocated."""
 
     def step() -> object:
         if not backward:
@@ -139,12 +142,14 @@ def measure(call: Callable[[], Tensor], device: torch.device, runs: int, backwar
         return result.backward(torch.ones_like(result))
 
     with torch.set_grad_enabled(backward):
-        for _ in range(2):
-            step()
+        started = time.perf_counter()
+        step()
+        first = time.perf_counter() - started
+        step()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = statistics.median(workloads.interleaved({"": step}, runs, device)[""])
-    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return seconds, first, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,10 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         first = None
         for way, call in ways(model, case, device, options.backward):
-            seconds, peak = measure(call, device, options.runs, options.backward)
+            seconds, compiling, peak = measure(call, device, options.runs, options.backward)
             first = first or seconds
             memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"
-            print(f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}", flush=True)
+            row = f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}"
+            print(f"{row}   first call {compiling:.1f} s", flush=True)
             model.zero_grad()
     return 0
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
 from radix_compile.op_rules.table import argument, source_of
+from radix_compile.provenance import trace_back
 from radix_compile.token_axes import BATCH, SEQ, as_size, value_of
 
 aten = torch.ops.aten
@@ -26,15 +27,21 @@ def fold_cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
     """
     replaced = 0
     for node in list(gm.graph.nodes):
-        if node.target is aten.cross_entropy_loss.default:
-            replaced += _replace_cross_entropy(node)
-        elif node.target is aten.gather.default:
-            replaced += _replace_log_probability(gm, node)
+        before, behind = node.prev, node.next
+        if _replace(gm, node):
+            trace_back(node.meta["origin"], "fold_cross_entropy", before.next, behind)
+            replaced += 1
     if replaced:
         gm.graph.eliminate_dead_code()
         note = "the loss reads the logits of the nodes: its softmax runs once for each node"
         gm.meta["source"].meta.setdefault("notes", []).append(note)
     return gm
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.target is aten.cross_entropy_loss.default:
+        return _replace_cross_entropy(node)
+    return node.target is aten.gather.default and _replace_log_probability(gm, node)
 
 
 def _replace_cross_entropy(node: fx.Node) -> bool:
@@ -125,7 +132,6 @@ def _is_to_float32(node: fx.Node) -> bool:
 
 
 def _put(result: fx.Node, node: fx.Node) -> None:
-    result.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta})
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
 

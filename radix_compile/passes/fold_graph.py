@@ -27,6 +27,7 @@ from radix_compile.kernels.tree_attention import lowering
 from radix_compile.op_rules.flex import Blocks
 from radix_compile.op_rules.table import SHAPE_ARGUMENT
 from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
+from radix_compile.provenance import trace_back
 from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
 
 aten = torch.ops.aten
@@ -150,6 +151,11 @@ class _Rewriter:
         return int(size) if isinstance(size, sympy.Integer) else self.graph.call_function(aten.sym_size.int, (ids, dim))
 
     def _rewrite(self, node: fx.Node) -> None:
+        last = next(iter(reversed(self.graph.nodes)))
+        self._make_forms(node)
+        trace_back(node, "fold_graph", first=last.next)
+
+    def _make_forms(self, node: fx.Node) -> None:
         forms, runs = self.wanted.forms.get(node, set()), self.wanted.runs.get(node, set())
         if Form.FULL in runs:
             self.full[node] = _relaxed(self.graph.node_copy(node, self.full.__getitem__))
@@ -323,8 +329,8 @@ class _Rewriter:
         return product
 
     def _tagged(self, made: fx.Node, origin: fx.Node, form: Form) -> fx.Node:
-        """Where the node came from, for traces, reports and ``verify_graph``."""
-        for key in ("radix", "stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id"):
+        """What the node is a form of."""
+        for key in ("radix", "recompute", "ac_graph_id"):
             if key in origin.meta:
                 made.meta.setdefault(key, origin.meta[key])
         made.meta |= {"form": form, "origin": origin}
