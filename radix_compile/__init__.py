@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radix_compile.backend import RadixBackend
-    from radix_compile.explain import Explanation, explain
+    from radix_compile.inspection.diff import GraphDiff
+    from radix_compile.inspection.explanation import Explanation, explain, graph_diff
     from radix_compile.op_rules.custom import register_rule
     from radix_compile.options import Options
     from radix_compile.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
@@ -21,8 +22,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "RadixBackend": "backend",
-    "Explanation": "explain",
-    "explain": "explain",
+    "Explanation": "inspection.explanation",
+    "GraphDiff": "inspection.diff",
+    "explain": "inspection.explanation",
+    "graph_diff": "inspection.explanation",
     "register_rule": "op_rules.custom",
     "Options": "options",
     "PrefixPlan": "prefix_plan",
@@ -36,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "Explanation",
+    "GraphDiff",
     "Options",
     "PrefixPlan",
     "RadixBackend",
@@ -45,6 +49,7 @@ __all__ = [
     "compute_fold_and_scatter",
     "compute_fold_and_scatter_torch",
     "explain",
+    "graph_diff",
     "register_rule",
     "reset_stats",
     "stats",

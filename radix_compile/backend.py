@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import CannotFold
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
-from radix_compile.per_call import Folded, PerCall, Program
+from radix_compile.per_call import Choice, Folded, PerCall, Program
 from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
 from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
 from radix_compile.report import COUNTERS, GraphReport, report_on
@@ -91,13 +92,13 @@ class RadixBackend:
         plain = _compile_plain(gm, example_inputs, options)
         kept = _measurements(captured, self.predicts_for or options)
         model = CostModel({one.name: one.work for one in folded}, [] if kept is None else kept.load())
-        return PerCall(plain, folded, options, model, kept, captured.meta["wrapped"], self.chose)
+        return PerCall(plain, folded, options, model, kept, captured.meta["wrapped"], partial(self.chose, report))
 
     def report(self, report: GraphReport) -> None:
         """Called with the report of every graph; ``explain`` listens here."""
 
-    def chose(self, program: str, predicted: Mapping[str, float] | None) -> None:
-        """Called with the name of the program that a call runs, and the predicted seconds of each; listened to, too."""
+    def chose(self, report: GraphReport, choice: Choice) -> None:
+        """Called with what is decided about each call of a graph that can fold; listened to, too."""
 
     def _say_so(self, report: GraphReport, options: Options, expected: bool) -> None:
         details = "".join(f"\n  {refusal}" for refusal in report.refusals)

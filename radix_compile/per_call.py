@@ -21,10 +21,22 @@ from radix_compile.row_contents import RunsPlain
 from radix_compile.verify_calls import CallVerifier
 
 Program = Callable[..., Any]
-Listener = Callable[[str, Mapping[str, float] | None], None]
 
 THRESHOLD = 0.95
 """Without a prediction, a call folds if it has at most this many nodes per row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What was decided about a call: the name of its program, what was predicted (seconds by name), and for what.
+
+    ``ids`` are the token ids, or what else is the first of the rows' keys.
+    """
+
+    program: str
+    predicted: Mapping[str, float] | None
+    plan: PrefixPlan
+    ids: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,7 @@ class PerCall:
     """The programs of a graph, called as it was.
 
     ``model`` chooses among them, unless ``options.threshold`` is a number. If it cannot tell, programs are timed, and
-    ``measurements`` keeps what was found; neither if that is None. ``chose`` is told the name of each call's program
-    and the predicted seconds, if any.
+    ``measurements`` keeps what was found; neither if that is None. ``chose`` is told of each choice.
     """
 
     plain: Program
@@ -71,7 +82,7 @@ class PerCall:
     model: CostModel
     measurements: Measurements | None
     takes_wrapped: bool
-    chose: Listener
+    chose: Callable[[Choice], None]
 
     def __call__(self, *wrapped: Any) -> Any:
         args = internals.taken_apart(wrapped) if self.takes_wrapped else wrapped
@@ -131,7 +142,7 @@ class PerCall:
         else:
             limit = THRESHOLD if threshold is None else threshold
             name = call.candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
-        self.chose(name, predicted)
+        self.chose(Choice(name, predicted, call.plan, call.args[self.folded[0].inputs.keys[0]]))
         return reason if name == PLAIN else by_name[name]
 
     def _timed(self, call: _Call) -> Timed:

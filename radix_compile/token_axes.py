@@ -17,9 +17,11 @@ function for every ``b``. A value without token atoms is a constant of the call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
@@ -193,13 +195,16 @@ def _tidy_path(path: str) -> str:
     )
 
 
+_PACKAGE = f'"{Path(__file__).parent}{os.sep}'
+
+
 def source_line(node: fx.Node) -> str:
     """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [
         (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
         for i, line in enumerate(trace)
-        if line.strip().startswith("File ")
+        if line.strip().startswith("File ") and _PACKAGE not in line
     ]
     if not frames:
         return ""

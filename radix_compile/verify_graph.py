@@ -116,7 +116,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
     source: fx.GraphModule = gm.meta["source"]
     layout: Layout = source.meta["tokens"].layout
     try:
-        found = internals.fake_results(gm, _plan_shapes(gm))
+        found = internals.fake_results(gm, plan_shapes(gm))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvariantError(f"the folded graph does not run: {error}") from error
     for node in gm.graph.nodes:
@@ -139,7 +139,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
             _expect(same, node, f"as an output it is {result}, and {wanted} was captured")
 
 
-def _plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
+def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
     ids = gm.meta["source"].meta["tokens"].keys[0].meta["val"]
     rows = ids.shape[0] * ids.shape[1]
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]

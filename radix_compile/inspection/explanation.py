@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from radix_compile.backend import RadixBackend
 from radix_compile.calibration import time_programs
+from radix_compile.inspection.diff import GraphDiff, GraphPair
+from radix_compile.inspection.recorder import Recorder
 from radix_compile.options import Options
+from radix_compile.per_call import Choice, Program
+from radix_compile.pipeline import Observer
 from radix_compile.report import GraphReport, reset_stats, restore_stats, stats
 from radix_compile.token_axes import Refusal
 
@@ -28,6 +33,7 @@ class Explanation:
     ``predicted``       seconds by program ("plain", "full fold", ...) for the inputs, if calls of about their size were
                         timed before, or with ``measure``.
     ``measured``        with ``measure``, seconds of the call as "plain" (the inner backend alone) and as "radix".
+    ``diff``            each graph before and after: ``diff.text()``, ``diff.html(path)``, ...
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -37,6 +43,7 @@ class Explanation:
     tree_pairs: int = 0
     predicted: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    diff: GraphDiff = field(default_factory=lambda: GraphDiff(()))
 
     @property
     def folded(self) -> bool:
@@ -113,18 +120,28 @@ class Explanation:
 
 
 class _Listening(RadixBackend):
-    """The backend, with its reports kept."""
+    """The backend, with its reports and the graphs between its passes kept."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.reports: list[GraphReport] = []
+        self.pairs: list[GraphPair] = []
         self.predicted: dict[str, float] = {}
+
+    def compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observe: Observer | None = None
+    ) -> Program:
+        self._recorder = Recorder()
+        return super().compile(gm, example_inputs, options, self._recorder)
 
     def report(self, report: GraphReport) -> None:
         self.reports.append(report)
+        self.pairs.append(self._recorder.pair(report))
 
-    def chose(self, program: str, predicted: Mapping[str, float] | None) -> None:
-        for name, seconds in (predicted or {}).items():  # summed over graphs
+    def chose(self, report: GraphReport, choice: Choice) -> None:
+        number = next(i for i, one in enumerate(self.reports) if one is report)
+        self.pairs[number] = self.pairs[number].of_call(choice.plan, choice.ids)
+        for name, seconds in (choice.predicted or {}).items():  # summed over graphs
             self.predicted[name] = self.predicted.get(name, 0.0) + seconds
 
     __hash__ = RadixBackend.__hash__
@@ -148,6 +165,29 @@ def explain(
     ``options`` says otherwise. Gradient mode is the caller's. With ``measure``, the programs are compiled with
     ``options`` as they are and time is taken: of the call as it would be, and of the plain program.
     """
+    explanation = look_at(model, args, kwargs, options, measure)
+    print(explanation)
+    return explanation
+
+
+def graph_diff(
+    model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+) -> GraphDiff:
+    """Run ``model(*args, **kwargs)`` once through the backend, as :func:`explain` does, and return what it rewrote.
+
+    Of the graphs before and after there is ``text()``, ``html(path)``, ``svg(path)`` and ``to_dict()``.
+    """
+    return look_at(model, args, kwargs, options).diff
+
+
+def look_at(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    measure: bool = False,
+) -> Explanation:
+    """What :func:`explain` prints."""
     model = getattr(model, "_orig_mod", model)
     backend = _Listening(**{**({} if measure else {"inner": "eager", "threshold": 1.0}), **(options or {})})
     backend.predicts_for = Options().updated(options)
@@ -163,9 +203,8 @@ def explain(
         restore_stats(before)
         torch._dynamo.reset()
     pairs = counted.pairs, counted.tree_pairs
-    explanation = Explanation(backend.reports, counted.tokens, counted.compact_tokens, *pairs, predicted, measured)
-    print(explanation)
-    return explanation
+    diff = GraphDiff(tuple(backend.pairs), getattr(model, "__name__", type(model).__name__))
+    return Explanation(backend.reports, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, diff)
 
 
 def _measured(

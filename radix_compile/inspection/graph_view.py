@@ -1,0 +1,221 @@
+"""A graph as plain data, node by node: what a reader wants to know of it, and nothing that keeps a model alive."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile import torch_internals as internals
+from radix_compile.op_rules import rule_for
+from radix_compile.provenance import origin_name
+from radix_compile.token_axes import Marks, Value, refuse, values_of
+from radix_compile.verify_graph import NODES, plan_shapes
+
+BOUNDARY = "boundary"
+"""The form of what leads from rows to nodes and back."""
+NODES_NAME = "T'"
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One node of a graph.
+
+    ``op``         as in ``linear`` or ``add.Tensor``; ``placeholder`` and ``output`` too.
+    ``inputs``     the names of the nodes that it reads.
+    ``arguments``  what it is given besides, as text.
+    ``shape``      as in ``[1, T', 512]``, with ``T'`` for the number of nodes of the prefix tree; of the first result, if
+                   there are several.
+    ``fixed``      bytes of its results, of what has no entry per node, and
+    ``per_node``   bytes of them for each node (see :meth:`size`).
+    ``form``       "full", "compact", or "boundary"; empty where nothing has been decided.
+    ``value``      what its value is to the tokens, in words; empty if it was not looked at.
+    ``rule``       the rule that said so, and what the rule is about.
+    ``reason``     why it is not prefix-determined, or not on the prefix tree.
+    ``origin``     the name of the captured node that it was made of.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    arguments: str = ""
+    shape: str = ""
+    dtype: str = ""
+    fixed: int = 0
+    per_node: int = 0
+    form: str = ""
+    module: str = ""
+    source: str = ""
+    value: str = ""
+    rule: str = ""
+    reason: str = ""
+    origin: str = ""
+
+    def size(self, nodes: int) -> int:
+        """Bytes of its results in a call with so many nodes."""
+        return self.fixed + self.per_node * nodes
+
+    def moved(self, nodes: int) -> int:
+        """Bytes read and written to get from one form to the other; 0 of all other ops."""
+        return 2 * self.size(nodes) if self.form == BOUNDARY else 0
+
+    @property
+    def is_computed(self) -> bool:
+        """Not an input, a weight or the output."""
+        return self.op not in ("placeholder", "get_attr", "output")
+
+
+@dataclass(frozen=True)
+class GraphView:
+    """A graph as it was behind the pass ``after``."""
+
+    after: str
+    nodes: tuple[NodeView, ...]
+
+    def find(self, name: str) -> NodeView:
+        return next(node for node in self.nodes if node.name == name)
+
+
+def view_of(gm: fx.GraphModule, after: str) -> GraphView:
+    """The graph as it is now. Sizes are those of the call that is compiled for."""
+    results = _results_of(gm)
+    return GraphView(after, tuple(_node_view(node, results.get(node)) for node in gm.graph.nodes))
+
+
+def _node_view(node: fx.Node, result: Any) -> NodeView:
+    tensors = _tensors(result)
+    place = refuse(node, "")
+    origin = node.meta.get("origin", node)
+    marks: Marks | None = origin.meta.get("radix")
+    of_rows = getattr(node.target, "namespace", "") == "radix"
+    return NodeView(
+        name=node.name,
+        op=_op(node),
+        inputs=tuple(one.name for one in node.all_input_nodes),
+        arguments=_arguments(node),
+        shape=_shape(tensors[0]) if tensors else "",
+        dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+        fixed=sum(_bytes(tensor) for tensor in tensors if not _has_nodes(tensor)),
+        per_node=sum(_bytes(tensor) // NODES for tensor in tensors if _has_nodes(tensor)),
+        form=BOUNDARY if of_rows and not _is_compute(node) else _form(node),
+        module=place.module,
+        source=place.source,
+        value="" if marks is None or of_rows else _in_words(values_of(origin)),
+        rule="" if marks is None or of_rows else _rule(origin),
+        reason="" if marks is None else _reason(origin),
+        origin=origin_name(node) or "",
+    )
+
+
+def _results_of(gm: fx.GraphModule) -> Mapping[fx.Node, Any]:
+    if "source" in gm.meta:
+        return internals.fake_results(gm, plan_shapes(gm))
+    return {node: node.meta.get("val") for node in gm.graph.nodes}
+
+
+def _is_compute(node: fx.Node) -> bool:
+    return node.target in (torch.ops.radix.tree_attention.default, torch.ops.radix.token_nll.default)
+
+
+def _op(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return node.op if node.op in ("placeholder", "output", "get_attr") else f"{node.op} {node.target}"
+    name = str(getattr(node.target, "__name__", node.target))
+    name = name.removesuffix(".default")
+    namespace = getattr(node.target, "namespace", "aten")
+    return name if namespace in ("aten", "radix") else f"{namespace}::{name}"
+
+
+def _arguments(node: fx.Node) -> str:
+    if node.op in ("placeholder", "output"):
+        return ""
+    if node.op == "get_attr":
+        return str(node.target)
+    given = [_text(arg) for arg in node.args if not isinstance(arg, fx.Node)]
+    given += [f"{key}={_text(value)}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
+    return ", ".join(given)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value).removeprefix("torch.")
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, list | tuple):
+        return [tensor for one in result for tensor in _tensors(one)]
+    return []
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"[{', '.join(map(_size, tensor.shape))}]"
+
+
+def _size(size: int | torch.SymInt) -> str:
+    if isinstance(size, int) and _counts_nodes(size):
+        times = size // NODES
+        return NODES_NAME if times == 1 else f"{times} {NODES_NAME}"
+    return f"{NODES_NAME} + 1" if size == NODES + 1 else str(size)
+
+
+def _has_nodes(tensor: torch.Tensor) -> bool:
+    return any(isinstance(size, int) and _counts_nodes(size) for size in tensor.shape)
+
+
+def _counts_nodes(size: int) -> bool:
+    return size > 0 and size % NODES == 0
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return math.prod(map(internals.size_hint, tensor.shape)) * tensor.element_size()
+
+
+def _form(node: fx.Node) -> str:
+    if "form" in node.meta:
+        return str(node.meta["form"].value)
+    home = node.meta.get("home")
+    return "" if home is None or node.op != "call_function" else str(home.value)
+
+
+def _in_words(values: Iterable[Value]) -> str:
+    value = next(iter(values))
+    if value.mixed is not None:
+        return "mixing: not a function of the row's prefix alone"
+    if value.arrangement is not None or value.is_arranged:
+        return "rows in an order that depends on all of them"
+    if value.is_constant:
+        return "a constant of the call"
+    if value.attends is not None:
+        return "prefix-determined: attends to earlier rows of its own sequence"
+    if value.is_pair:
+        return "prefix-determined: one entry for each query and key"
+    causal = ", by an op that reads earlier rows" if value.full_only else ""
+    return f"prefix-determined: one entry for each row{causal}"
+
+
+def _rule(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return ""
+    rule = rule_for(node.target)
+    if rule is None:
+        return "none: an op without a rule is taken to mix rows"
+    about = (inspect.getdoc(rule) or "").splitlines()[:1]
+    place = inspect.getmodule(rule)
+    where = "" if place is None else place.__name__.removeprefix("radix_compile.").replace(".", "/") + ".py"
+    return f"{getattr(rule, '__name__', 'rule')} ({where})" + (f": {about[0]}" if about else "")
+
+
+def _reason(node: fx.Node) -> str:
+    mixed = next((value.mixed for value in values_of(node) if value.mixed is not None), None)
+    if mixed is not None:
+        return str(mixed) if mixed.node != node.name else mixed.reason
+    why = node.meta.get("attention")
+    return why if isinstance(why, str) else ""
