@@ -9,8 +9,10 @@ hidden states of a batch, or with `--backward` a forward and a backward pass. Th
               write it by hand for these batches; what comes out are the hidden states of what follows (forward only)
     rows      radix with `fold_attention=False`, attention in full form: what RadixMLP does (arXiv 2601.15013)
     radix     radix
+    skip      radix with `padding="skip"`, for batches that are padded
+    auto      radix with its options as they are: it times its programs first, and then takes what is predicted fastest
 
-Whatever is shared folds (`threshold=1.0`): what the cost model would choose is not the question here.
+In the columns before the last, whatever is shared folds (`threshold=1.0`).
 
 The token bound is tokens over distinct prefixes. The arithmetic bound counts multiplications, of weights for each token
 and of attention for each pair of query and key: those of plain, which sees no future, over those of the tree.
@@ -42,6 +44,7 @@ MODELS: dict[str, dict[str, int]] = {
     "small": {"hidden": 512, "layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 64, "intermediate": 1536},
 }
 VOCABULARY = 32_000
+NAMES = ("plain", "packed", "reuse", "rows", "radix", "skip", "auto")
 _SHORTER = ((512, 256), (512, 1024), (1024, 256), (1024, 1024), (2047, 1024))
 
 
@@ -96,38 +99,64 @@ def reuse(model: Any, ids: Tensor, mask: Tensor | None, groups: int, prefix: int
     return hidden
 
 
-Way = tuple[str, Callable[[], Tensor]]
-"""Name and call."""
+Call = Callable[[], Tensor]
 
 
-def ways(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -> Iterator[Way]:
-    ids, mask = case.ids.to(device), case.mask.to(device)
-    inputs = {"input_ids": ids, "use_cache": False, **({"attention_mask": mask} if case.is_padded else {})}
+class Ways:
+    """The calls that are compared, each compiled when it is asked for. Its names are the columns of the table."""
 
-    def compiled(**options: Any) -> Callable[[], Tensor]:
+    def __init__(self, model: Any, case: PrefixBatch, device: torch.device) -> None:
+        self.model, self.case, self.device = model, case, device
+        self.ids, self.mask = case.ids.to(device), case.mask.to(device)
+        self.inputs = {"input_ids": self.ids, "use_cache": False}
+        if case.is_padded:
+            self.inputs["attention_mask"] = self.mask
+
+    def names(self, backward: bool) -> list[str]:
+        on_gpu = self.device.type == "cuda"
+        there = {"packed": on_gpu, "reuse": not backward, "skip": self.case.is_padded}
+        return [name for name in NAMES if there.get(name, True)]
+
+    def make(self, name: str) -> Call:
         torch._dynamo.reset()
-        call = torch.compile(lambda **given: model(**given).last_hidden_state, **options)
+        call: Call = getattr(self, name)()
+        return call
+
+    def _compiled(self, inputs: dict[str, Any], attention: str = "sdpa", **options: Any) -> Call:
+        self.model.config._attn_implementation = attention
+        call = torch.compile(lambda **given: self.model(**given).last_hidden_state, **options)
         return lambda: call(**inputs)
 
-    model.config._attn_implementation = "sdpa"
-    yield "plain", compiled()
-    if device.type == "cuda":
-        kept = mask.flatten() > 0
-        positions = torch.arange(ids.shape[1], device=device).repeat(len(ids))[kept][None]
-        starts = torch.nn.functional.pad(case.lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-        PACKED.starts, PACKED.longest = starts, int(case.lengths.max())
-        packed = {"input_ids": ids.flatten()[kept][None], "position_ids": positions, "use_cache": False}
-        model.config._attn_implementation = "packed"
-        torch._dynamo.reset()
-        call = torch.compile(lambda **given: model(**given).last_hidden_state)
-        yield "packed", lambda: call(**packed)
-        model.config._attn_implementation = "sdpa"
-    if not backward:
-        torch._dynamo.reset()
-        by_hand = torch.compile(reuse)
-        yield "reuse", lambda: by_hand(model, ids, mask if case.is_padded else None, case.groups, case.prefix)
-    yield "rows", compiled(backend="radix", options={"fold_attention": False, "threshold": 1.0})
-    yield "radix", compiled(backend="radix", options={"threshold": 1.0})
+    def _radix(self, **options: Any) -> Call:
+        return self._compiled(self.inputs, backend="radix", options=options)
+
+    def plain(self) -> Call:
+        return self._compiled(self.inputs)
+
+    def packed(self) -> Call:
+        kept = self.mask.flatten() > 0
+        positions = torch.arange(self.ids.shape[1], device=self.device).repeat(len(self.ids))[kept][None]
+        starts = torch.nn.functional.pad(self.case.lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
+        PACKED.starts, PACKED.longest = starts, int(self.case.lengths.max())
+        packed = {"input_ids": self.ids.flatten()[kept][None], "position_ids": positions, "use_cache": False}
+        return self._compiled(packed, "packed")
+
+    def reuse(self) -> Call:
+        self.model.config._attn_implementation = "sdpa"
+        by_hand, case = torch.compile(reuse), self.case
+        return lambda: by_hand(self.model, self.ids, self.inputs.get("attention_mask"), case.groups, case.prefix)
+
+    def rows(self) -> Call:
+        return self._radix(fold_attention=False, threshold=1.0)
+
+    def radix(self) -> Call:
+        return self._radix(threshold=1.0)
+
+    def skip(self) -> Call:
+        return self._radix(threshold=1.0, padding="skip")
+
+    def auto(self) -> Call:
+        return self._radix()
 
 
 def measure(
@@ -160,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive, help="fewer layers")
     parser.add_argument("--cases", type=positive, default=99, help="only the first so many batches")
     parser.add_argument("--only", default="", help="only batches with this in their name")
+    parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, help="only these columns")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -188,8 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
         )
         first = None
-        for way, call in ways(model, case, device, options.backward):
-            seconds, compiling, peak = measure(call, device, options.runs, options.backward)
+        ways = Ways(model, case, device)
+        for way in (name for name in ways.names(options.backward) if name in options.ways):
+            seconds, compiling, peak = measure(ways.make(way), device, options.runs, options.backward)
             first = first or seconds
             memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"
             row = f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}"

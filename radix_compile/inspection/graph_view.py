@@ -28,9 +28,9 @@ class NodeView:
 
     ``op``         as in ``linear`` or ``add.Tensor``; ``placeholder`` and ``output`` too.
     ``inputs``     the names of the nodes that it reads.
-    ``arguments``  what it is given besides, as text.
-    ``shape``      as in ``[1, T', 512]``, with ``T'`` for the number of nodes of the prefix tree; of the first result, if
-                   there are several.
+    ``arguments``  what it is given besides, as text; ``%`` for an input in a list.
+    ``shape``      as in ``[1, T', 512]``, with ``T'`` for the number of nodes of the prefix tree; of several results that
+                   of the first.
     ``fixed``      bytes of its results, of what has no entry per node, and
     ``per_node``   bytes of them for each node (see :meth:`size`).
     ``form``       "full", "compact", or "boundary"; empty where nothing has been decided.
@@ -142,6 +142,8 @@ def _arguments(node: fx.Node) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return "%"  # one of the inputs
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     return str(value).removeprefix("torch.")

@@ -333,7 +333,7 @@ def test_a_bias_has_no_gradient() -> None:
 @pytest.mark.parametrize("code", FORWARD)
 def test_a_bias_may_hide_all_keys(code: str) -> None:
     tree, shown = tree_of(few(30, 17)), torch.arange(17) % 3 > 0
-    given = inputs(tree)._replace(bias=shown[:, None].expand(1, 2, 17, 17).repeat(1, 2, 1, 1))
+    given = inputs(tree)._replace(bias=shown[:, None].expand(1, 4, 17, 17).to(DEVICE))
     result, total = run(FORWARD[code], tree, given)
     blind = ~shown[tree.fold.cpu() % 17]
     assert blind.any()

@@ -1,0 +1,1 @@
+def drawing(diff): return ""

@@ -1,0 +1,97 @@
+"""One page with both graphs side by side: a file that opens from disk and needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from radix_compile.inspection.advice import advice_on
+from radix_compile.inspection.graph_view import NodeView
+from radix_compile.inspection.lines import Block, Line
+from radix_compile.inspection.text import heading
+
+if TYPE_CHECKING:
+    from radix_compile.inspection.diff import GraphDiff, GraphPair
+
+
+def page(diff: GraphDiff) -> str:
+    """The page, with its style, its code and its data inside."""
+    here = files("radix_compile.inspection") / "assets"
+    filled = (here / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "title": escape(diff.title),
+        "style": (here / "page.css").read_text(encoding="utf-8"),
+        "data": _json(_data(diff)),
+        "code": "\n".join((here / name).read_text(encoding="utf-8") for name in ("graph.js", "tree.js", "page.js")),
+    }
+    for name, part in parts.items():
+        filled = filled.replace(f"{{{{ {name} }}}}", part, 1)
+    return filled
+
+
+def _json(data: Any) -> str:
+    """To stand in a ``script`` element, which nothing in the data may end."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+class _Strings:
+    """Each string once: most of what is said of nodes is said of many."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+FIELDS = ("op", "arguments", "shape", "dtype", "form", "module", "source", "value", "rule", "reason", "origin")
+"""What is said of a node in words, in the order in which the page has it."""
+
+
+def _data(diff: GraphDiff) -> dict[str, Any]:
+    strings = _Strings()
+    graphs = [_graph(number, pair, diff.layer, strings) for number, pair in enumerate(diff.pairs)]
+    return {"title": diff.title, "fields": FIELDS, "graphs": graphs, "strings": list(strings.numbers)}
+
+
+def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -> dict[str, Any]:
+    places = [{node.name: i for i, node in enumerate(view.nodes)} for view in (pair.before, pair.after)]
+    report = pair.report
+    return {
+        "heading": heading(number, pair),
+        "folded": report.folded,
+        "rows": pair.rows,
+        "nodes": pair.nodes,
+        "moved": pair.moved,
+        "before": [_node(node, places[0], pair.nodes, strings) for node in pair.before.nodes],
+        "after": [_node(node, places[1], pair.nodes, strings) for node in pair.after.nodes],
+        "blocks": [_block(block, places) for block in pair.blocks(layer)],
+        "attentions": [asdict(attention) for attention in report.attentions],
+        "refusals": [{**asdict(refusal), "advice": advice_on(refusal.reason)} for refusal in report.refusals],
+        "notes": report.notes,
+        "tree": [[edge.start, edge.stop, edge.first, edge.count] for edge in pair.edges],
+        "ids": pair.edge_ids,
+    }
+
+
+def _node(node: NodeView, places: dict[str, int], nodes: int, strings: _Strings) -> list[Any]:
+    """``[name, inputs, bytes, bytes moved, *FIELDS]``, strings by number."""
+    inputs = [places[name] for name in node.inputs if name in places]
+    return [node.name, inputs, node.size(nodes), node.moved(nodes), *(strings(getattr(node, name)) for name in FIELDS)]
+
+
+def _block(block: Block, places: list[dict[str, int]]) -> dict[str, Any]:
+    return {
+        "title": block.title,
+        "numbers": block.numbers,
+        "layers": [[_line(line, places) for line in layer] for layer in block.layers],
+    }
+
+
+def _line(line: Line, places: list[dict[str, int]]) -> list[Any]:
+    """``[kind, number of the node before, of the node after]``, -1 for none."""
+    sides = zip((line.before, line.after), places, strict=True)
+    return [line.kind.value, *(-1 if node is None else where[node.name] for node, where in sides)]
