@@ -108,7 +108,7 @@ class Ways:
     def __init__(self, model: Any, case: PrefixBatch, device: torch.device) -> None:
         self.model, self.case, self.device = model, case, device
         self.ids, self.mask = case.ids.to(device), case.mask.to(device)
-        self.inputs = {"input_ids": self.ids, "use_cache": False}
+        self.inputs: dict[str, Any] = {"input_ids": self.ids, "use_cache": False}
         if case.is_padded:
             self.inputs["attention_mask"] = self.mask
 

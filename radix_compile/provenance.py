@@ -7,6 +7,7 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 
 PLACE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 """What says where in the user's program a node comes from."""
+OURS = "radix: "
 
 
 def trace_back(origin: fx.Node, by: str, first: fx.Node, behind: fx.Node | None = None) -> None:
@@ -22,11 +23,11 @@ def trace_back(origin: fx.Node, by: str, first: fx.Node, behind: fx.Node | None 
                 node.meta.setdefault(key, origin.meta[key])
         kept = node.op == origin.op and node.target == origin.target
         action = NodeSourceAction.REPLACE if kept else NodeSourceAction.CREATE
-        node.meta["from_node"] = [NodeSource(origin, by, action)]
+        node.meta["from_node"] = [NodeSource(origin, OURS + by, action)]
         node = node.next
 
 
 def origin_name(node: fx.Node) -> str | None:
     """The name of the captured node that a node of the folded graph was made of; None if it was made of none."""
-    sources = node.meta.get("from_node")
-    return sources[-1].name if sources else None
+    sources = node.meta.get("from_node")  # torch writes there too
+    return sources[-1].name if sources and sources[-1].pass_name.startswith(OURS) else None

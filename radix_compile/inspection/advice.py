@@ -7,7 +7,10 @@ import re
 _ADVICE = (
     (r"no rule for this op", "Say what the op is to the tokens with radix_compile.register_rule (docs/add-an-op.md)."),
     (r"dropout", "Put the model in evaluation mode (model.eval()), or set its dropout to 0 for training."),
-    (r"bidirectional", "Nothing: a token there depends on later ones. Only causal models fold behind their first layer."),
+    (
+        r"bidirectional",
+        "Nothing: a token there depends on later ones. Only causal models fold behind their first layer.",
+    ),
     (
         r"without a mask that is understood|mask is not understood|is finite and is added",
         "Mask with minus infinity or the lowest number of the dtype, and make the mask of positions (k <= q), padding"
@@ -22,10 +25,16 @@ _ADVICE = (
         "Make what is mixed into the batch the same for all sequences, or do it after the model's token-wise part.",
     ),
     (r"differs? from row to row|whose? index", "Use the same weights for every row, or gather them by a known op."),
-    (r"cache that is filled", "Send prompts in one call: with use_cache=True a first call folds, steps of decoding do not."),
+    (
+        r"cache that is filled",
+        "Send prompts in one call: with use_cache=True a first call folds, steps of decoding do not.",
+    ),
     (r"no token ids", "Compile the whole model, from its embedding on, not a part behind it."),
     (r"embedded input has a gradient", "Pass input_ids instead of inputs_embeds, or run under torch.no_grad()."),
-    (r"autograd.Function|made of several tensors", "Run under torch.no_grad(), or use the op without a gradient of its own."),
+    (
+        r"autograd.Function|made of several tensors",
+        "Run under torch.no_grad(), or use the op without a gradient of its own.",
+    ),
     (r"vmap|block mask", "Make the block mask outside of the compiled function, and pass it in."),
     (r"fastpath", "torch.backends.mha.set_fastpath_enabled(False) before compiling."),
     (r"is a symbol", "Compile without dynamic=True, or mark only the batch and the sequence as dynamic."),

@@ -29,8 +29,8 @@ class NodeView:
     ``op``         as in ``linear`` or ``add.Tensor``; ``placeholder`` and ``output`` too.
     ``inputs``     the names of the nodes that it reads.
     ``arguments``  what it is given besides, as text; ``%`` for an input in a list.
-    ``shape``      as in ``[1, T', 512]``, with ``T'`` for the number of nodes of the prefix tree; of several results that
-                   of the first.
+    ``shape``      as in ``[1, T', 512]``, with ``T'`` for the number of nodes of the prefix tree; that of the first of
+                   several results.
     ``fixed``      bytes of its results, of what has no entry per node, and
     ``per_node``   bytes of them for each node (see :meth:`size`).
     ``form``       "full", "compact", or "boundary"; empty where nothing has been decided.
@@ -136,7 +136,7 @@ def _arguments(node: fx.Node) -> str:
         return ""
     if node.op == "get_attr":
         return str(node.target)
-    given = [_text(arg) for arg in node.args if not isinstance(arg, fx.Node)]
+    given = [_text(arg) for arg in node.args if not (arg is None or isinstance(arg, fx.Node))]
     given += [f"{key}={_text(value)}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
     return ", ".join(given)
 

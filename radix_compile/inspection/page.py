@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,14 @@ if TYPE_CHECKING:
 def page(diff: GraphDiff) -> str:
     """The page, with its style, its code and its data inside."""
     here = files("radix_compile.inspection") / "assets"
-    filled = (here / "page.html").read_text(encoding="utf-8")
     parts = {
         "title": escape(diff.title),
         "style": (here / "page.css").read_text(encoding="utf-8"),
         "data": _json(_data(diff)),
         "code": "\n".join((here / name).read_text(encoding="utf-8") for name in ("graph.js", "tree.js", "page.js")),
     }
-    for name, part in parts.items():
-        filled = filled.replace(f"{{{{ {name} }}}}", part, 1)
-    return filled
+    frame = (here / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda found: parts[found[1]], frame)
 
 
 def _json(data: Any) -> str:
@@ -69,8 +68,11 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
         "before": [_node(node, places[0], pair.nodes, strings) for node in pair.before.nodes],
         "after": [_node(node, places[1], pair.nodes, strings) for node in pair.after.nodes],
         "blocks": [_block(block, places) for block in pair.blocks(layer)],
-        "attentions": [asdict(attention) for attention in report.attentions],
-        "refusals": [{**asdict(refusal), "advice": advice_on(refusal.reason)} for refusal in report.refusals],
+        "attentions": [{**asdict(attention), "source": _short(attention.source)} for attention in report.attentions],
+        "refusals": [
+            {**asdict(refusal), "source": _short(refusal.source), "advice": advice_on(refusal.reason)}
+            for refusal in report.refusals
+        ],
         "notes": report.notes,
         "tree": [[edge.start, edge.stop, edge.first, edge.count] for edge in pair.edges],
         "ids": pair.edge_ids,
@@ -80,7 +82,13 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
 def _node(node: NodeView, places: dict[str, int], nodes: int, strings: _Strings) -> list[Any]:
     """``[name, inputs, bytes, bytes moved, *FIELDS]``, strings by number."""
     inputs = [places[name] for name in node.inputs if name in places]
+    node = replace(node, source=_short(node.source))
     return [node.name, inputs, node.size(nodes), node.moved(nodes), *(strings(getattr(node, name)) for name in FIELDS)]
+
+
+def _short(source: str) -> str:
+    """Without the place where packages are installed, which says nothing to a reader elsewhere."""
+    return source.rpartition("site-packages/")[2]
 
 
 def _block(block: Block, places: list[dict[str, int]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _text(number: int, pair: GraphPair, layer: int | None) -> Iterator[str]:
         if not shown:
             continue
         yield ""
-        yield f"@@ {block.title or 'between layers' if block.numbers else 'not in a layer'} @@"
+        yield f"@@ {block.title or 'outside of layers'} @@"
         rows = [
             (line.kind.value, op_of(line), shape_of(line), within_layer(line.module), where_of(line)) for line in shown
         ]

@@ -69,7 +69,7 @@ class BlockView {
     const count = this.layers.length;
     const lines = this.layers[0];
     this.button = make("button", { "aria-expanded": "false", onclick: () => this.toggle() },
-      make("span", { class: "name" }, block.numbers.length ? block.title.replace(/ \(.*/, "") : "between layers"));
+      make("span", { class: "name" }, block.numbers.length ? block.title.replace(/ \(.*/, "") : "outside of layers"));
     if (count > 1) this.button.append(make("span", { class: "badge" }, `${count} equal layers`));
     this.button.append(make("span", { class: "said" }, this.said(lines)), this.strip(lines));
     this.body = make("div", { hidden: "" });

@@ -109,9 +109,10 @@ class Page {
     say("size", node.bytes ? inBytes(node.bytes) : "");
     say("moved", node.moved ? `${inBytes(node.moved)} between rows and nodes` : "");
     say("form", { compact: "compact: once per node", full: "full: once per row", boundary: "leads from one form to the other", either: "in either form, where it is wanted" }[node.form] || "");
-    say("value", node.value);
-    say("rule", node.rule);
-    say("reason", node.reason);
+    const known = node.value || !node.twins.length || node.side === "before" ? node : this.graph.before[node.twins[0]];
+    say("value", known.value);
+    say("rule", known.rule);
+    say("reason", known.reason);
     say("with", node.arguments);
     say("reads", this.links(node.side, node.inputs));
     say("read by", this.links(node.side, node.users));
