@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radix_compile.backend import RadixBackend
+    from radix_compile.counters import Stats, reset_stats, stats
     from radix_compile.inspection.diff import GraphDiff
     from radix_compile.inspection.explanation import Explanation, explain, graph_diff
     from radix_compile.op_rules.custom import register_rule
     from radix_compile.options import Options
     from radix_compile.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
-    from radix_compile.report import Stats, reset_stats, stats
     from radix_compile.verify_calls import WrongFold
 
 __version__ = "0.1.0"
@@ -31,10 +31,10 @@ _HOMES = {
     "PrefixPlan": "prefix_plan",
     "compute_fold_and_scatter": "prefix_plan",
     "compute_fold_and_scatter_torch": "prefix_plan",
-    "Stats": "report",
+    "Stats": "counters",
     "WrongFold": "verify_calls",
-    "reset_stats": "report",
-    "stats": "report",
+    "reset_stats": "counters",
+    "stats": "counters",
 }
 
 __all__ = [

@@ -18,6 +18,7 @@ from radix_compile.arrays import as_multiple
 from radix_compile.calibration import Measurements, calibration_file, fingerprint
 from radix_compile.capture import CaptureError, capture, first_line
 from radix_compile.cost_model import CostModel, Work
+from radix_compile.counters import COUNTERS
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.fold_attention import fold_attention
@@ -27,7 +28,8 @@ from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.per_call import Choice, Folded, PerCall, Program
 from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
 from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
-from radix_compile.report import COUNTERS, GraphReport, report_on
+from radix_compile.report import GraphReport, report_on
+from radix_compile.tracing import trace_report, trace_rewrite
 from radix_compile.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class RadixBackend:
         report = GraphReport(folded=False)
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
+            trace_rewrite(captured, rewritten, report)
             name = "full fold" if inputs.tree is not None else "position-wise fold"
             folded = [_compile_folded(name, captured, rewritten, inputs, example_inputs, options)]
             # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
@@ -85,6 +88,7 @@ class RadixBackend:
             report.folded, report.reason = False, str(refusal)
             if isinstance(refusal, PassFailed):
                 log.error("a mistake in radix_compile: please report it", exc_info=refusal)
+            trace_report(report)
             self._say_so(report, options, expected=getattr(refusal, "expected", False))
             self.report(report)
             return _compile_plain(gm, example_inputs, options)
@@ -92,7 +96,9 @@ class RadixBackend:
         plain = _compile_plain(gm, example_inputs, options)
         kept = _measurements(captured, self.predicts_for or options)
         model = CostModel({one.name: one.work for one in folded}, [] if kept is None else kept.load())
-        return PerCall(plain, folded, options, model, kept, captured.meta["wrapped"], partial(self.chose, report))
+        said = report.model, report.place, partial(self.chose, report)
+        call = PerCall(plain, folded, options, model, kept, captured.meta["wrapped"], *said)
+        return call.__call__  # a function, which is what tools that look at compiled code expect
 
     def report(self, report: GraphReport) -> None:
         """Called with the report of every graph; ``explain`` listens here."""

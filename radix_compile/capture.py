@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``; placeholders of parameters and buffers carry
     ``is_static``, and those with a gradient ``needs_gradient``. Of the graph, ``meta`` says whether activation
     checkpointing regions were inlined (``checkpointed``), whether a call may be followed by a backward pass
-    (``differentiable``), and whether there are wrapped inputs (``wrapped``). Raises :class:`CaptureError`; ``gm`` is
-    left as it was.
+    (``differentiable``), whether there are wrapped inputs (``wrapped``), and the class of the ``model``. Raises
+    :class:`CaptureError`; ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
     if any(_needs_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
@@ -49,9 +50,21 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise CaptureError(_writes(gm, captured, mutated))
     _copy_placeholder_facts(gm, captured, example_inputs)
     _tidy(captured)
+    captured.meta["model"] = _model_of(captured.graph)
     captured.meta["checkpointed"] = checkpointed
     captured.meta["differentiable"] = torch.is_grad_enabled() and any(map(_needs_gradient, example_inputs))
     return captured
+
+
+def _model_of(graph: fx.Graph) -> str:
+    """The class of the outermost module around the layers of which Dynamo tells: not of the one compiled itself."""
+    stacks = [list(node.meta["nn_module_stack"].values()) for node in graph.nodes if node.meta.get("nn_module_stack")]
+    known = [entries for stack in stacks if (entries := [entry for entry in stack if entry[0]])]
+    layered = [entries for entries in known if any(re.search(r"\.\d+$", path) for path, _ in entries)]
+    if not known:
+        return "function"
+    owner = (layered or known)[0][0][1]
+    return str(owner if isinstance(owner, str) else owner.__qualname__).rpartition(".")[2]
 
 
 def _writes(gm: fx.GraphModule, captured: fx.GraphModule, mutated: Sequence[str]) -> str:

@@ -52,20 +52,30 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of a folded program: token-wise ones by node, of attention on the tree by pair there, the rest by pair."""
+    """FLOPs of a folded program: token-wise ones by node, of attention on the tree by pair there, the rest by pair.
+
+    ``folded`` and ``scattered`` are the bytes of what goes from rows to nodes and back, by node and by row.
+    """
 
     by_node: float
     by_tree_pair: float
     by_pair: float
+    folded: float = 0.0
+    scattered: float = 0.0
 
     @classmethod
     def of(cls, report: GraphReport, batch: int, seq: int) -> Work:
         """From the report of a graph that was captured with these sizes."""
         rows, pairs = batch * seq, batch * seq * seq
-        return cls(report.flops_compact / rows, report.flops_tree / pairs, report.flops_full / pairs)
+        flops = report.flops_compact / rows, report.flops_tree / pairs, report.flops_full / pairs
+        return cls(*flops, report.bytes_folded / rows, report.bytes_scattered / rows)
 
     def flops(self, counts: Counts) -> float:
         return self.by_node * counts.nodes + self.by_tree_pair * counts.tree_pairs + self.by_pair * counts.pairs
+
+    def moved(self, counts: Counts) -> int:
+        """Bytes read and written between rows and nodes."""
+        return round(2 * (self.folded * counts.nodes + self.scattered * counts.rows))
 
 
 Point = tuple[float, float]

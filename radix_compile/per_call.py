@@ -13,10 +13,10 @@ import torch
 from radix_compile import torch_internals as internals
 from radix_compile.calibration import Measurements, time_programs
 from radix_compile.cost_model import PLAIN, CostModel, Counts, Point, Timed, Work, fastest
+from radix_compile.counters import COUNTERS
 from radix_compile.options import Options
 from radix_compile.plan_inputs import OffTheTree, PlanInputs
 from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.report import COUNTERS
 from radix_compile.row_contents import RunsPlain
 from radix_compile.verify_calls import CallVerifier
 
@@ -73,7 +73,8 @@ class PerCall:
     """The programs of a graph, called as it was.
 
     ``model`` chooses among them, unless ``options.threshold`` is a number. If it cannot tell, programs are timed, and
-    ``measurements`` keeps what was found; neither if that is None. ``chose`` is told of each choice.
+    ``measurements`` keeps what was found; neither if that is None. ``name`` is the model's, ``place`` says what of
+    it is folded, and ``chose`` is told of each choice.
     """
 
     plain: Program
@@ -82,6 +83,8 @@ class PerCall:
     model: CostModel
     measurements: Measurements | None
     takes_wrapped: bool
+    name: str
+    place: str
     chose: Callable[[Choice], None]
 
     def __call__(self, *wrapped: Any) -> Any:
@@ -98,20 +101,30 @@ class PerCall:
         counts = Counts.of(plan, batch, seq)
         chosen = self._choose(_Call(wrapped, args, ids.device, plan, counts, candidates))
         if isinstance(chosen, str):
-            COUNTERS.add(plan_seconds=time.perf_counter() - started)
+            COUNTERS.add(self.name, plan_seconds=time.perf_counter() - started)
             return self._run_plain(wrapped, chosen)
         arrays = chosen.inputs.arrays(plan, args, ids.device)
-        COUNTERS.add(plan_seconds=time.perf_counter() - started)
-        COUNTERS.add(calls=1, folded_calls=1, tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-        if chosen.inputs.tree is not None:
-            COUNTERS.add(pairs=counts.pairs, tree_pairs=counts.tree_pairs)
-        results = chosen.program(*args, *arrays)
+        self._count(chosen, counts, plan, time.perf_counter() - started)
+        with torch.profiler.record_function(f"radix: {self.place}, {plan.tokens} -> {plan.compact_tokens} rows"):
+            results = chosen.program(*args, *arrays)
         if chosen.verify is not None:
             chosen.verify(results, args, arrays, lambda: self.plain(*wrapped))
         return results
 
+    def _count(self, chosen: Folded, counts: Counts, plan: PrefixPlan, seconds: float) -> None:
+        on_the_tree = {"pairs": counts.pairs, "tree_pairs": counts.tree_pairs} if chosen.inputs.tree is not None else {}
+        COUNTERS.folded(
+            self.name,
+            plan.tokens,
+            plan.compact_tokens,
+            plan_seconds=seconds,
+            moved_bytes=chosen.work.moved(counts),
+            flops_saved=chosen.work.flops(counts.unshared) - chosen.work.flops(counts),
+            **on_the_tree,
+        )
+
     def _run_plain(self, wrapped: Sequence[Any], reason: str) -> Any:
-        COUNTERS.ran_plain(reason)
+        COUNTERS.ran_plain(self.name, reason)
         return self.plain(*wrapped)
 
     def _planned(self, args: Sequence[Any], apart: bool = False) -> tuple[PrefixPlan, list[Folded]]:
@@ -154,7 +167,7 @@ class PerCall:
         for one in call.candidates:
             runs |= {(one.name, which): partial(one.run, of, call.args, call.device) for which, of in plans.items()}
         took = time_programs(runs, call.device)
-        COUNTERS.add(timed_calls=1)
+        COUNTERS.add(self.name, timed_calls=1)
         work = {which: Counts.of(of, batch, seq) for which, of in plans.items()}
         points: dict[str, tuple[Point, ...]] = {
             one.name: tuple((one.work.flops(of), took[one.name, which]) for which, of in work.items())

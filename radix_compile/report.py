@@ -1,10 +1,10 @@
-"""What was folded, what was not and why: per graph, and over the calls of a process."""
+"""What was folded, what was not and why, of one graph."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from radix_compile.passes.choose_cuts import Form
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.passes.mark_token_axes import Tokens
 from radix_compile.token_axes import Refusal, refuse, values_of
+from radix_compile.torch_internals import size_hint
 
 aten = torch.ops.aten
 
@@ -49,10 +50,17 @@ class GraphReport:
     """One captured graph. FLOPs are those of matrix products and attention as written, at the captured shapes.
 
     ``flops_compact`` is of what runs once per node, ``flops_tree`` of attention on the tree, ``flops_full`` the rest.
+    ``place`` is what runs once per node: ``layers 0-27``, or the module if it is not in numbered layers. ``model`` is
+    the class of the outermost module. ``bytes_folded`` and ``bytes_scattered`` are those of tensors that go from rows
+    to nodes and back, counted as rows.
     """
 
     folded: bool
     reason: str = ""
+    place: str = ""
+    model: str = ""
+    bytes_folded: int = 0
+    bytes_scattered: int = 0
     regions: list[Region] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -84,9 +92,36 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
         if attention is not None:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
+    report.model = captured.meta["model"]
+    for node, forms in wanted.forms.items():
+        missing = forms - wanted.runs.get(node, set()) if node.op == "call_function" else forms - {Form.FULL}
+        if node.meta.get("home") is not Form.EITHER or node.op == "placeholder":
+            report.bytes_scattered += _bytes(node) if Form.FULL in missing else 0
+            report.bytes_folded += _bytes(node) if Form.COMPACT in missing else 0
+    report.place = _place([refuse(node, "").module for node in captured.graph.nodes if node in compact and flops(node)])
     report.notes += [*captured.meta.get("notes", []), *_scans(tokens, wanted)]
     report.refusals = _that_matter(captured.graph, tokens)
     return report
+
+
+def _bytes(node: fx.Node) -> int:
+    tensor = node.meta["val"]
+    return size_hint(tensor.numel()) * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+
+
+_NUMBERED = re.compile(r"(?:(?P<stack>\w+)\.)?(?P<number>\d+)(?=\.|$)")
+
+
+def _place(modules: Sequence[str]) -> str:
+    found = [numbered for module in modules if (numbered := _NUMBERED.search(module))]
+    if not found:
+        return next((module for module in modules if module), "graph")
+    first, last = (sorted({int(one["number"]) for one in found})[i] for i in (0, -1))
+    return (
+        f"{found[0]['stack'] or 'layers'} {first}-{last}"
+        if first != last
+        else f"{found[0]['stack'] or 'layer'} {first}"
+    )
 
 
 def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
@@ -162,82 +197,3 @@ def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
         members.setdefault(find(node), []).append(node)
     members = {node: nodes for node, nodes in members.items() if any(flops(member) for member in nodes)}
     return [Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()]
-
-
-# -------------------------------------------------------------------------------------------------------- calls
-
-
-@dataclass
-class Stats:
-    """Counts since the start of the process or :func:`reset_stats`.
-
-    ``calls``, ``folded_calls``    calls of graphs that can fold, and those that did.
-    ``tokens``, ``compact_tokens`` rows and nodes, summed over folded calls.
-    ``pairs``, ``tree_pairs``      pairs of a query and a key of its sequence, and of a node and an ancestor or itself,
-                                   summed over folded calls with attention on the tree.
-    ``plain_calls``                calls by the reason that they ran plain.
-    ``graphs``                     graphs handed to the backend.
-    ``plain_compiles``, ``folded_compiles``  programs handed to the inner backend.
-    ``plan_seconds``               time spent making plans, and timing programs.
-    ``timed_calls``                calls on whose inputs programs were timed.
-    """
-
-    calls: int = 0
-    folded_calls: int = 0
-    tokens: int = 0
-    compact_tokens: int = 0
-    pairs: int = 0
-    tree_pairs: int = 0
-    plain_calls: dict[str, int] = field(default_factory=dict)
-    graphs: int = 0
-    plain_compiles: int = 0
-    folded_compiles: int = 0
-    plan_seconds: float = 0.0
-    timed_calls: int = 0
-
-    @property
-    def compression(self) -> float:
-        """Compact tokens / tokens over folded calls; 1.0 if there were none."""
-        return self.compact_tokens / self.tokens if self.tokens else 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class _Counters:
-    """The process-wide statistics: the backend's programs may be called from several threads."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.stats = Stats()
-
-    def add(self, **counts: float) -> None:
-        with self.lock:
-            for name, count in counts.items():
-                setattr(self.stats, name, getattr(self.stats, name) + count)
-
-    def ran_plain(self, reason: str) -> None:
-        with self.lock:
-            self.stats.calls += 1
-            self.stats.plain_calls[reason] = self.stats.plain_calls.get(reason, 0) + 1
-
-
-COUNTERS = _Counters()
-
-
-def stats() -> Stats:
-    """A copy of the counts since :func:`reset_stats`."""
-    with COUNTERS.lock:
-        return Stats(**COUNTERS.stats.to_dict())
-
-
-def reset_stats() -> None:
-    """Set every count to zero."""
-    with COUNTERS.lock:
-        COUNTERS.stats = Stats()
-
-
-def restore_stats(saved: Stats) -> None:
-    """Put back counts that :func:`stats` returned."""
-    with COUNTERS.lock:
-        COUNTERS.stats = saved

@@ -18,17 +18,21 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.utils import get_debug_dir
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.sizevars import SizeVarAllocator
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
+from torch.fx._utils import lazy_format_graph_code
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -347,3 +351,23 @@ def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
         patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(enable_autograd_cache=False)
         return patch
     return contextlib.nullcontext()
+
+
+def graph_code(name: str, gm: fx.GraphModule) -> Any:
+    """The code of a graph, made only if it is printed. Tools that watch compilation take hold of this call."""
+    return lazy_format_graph_code(name, gm)
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The code of a graph with shapes, dtypes and where its lines come from."""
+    return str(gm.print_readable(print_output=False, include_stride=False, include_device=True))
+
+
+def keep_artifact(name: str, encoding: str, content: Callable[[], str]) -> None:
+    """Add a file to the trace of the compilation that is under way, if one is kept (``TORCH_TRACE``)."""
+    trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=content)
+
+
+def debug_folder() -> Path | None:
+    """Where this process keeps what ``TORCH_COMPILE_DEBUG=1`` asks for; None without."""
+    return Path(get_debug_dir()) if inductor_config.trace.enabled else None

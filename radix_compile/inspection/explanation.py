@@ -12,12 +12,13 @@ from torch import fx
 
 from radix_compile.backend import RadixBackend
 from radix_compile.calibration import time_programs
+from radix_compile.counters import reset_stats, restore_stats, stats
 from radix_compile.inspection.diff import GraphDiff, GraphPair
 from radix_compile.inspection.recorder import Recorder
 from radix_compile.options import Options
 from radix_compile.per_call import Choice, Program
 from radix_compile.pipeline import Observer
-from radix_compile.report import GraphReport, reset_stats, restore_stats, stats
+from radix_compile.report import GraphReport
 from radix_compile.token_axes import Refusal
 
 
