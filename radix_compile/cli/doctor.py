@@ -1,0 +1,128 @@
+"""Check what is installed, and fold something small to see that it works."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import nn
+
+import radix_compile
+from radix_compile.calibration import calibration_file
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, what was found, and whether it is as it should be; ``None`` where that is no question."""
+
+    name: str
+    found: str
+    good: bool | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """0 if all that is needed is there and works, else 1."""
+    checks = list(_checks(options.device))
+    if options.json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        for check in checks:
+            mark = {None: " ", True: "[green]ok[/]", False: "[bold red]no[/]"}[check.good]
+            console.print(f"{mark:<2} {check.name}: {escape(check.found)}")
+    return 1 if any(check.good is False for check in checks) else 0
+
+
+def _checks(device: str) -> Iterator[Check]:
+    yield Check("python", platform.python_version())
+    for package in ("radix-compile", "torch", "triton", "transformers", "rich", "matplotlib"):
+        yield Check(package, _version(package))
+    yield _device(device)
+    yield _triton(device)
+    yield Check("measurements", str(calibration_file()))
+    found = "radix" in torch._dynamo.list_backends(exclude_tags=())
+    yield Check('backend="radix"', "found" if found else "not found: install the package (pip install -e .)", found)
+    yield from _known_bad(device)
+    for inner in ("eager", "inductor"):
+        yield _fold(device, inner)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device(device: str) -> Check:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return Check("device", f"{device} is not there: {str(error).splitlines()[0]}", False)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    return Check("device", f"{device}, {name}", True)
+
+
+def _triton(device: str) -> Check:
+    there = importlib.util.find_spec("triton") is not None
+    if not device.startswith("cuda"):
+        return Check("kernels", "in torch, as on any CPU")
+    return Check("kernels", "by Triton" if there else "Triton is missing: attention on the tree runs in torch", there)
+
+
+def _known_bad(device: str) -> Iterator[Check]:
+    """What is known not to go together, if it is here."""
+    transformers = _version("transformers")
+    if transformers != "not installed" and int(transformers.partition(".")[0]) < 5:
+        yield Check("transformers", f"{transformers}: masks are made in other ways before 5, and are not tested", False)
+    if device == "cpu" and importlib.util.find_spec("torch.nn.attention.flex_attention") is not None:
+        about = "on a CPU, inductor's flex_attention is wrong for heads of 8 and 16 features, with radix or without"
+        yield Check("flex_attention", about)
+
+
+class _Small(nn.Module):
+    """A causal model of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.qkv, self.out = nn.Embedding(50, 32), nn.Linear(32, 96), nn.Linear(32, 50)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(self.table(ids)).chunk(3, -1))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        hidden: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return hidden
+
+
+def _fold(device: str, inner: str) -> Check:
+    """Does something small fold, with the outputs that it has without?"""
+    name = f"a fold by {inner}"
+    before = radix_compile.stats()
+    try:
+        model = _Small().to(device)
+        ids = torch.arange(40, device=device).view(4, 10) % 50
+        ids[:, :6] = ids[0, :6]
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"inner": inner, "threshold": 1.0, "strict": True}
+        with torch.no_grad():
+            ours = torch.compile(model, backend="radix", options=options)(ids)
+            error = float((ours - model(ids)).abs().max())
+    except (ImportError, OSError, *BUGS) as failure:  # what a broken installation ends in is what this is to show
+        return Check(name, f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", False)
+    counted = radix_compile.stats()
+    folded = counted.folded_calls > before.folded_calls
+    nodes = counted.compact_tokens - before.compact_tokens
+    found = f"40 rows -> {nodes}, largest difference {error:.1e}" if folded else "did not fold"
+    return Check(name, found, folded and nodes == 22 and error < 1e-4)
