@@ -18,6 +18,7 @@ from torch import nn
 
 import radix_compile
 from radix_compile.calibration import calibration_file
+from radix_compile.pipeline import BUGS
 
 
 @dataclass(frozen=True)
