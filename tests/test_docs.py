@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from radix_compile.cli import main
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -33,3 +35,33 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def commands(page: Path) -> list[tuple[list[str], list[str]]]:
+    """Each ``$ radix-compile ...`` with the lines that are shown of its output."""
+    shown: list[tuple[list[str], list[str]]] = []
+    for line in page.read_text().splitlines():
+        if line.startswith("    $ radix-compile "):
+            shown.append((line.split()[2:], []))
+        elif shown and (line.startswith("    ") or not line):
+            shown[-1][1].append(line.removeprefix("    "))
+        elif shown and shown[-1][1][-1:] != [None]:
+            shown[-1][1].append(None)  # type: ignore[arg-type] - prose: what follows is of another
+    return [(given, lines[: lines.index(None)] if None in lines else lines) for given, lines in shown]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [" ".join(given) for given, _ in commands(ROOT / "docs" / "inspection.md")])
+def test_commands_print_what_is_shown(
+    given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for times: of a benchmark, the rows and nodes."""
+    monkeypatch.chdir(ROOT)
+    expected = next(lines for words, lines in commands(ROOT / "docs" / "inspection.md") if " ".join(words) == given)
+    assert main([*given.split(), *(["--runs", "1"] if given.startswith("bench") else [])]) in (0, 1)
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    for line in filter(None, expected):
+        if given.startswith("bench"):
+            counts = line.partition(" ms")[0].rpartition("  ")[0].rstrip()
+            assert " ms" not in line or any(one.startswith(counts) for one in printed), line
+        else:
+            assert line in printed

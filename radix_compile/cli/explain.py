@@ -15,6 +15,7 @@ from radix_compile.inspection.advice import advice_on
 from radix_compile.inspection.diff import GraphPair
 from radix_compile.inspection.explanation import Explanation, look_at
 from radix_compile.inspection.lines import Block, Kind
+from radix_compile.inspection.text import short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def _show(explanation: Explanation, console: Console) -> None:
 def _show_graph(number: int, pair: GraphPair, console: Console) -> None:
     report = pair.report
     if not report.folded:
-        console.print(f"[bold red]graph {number} does not fold[/]: {escape(report.reason)}")
+        console.print(f"[bold red]graph {number} does not fold[/]: {escape(short(report.reason))}")
     else:
         table = Table("layers", "once per node", "once per row", "added", "gone", "attention", box=None, pad_edge=False)
         for block in pair.blocks():
@@ -75,7 +76,7 @@ def _show_graph(number: int, pair: GraphPair, console: Console) -> None:
     for refusal in report.refusals:
         console.print(f"[yellow]refused[/]: {escape(refusal.reason)}")
         console.print(f"  {escape(refusal.op)}{f' in {escape(refusal.module)}' if refusal.module else ''}")
-        console.print(f"  {escape(refusal.source)}" if refusal.source else "  (no source line)")
+        console.print(f"  {escape(short(refusal.source))}" if refusal.source else "  (no source line)")
         console.print(f"  [dim]{escape(advice_on(refusal.reason))}[/]")
     for note in report.notes:
         console.print(f"[dim]note: {escape(note)}[/]")

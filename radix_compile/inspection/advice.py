@@ -9,7 +9,7 @@ _ADVICE = (
     (r"dropout", "Put the model in evaluation mode (model.eval()), or set its dropout to 0 for training."),
     (
         r"bidirectional",
-        "Nothing: a token there depends on later ones. Only causal models fold behind their first layer.",
+        "If it is meant to be causal, pass is_causal=True or a causal mask. Behind one that is not, nothing folds.",
     ),
     (
         r"without a mask that is understood|mask is not understood|is finite and is added",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from radix_compile.inspection.advice import advice_on
 from radix_compile.inspection.graph_view import NodeView
 from radix_compile.inspection.lines import Block, Line
-from radix_compile.inspection.text import heading
+from radix_compile.inspection.text import heading, short
 
 if TYPE_CHECKING:
     from radix_compile.inspection.diff import GraphDiff, GraphPair
@@ -68,9 +68,9 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
         "before": [_node(node, places[0], pair.nodes, strings) for node in pair.before.nodes],
         "after": [_node(node, places[1], pair.nodes, strings) for node in pair.after.nodes],
         "blocks": [_block(block, places) for block in pair.blocks(layer)],
-        "attentions": [{**asdict(attention), "source": _short(attention.source)} for attention in report.attentions],
+        "attentions": [{**asdict(attention), "source": short(attention.source)} for attention in report.attentions],
         "refusals": [
-            {**asdict(refusal), "source": _short(refusal.source), "advice": advice_on(refusal.reason)}
+            {**asdict(refusal), "source": short(refusal.source), "advice": advice_on(refusal.reason)}
             for refusal in report.refusals
         ],
         "notes": report.notes,
@@ -82,13 +82,8 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
 def _node(node: NodeView, places: dict[str, int], nodes: int, strings: _Strings) -> list[Any]:
     """``[name, inputs, bytes, bytes moved, *FIELDS]``, strings by number."""
     inputs = [places[name] for name in node.inputs if name in places]
-    node = replace(node, source=_short(node.source))
+    node = replace(node, source=short(node.source))
     return [node.name, inputs, node.size(nodes), node.moved(nodes), *(strings(getattr(node, name)) for name in FIELDS)]
-
-
-def _short(source: str) -> str:
-    """Without the place where packages are installed, which says nothing to a reader elsewhere."""
-    return source.rpartition("site-packages/")[2]
 
 
 def _block(block: Block, places: list[dict[str, int]]) -> dict[str, Any]:

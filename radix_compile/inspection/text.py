@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ def heading(number: int, pair: GraphPair) -> str:
     """``graph 0: 480 rows -> 151 nodes (3.18x), ...``"""
     said = f"graph {number}: "
     if not pair.report.folded:
-        return f"{said}not folded: {pair.report.reason}"
+        return f"{said}not folded: {short(pair.report.reason)}"
     if pair.nodes:
         said += f"{pair.rows:,} rows -> {pair.nodes:,} nodes ({pair.rows / pair.nodes:.2f}x), "
     before, after = (sum(node.is_computed for node in view.nodes) for view in (pair.before, pair.after))
@@ -46,6 +48,11 @@ def _text(number: int, pair: GraphPair, layer: int | None) -> Iterator[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def short(words: str) -> str:
+    """Paths from where the reader is, and without where packages are installed, which says nothing elsewhere."""
+    return re.sub(r"/\S*/site-packages/", "", words).replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def op_of(line: Line) -> str:
