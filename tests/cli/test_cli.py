@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import workloads
 from radix_compile.cli import main
 from tests.models import build
 
@@ -101,6 +102,38 @@ def test_estimate(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert orders["as they come"]["compression"] == pytest.approx(nodes / found["tree"]["tokens"])
     assert orders["for sharing"]["compression"] < orders["as they come"]["compression"]
     assert orders["for sharing"]["speedup"]["8B"] > orders["as they come"]["speedup"]["8B"] > 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("tokenizer")
+    workloads.tokenizer().save_pretrained(place)
+    return str(place)
+
+
+def test_a_batch_of_data(data: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows and nodes are those of the texts' tokens, padding rows among them."""
+    by = workloads.tokenizer()
+    build("Qwen3", vocab_size=len(by)).config.save_pretrained(tmp_path)
+    given = ["--data", data, "--tokenizer", tokenizer, "--batch", "6", "--json"]
+    assert main(["explain", f"config:{tmp_path}", *given]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = Path(data).read_text().splitlines()[:6]
+    rows = [by(json.loads(line)["prompt"])["input_ids"] for line in lines]
+    longest = max(map(len, rows))
+    assert min(map(len, rows)) < longest
+    padded = [row + [None] * (longest - len(row)) for row in rows]
+    assert found["tokens"] == 6 * longest
+    assert found["compact_tokens"] == len({tuple(row[: i + 1]) for row in padded for i in range(longest)})
+
+
+def test_estimate_in_tokens(data: str, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", data, "--tokenizer", tokenizer, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    by = workloads.tokenizer()
+    rows = [by(json.loads(line)["prompt"])["input_ids"] for line in Path(data).read_text().splitlines()]
+    assert found["unit"] == "tokens"
+    assert found["tree"]["tokens"] == sum(map(len, rows))
 
 
 def test_bench(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
