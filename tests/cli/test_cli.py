@@ -38,7 +38,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two instructions, in turn, with questions behind them."""
     file = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    instructions = "Answer with a number only. Think first. ", "Translate what follows into French, word by word: "
+    instructions = "Answer with a number only. Think first. ", "Translate what follows, word by word: .."
+    assert len(set(map(len, instructions))) == 1  # so that an order by length does not keep them apart
     lines = [json.dumps({"prompt": instructions[i % 2] + f"question {i * 37 % 64}"}) for i in range(64)]
     file.write_text("\n".join(lines))
     return str(file)
@@ -100,7 +101,8 @@ def test_estimate(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = [texts[i : i + 16] for i in range(0, 64, 16)]
     nodes = sum(len({text[: i + 1] for text in batch for i in range(len(text))}) for batch in first)
     assert orders["as they come"]["compression"] == pytest.approx(nodes / found["tree"]["tokens"])
-    assert orders["for sharing"]["compression"] < orders["as they come"]["compression"]
+    assert orders["for sharing"]["compression"] < 0.9 * orders["as they come"]["compression"]
+    assert orders["for sharing"]["compression"] < 0.9 * orders["by length"]["compression"]
     assert orders["for sharing"]["speedup"]["8B"] > orders["as they come"]["speedup"]["8B"] > 1
 
 

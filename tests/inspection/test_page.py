@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ def test_it_needs_nothing_else(diff: GraphDiff) -> None:
     assert "{{" not in html.partition('id="data"')[0]
     assert "</script" not in html.partition('id="data">')[2].partition("</script>")[0]
     assert "site-packages" not in html
+
+
+def test_nothing_in_the_data_ends_the_script(diff: GraphDiff) -> None:
+    html = replace(diff, title="</script><b>bold</b>").html()
+    assert html.count("</script>") == 2
+    assert "<b>" not in html
 
 
 @in_a_browser
