@@ -42,11 +42,15 @@ def test_flops_by_hand() -> None:
     rows = 4 * 12
     projections = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     attention = 2 * 2 * 4 * 4 * 12 * 12 * 8
-    assert explanation.flops_before == 2 * rows * projections + attention
+    rotary = (
+        2 * 4 * 12
+    )  # older transformers multiply positions by frequencies as matrices, newer ones element by element
+    assert explanation.flops_before - 2 * rows * projections - attention in (0, rotary)
     # Eight shared rows see one to eight keys, four more in each of four sequences nine to twelve.
     pairs = sum(range(1, 9)) + 4 * sum(range(9, 13))
     assert explanation.tree_pairs == pairs
-    assert explanation.flops_after == 2 * (rows // 2) * projections + attention * pairs // (4 * 12 * 12)
+    after = 2 * (rows // 2) * projections + attention * pairs // (4 * 12 * 12)
+    assert explanation.flops_after - after in (0, rotary)
 
 
 def test_a_model_that_does_not_fold_says_why_and_where() -> None:
