@@ -42,9 +42,7 @@ def test_flops_by_hand() -> None:
     rows = 4 * 12
     projections = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     attention = 2 * 2 * 4 * 4 * 12 * 12 * 8
-    rotary = (
-        2 * 4 * 12
-    )  # which transformers 5.17 has as a product of matrices, and 5.23 has not
+    rotary = 2 * 4 * 12  # which transformers 5.17 has as a product of matrices, and 5.23 has not
     assert explanation.flops_before - 2 * rows * projections - attention in (0, rotary)
     # Eight shared rows see one to eight keys, four more in each of four sequences nine to twelve.
     pairs = sum(range(1, 9)) + 4 * sum(range(9, 13))
