@@ -26,6 +26,7 @@ class Stats:
     ``moved_bytes``                read and written between rows and nodes in the forward passes of folded calls.
     ``flops_saved``                those of the plain program less those of the folded one, forward, over folded calls.
     ``histogram``                  folded calls by nodes per row: up to 0.1, up to 0.2, ..., up to 1.
+    ``ratio_sum``                  nodes per row, summed over folded calls.
     ``models``                     the same of each compiled model, by the class of the outermost module that
                                    Dynamo tells of around its layers.
     """
@@ -45,6 +46,7 @@ class Stats:
     moved_bytes: int = 0
     flops_saved: float = 0.0
     histogram: list[int] = field(default_factory=lambda: [0] * TENTHS)
+    ratio_sum: float = 0.0
     models: dict[str, Stats] = field(default_factory=dict)
 
     @property
@@ -106,6 +108,7 @@ def _prometheus(models: Mapping[str, Stats]) -> Iterator[str]:
             total += count
             yield f'radix_compression_bucket{{model="{_escaped(label)}",le="{tenth / TENTHS}"}} {total}'
         yield f'radix_compression_bucket{{model="{_escaped(label)}",le="+Inf"}} {total}'
+        yield f'radix_compression_sum{{model="{_escaped(label)}"}} {model.ratio_sum}'
         yield f'radix_compression_count{{model="{_escaped(label)}"}} {total}'
 
 
@@ -144,6 +147,7 @@ class _Counters:
         with self.lock:
             for stats in self._each(model):
                 stats.histogram[tenth] += 1
+                stats.ratio_sum += compact_tokens / tokens
 
 
 COUNTERS = _Counters()

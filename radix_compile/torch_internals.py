@@ -18,7 +18,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis
-from torch._dynamo.utils import get_debug_dir
+from torch._dynamo.utils import counters, get_debug_dir
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
@@ -351,6 +351,19 @@ def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
         patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(enable_autograd_cache=False)
         return patch
     return contextlib.nullcontext()
+
+
+def graph_breaks() -> dict[str, int]:
+    """How often Dynamo broke a graph since it was started afresh, by its first line about why."""
+    found: dict[str, int] = {}
+    for reason, count in counters["graph_break"].items():
+        line = (str(reason).strip().splitlines() or ["unknown"])[0]
+        found[line] = found.get(line, 0) + count
+    return found
+
+
+def forget_graph_breaks() -> None:
+    counters["graph_break"].clear()
 
 
 def graph_code(name: str, gm: fx.GraphModule) -> Any:

@@ -167,3 +167,24 @@ def test_wrapped_tensors_are_taken_apart_and_put_together() -> None:
     assert again[2] == 7
     assert type(again[1]) is type(again[1].a) is type(again[3]) is TwoTensor
     assert again[1].a.b is inner.b
+
+
+def test_graph_breaks_are_counted_by_reason() -> None:
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch._dynamo.reset()
+    internals.forget_graph_breaks()
+    torch.compile(breaks, backend="eager")(torch.ones(2))
+    assert list(internals.graph_breaks().values()) == [1]
+    internals.forget_graph_breaks()
+    assert internals.graph_breaks() == {}
+
+
+def test_a_trace_is_kept_only_where_one_is_asked_for() -> None:
+    asked: list[int] = []
+    internals.keep_artifact("name", "string", lambda: str(asked.append(1)))
+    assert asked == []
+    assert internals.debug_folder() is None

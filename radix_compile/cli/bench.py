@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from radix_compile.cli.inputs import (
     positive,
 )
 from radix_compile.torch_internals import synchronize
+
+DRAWN = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     if options.output and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("-o needs matplotlib: pip install 'radix-compile[cli]'")
+    if options.output and (Path(options.output).suffix not in DRAWN or not Path(options.output).parent.is_dir()):
+        raise UsageError(f"-o {options.output}: expected a file in an existing folder, ending in {', '.join(DRAWN)}")
     model = load_model(options)
     prefixes = [None] if options.data else options.prefixes or [options.prefix]
     bar = Console(stderr=True)

@@ -56,6 +56,8 @@ def _checks(device: str) -> Iterator[Check]:
     found = "radix" in torch._dynamo.list_backends(exclude_tags=())
     yield Check('backend="radix"', "found" if found else "not found: install the package (pip install -e .)", found)
     yield from _known_bad(device)
+    if not _device(device).good:
+        return
     for inner in ("eager", "inductor"):
         yield _fold(device, inner)
 

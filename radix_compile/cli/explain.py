@@ -59,6 +59,10 @@ def _show(explanation: Explanation, console: Console) -> None:
     for name, seconds in (("predicted", explanation.predicted), ("measured", explanation.measured)):
         if seconds:
             console.print(f"{name}: " + ", ".join(f"{way} {1e3 * took:.3g} ms" for way, took in seconds.items()))
+    for reason, count in explanation.graph_breaks.items():
+        console.print(f"[yellow]graph break[/]: {escape(reason)}" + (f" ({count} times)" if count > 1 else ""))
+    if explanation.graph_breaks:
+        console.print("[dim]  each piece is a graph of its own, and what is between them runs as it did[/]")
     for number, pair in enumerate(explanation.diff.pairs):
         _show_graph(number, pair, console)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from radix_compile.pipeline import BUGS
+
 FIELDS = ("prompt", "text", "question", "query", "input", "content")
 """Where a line of a data file has its text, if no field is named."""
 MODEL_HELP = "a name on the Hugging Face hub, a local path, config:PATH (random weights), or python:MODULE:CALLABLE"
@@ -128,6 +130,8 @@ def _why_not_loaded(place: str, error: Exception) -> str:
     )
     if not Path(place).exists() and any(word in said for word in offline):
         return f"{place}: no such path, and no network to ask the hub: pass a local path, or config:PATH"
+    if "Repo id must" in said:
+        return f"{place}: no such path, and not a name on the hub"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"{place}: {first}"
 
@@ -140,6 +144,8 @@ def load_batch(options: argparse.Namespace, model: nn.Module) -> dict[str, Tenso
     if options.data is None:
         return {"input_ids": made_batch(model, options.batch, options.prefix, options.suffix).to(options.device)}
     texts = list(read(options.data, options.field))[: options.batch]
+    if options.tokenizer is None and options.model.startswith("python:"):
+        raise UsageError("a python: model has no tokenizer: pass --tokenizer with --data")
     by = load_tokenizer(options.tokenizer or options.model.removeprefix("config:"))
     rows = [by(text) for text in texts]
     longest = max(map(len, rows))
@@ -156,16 +162,30 @@ def made_batch(model: nn.Module, batch: int, prefix: int, suffix: int) -> Tensor
     tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
     vocabulary = max(tables, default=1000)
     ids = torch.randint(1, vocabulary, (batch, prefix + suffix), generator=torch.Generator().manual_seed(0))
-    ids[:, :prefix] = ids[0, :prefix]
+    ids[:, :prefix] = ids[0, :prefix].clone()
     return ids
 
 
 def arguments_of(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How to call the model: a model of transformers by name and without a cache, any other with the ids alone."""
+    """How to call the model: a model of transformers by name and without a cache, any other with the ids alone.
+
+    It is called once as it is: what it raises by itself is the user's to know in one line.
+    """
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters:
-        return (batch["input_ids"],), {}
-    return (), {**batch, **({"use_cache": False} if "use_cache" in parameters else {})}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if "input_ids" in parameters:
+        kwargs = {**batch, **({"use_cache": False} if "use_cache" in parameters else {})}
+    else:
+        args = (batch["input_ids"],)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except BUGS as error:
+        first = (str(error).splitlines() or [""])[0]
+        given = f"ids of the shape {list(batch['input_ids'].shape)} below {int(batch['input_ids'].max()) + 1}"
+        raise UsageError(f"the model itself fails on {given}: {type(error).__name__}: {first}") from error
+    return args, kwargs
 
 
 def read(path: str, field: str | None = None) -> Iterator[str]:

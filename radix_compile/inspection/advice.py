@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 _ADVICE = (
-    (r"no rule for this op", "Say what the op is to the tokens with radix_compile.register_rule (docs/add-an-op.md)."),
+    (
+        r"no rule for this op",
+        "If it reads no later token and no other sequence, give it a rule: radix_compile.register_rule, docs/add-an-op.md.",
+    ),
     (r"dropout", "Put the model in evaluation mode (model.eval()), or set its dropout to 0 for training."),
     (
         r"bidirectional",
@@ -14,11 +17,11 @@ _ADVICE = (
     (
         r"without a mask that is understood|mask is not understood|is finite and is added",
         "Mask with minus infinity or the lowest number of the dtype, and make the mask of positions (k <= q), padding"
-        " and windows.",
+        " and windows, in forward: a mask in a buffer is not read.",
     ),
     (
         r"lets a token see later ones",
-        "Pass is_causal=True, or a mask that implies k <= q for each query and key.",
+        "Pass is_causal=True, or make a mask in forward that implies k <= q: what a buffer holds is not read.",
     ),
     (
         r"tells? sequences apart|lines up with the batch|combines different sequences|the batch axis",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile import torch_internals as internals
 from radix_compile.backend import RadixBackend
 from radix_compile.calibration import time_programs
 from radix_compile.counters import reset_stats, restore_stats, stats
@@ -34,6 +35,7 @@ class Explanation:
     ``predicted``       seconds by program ("plain", "full fold", ...) for the inputs, if calls of about their size were
                         timed before, or with ``measure``.
     ``measured``        with ``measure``, seconds of the call as "plain" (the inner backend alone) and as "radix".
+    ``graph_breaks``    how often Dynamo cut the model into pieces, by reason: what is between them is not in any graph.
     ``diff``            each graph before and after: ``diff.text()``, ``diff.html(path)``, ...
     """
 
@@ -44,6 +46,7 @@ class Explanation:
     tree_pairs: int = 0
     predicted: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    graph_breaks: dict[str, int] = field(default_factory=dict)
     diff: GraphDiff = field(default_factory=lambda: GraphDiff(()))
 
     @property
@@ -92,6 +95,7 @@ class Explanation:
             "flops_after": self.flops_after,
             "predicted": self.predicted,
             "measured": self.measured,
+            "graph_breaks": self.graph_breaks,
             "graphs": [asdict(graph) for graph in self.graphs],
         }
 
@@ -110,6 +114,7 @@ class Explanation:
         for what, seconds in (("predicted:", self.predicted), ("measured:", self.measured)):
             if seconds:
                 lines.append(f"{what:10} " + ", ".join(f"{name} {1e3 * took:.3g} ms" for name, took in seconds.items()))
+        lines += [f"graph break: {reason}" for reason in self.graph_breaks]
         for number, graph in enumerate(self.graphs):
             lines.append(f"graph {number}: " + ("folded" if graph.folded else f"not folded: {graph.reason}"))
             lines += [f"  region: {region.ops} ops, {region.first} .. {region.last}" for region in graph.regions]
@@ -193,19 +198,23 @@ def look_at(
     backend = _Listening(**{**({} if measure else {"inner": "eager", "threshold": 1.0}), **(options or {})})
     backend.predicts_for = Options().updated(options)
     torch._dynamo.reset()
+    internals.forget_graph_breaks()
     before = stats()
     reset_stats()
     try:
         compiled = torch.compile(model, backend=backend)
         compiled(*args, **kwargs)
         counted, predicted = stats(), dict(backend.predicted)
+        breaks = internals.graph_breaks()
         measured = _measured(model, compiled, backend, args, kwargs) if measure else {}
     finally:
         restore_stats(before)
         torch._dynamo.reset()
     pairs = counted.pairs, counted.tree_pairs
     diff = GraphDiff(tuple(backend.pairs), getattr(model, "__name__", type(model).__name__))
-    return Explanation(backend.reports, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, diff)
+    return Explanation(
+        backend.reports, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff
+    )
 
 
 def _measured(

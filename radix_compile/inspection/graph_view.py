@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -206,6 +207,8 @@ def _in_words(values: Iterable[Value]) -> str:
 def _rule(node: fx.Node) -> str:
     if node.op != "call_function":
         return ""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):  # one of several results
+        return _rule(node.args[0])
     rule = rule_for(node.target)
     if rule is None:
         return "none: an op without a rule is taken to mix rows"

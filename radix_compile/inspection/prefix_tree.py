@@ -54,7 +54,10 @@ def edges(lengths: Sequence[int], shared: Sequence[int]) -> list[Edge]:
 
 
 def depth_and_fan_out(tree: Sequence[Edge]) -> tuple[int, float]:
-    """How often the tree parts on the way to a leaf at most, and into how many edges where it does, on average."""
+    """How often the tree parts on the way to a leaf at most, and into how many edges where it does, on average.
+
+    That sequences begin with different tokens is the first time.
+    """
     ways: Counter[Edge | None] = Counter()
     above: list[Edge] = []
     depth = 0
@@ -65,4 +68,4 @@ def depth_and_fan_out(tree: Sequence[Edge]) -> tuple[int, float]:
         depth = max(depth, len(above))
         above.append(edge)
     several = [count for count in ways.values() if count > 1]
-    return depth, sum(several) / len(several) if several else 1.0
+    return depth + (ways[None] > 1), sum(several) / len(several) if several else 1.0

@@ -33,5 +33,7 @@ class Recorder:
         known = {node.name: node for node in (self.annotated or self.steps[-1]).nodes}
         captured = self.steps[0]
         nodes = tuple(replace(known.get(node.name, node), inputs=node.inputs) for node in captured.nodes)
+        if not report.folded:  # in which form it would have run is no longer true
+            nodes = tuple(replace(node, form="") for node in nodes)
         before = GraphView("capture", nodes)
         return GraphPair(report, tuple(self.steps), before, self.steps[-1] if report.folded else before)

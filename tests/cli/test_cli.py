@@ -27,6 +27,18 @@ class Reverses(nn.Module):
         return self.linear(self.table(ids).flip(1))
 
 
+class TwoArguments(nn.Module):
+    def forward(self, ids: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        return ids + style
+
+
+class Breaks(Reverses):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.table(ids))
+        torch._dynamo.graph_break()
+        return self.linear(x)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("config")
@@ -67,6 +79,15 @@ def test_explain_what_does_not_fold(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Move it behind the model" in said
     assert main(["explain", f"python:{__name__}:Reverses", "--json"]) == 1
     assert "Move it" in json.loads(capsys.readouterr().out)["advice"]["flip"]
+
+
+def test_explain_one_sequence_and_graph_breaks(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", config, "--batch", "1"]) == 1
+    assert "there is one sequence only" in capsys.readouterr().out
+    main(["explain", f"python:{__name__}:Breaks"])
+    said = capsys.readouterr().out
+    assert "graph break: Call to `torch._dynamo.graph_break()`" in said
+    assert "graph 1" in said
 
 
 def test_diff(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +193,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "python:math:floor"], "python:math:floor"),
         (["explain", "{config}", "--device", "cuda:7"], "--device cuda:7 is not there"),
         (["explain", "{config}", "--data", "{data}"], "--tokenizer"),
+        (["explain", f"python:{__name__}:TwoArguments"], "the model itself fails on ids of the shape [8, 80]"),
+        (["explain", f"python:{__name__}:Reverses", "--data", "{data}"], "pass --tokenizer"),
+        (["bench", "{config}", "-o", "/no/such/x.png"], "-o /no/such/x.png: expected a file"),
         (["diff", "{config}", "--pass", "fold"], "no pass 'fold' ran here"),
         (["diff", "{config}", "--layer", "99"], "the layers are 0 to 3"),
         (["diff", "{config}", "-o", "/no/such/folder/x.html"], "-o /no/such/folder/x.html: No such file"),

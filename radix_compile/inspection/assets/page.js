@@ -84,7 +84,7 @@ class Page {
   paint() {
     for (const cell of document.querySelectorAll(".near, .chosen, .hit")) cell.classList.remove("near", "chosen", "hit");
     for (const node of this.hits) this.cell(node)?.classList.add("hit");
-    const node = this.looked || this.chosen;
+    const node = this.chosen || this.looked;
     if (!node) return;
     const other = node.side === "before" ? "after" : "before";
     const near = [...node.inputs, ...node.users].map((number) => ({ side: node.side, number }));
@@ -157,7 +157,7 @@ class Page {
     if (wanted) {
       for (const side of ["before", "after"])
         for (const node of this.graph[side])
-          if (!RESIDENT.has(node.op) && [node.name, node.op, node.module, node.source, node.reason].some((one) => one.toLowerCase().includes(wanted))) this.hits.push(node);
+          if (!RESIDENT.has(node.op) && [node.name, node.op, node.module, node.source].some((one) => one.toLowerCase().includes(wanted))) this.hits.push(node);
     }
     this.hit = -1;
     $("#found").textContent = wanted ? String(this.hits.length) : "";
