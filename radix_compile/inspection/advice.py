@@ -7,7 +7,7 @@ import re
 _ADVICE = (
     (
         r"no rule for this op",
-        "If it reads no later token and no other sequence, give it a rule: radix_compile.register_rule, docs/add-an-op.md.",
+        "If it reads no later token and no other sequence, give it a rule (register_rule, docs/add-an-op.md).",
     ),
     (r"dropout", "Put the model in evaluation mode (model.eval()), or set its dropout to 0 for training."),
     (
