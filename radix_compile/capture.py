@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,13 +56,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
 
 def _model_of(graph: fx.Graph) -> str:
-    """The class of the outermost module around the layers of which Dynamo tells: not of the one compiled itself."""
-    stacks = [list(node.meta["nn_module_stack"].values()) for node in graph.nodes if node.meta.get("nn_module_stack")]
-    known = [entries for stack in stacks if (entries := [entry for entry in stack if entry[0]])]
-    layered = [entries for entries in known if any(re.search(r"\.\d+$", path) for path, _ in entries)]
-    if not known:
-        return "function"
-    owner = (layered or known)[0][0][1]
+    """The class of the module that was compiled, or else of the outermost one that the function calls."""
+    stacks = (list(node.meta["nn_module_stack"].values()) for node in graph.nodes if node.meta.get("nn_module_stack"))
+    owners = (owner for stack in stacks for path, owner in stack if path)
+    owner = internals.compiled_module() or next(owners, "function")
     return str(owner if isinstance(owner, str) else owner.__qualname__).rpartition(".")[2]
 
 

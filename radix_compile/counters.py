@@ -27,8 +27,7 @@ class Stats:
     ``flops_saved``                those of the plain program less those of the folded one, forward, over folded calls.
     ``histogram``                  folded calls by nodes per row: up to 0.1, up to 0.2, ..., up to 1.
     ``ratio_sum``                  nodes per row, summed over folded calls.
-    ``models``                     the same of each compiled model, by the class of the outermost module that
-                                   Dynamo tells of around its layers.
+    ``models``                     the same of each compiled model, by the name of its class.
     """
 
     calls: int = 0

@@ -18,6 +18,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, get_debug_dir
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext
@@ -364,6 +365,16 @@ def graph_breaks() -> dict[str, int]:
 
 def forget_graph_breaks() -> None:
     counters["graph_break"].clear()
+
+
+def compiled_module() -> str | None:
+    """The class of the module whose ``forward`` Dynamo is compiling; None if it is a function, or nothing is."""
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:  # outside of a compilation
+        return None
+    owner = root.f_locals.get("self")
+    return type(owner).__name__ if isinstance(owner, torch.nn.Module) else None
 
 
 def graph_code(name: str, gm: fx.GraphModule) -> Any:

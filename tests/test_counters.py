@@ -26,7 +26,7 @@ def test_by_model_and_reason() -> None:
     radix_compile.reset_stats()
     run(build("Qwen3"), shared_batch(4, 12, 8), torch.arange(48).view(4, 12), shared_batch(4, 12, 8))
     counted = run(build("Llama"), shared_batch(8, 12, 11))
-    assert list(counted.models) == ["Qwen3Model", "LlamaModel"]
+    assert list(counted.models) == ["Qwen3ForCausalLM", "LlamaForCausalLM"]
     qwen, llama = counted.models.values()
     assert (qwen.calls, qwen.folded_calls, llama.calls) == (3, 2, 1)
     assert qwen.plain_calls == {"too little is shared": 1}
@@ -35,7 +35,7 @@ def test_by_model_and_reason() -> None:
     assert llama.histogram == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # 19 of 96
     assert qwen.plan_seconds + llama.plan_seconds == pytest.approx(counted.plan_seconds)
     printed = str(counted)
-    assert "Qwen3Model: 3 calls, 2 folded" in printed
+    assert "Qwen3ForCausalLM: 3 calls, 2 folded" in printed
     assert "ran plain: 1 x too little is shared" in printed
     assert "96 rows -> 48 (2.00x)" in printed
     assert "2 at 0.4 to 0.5" in printed
@@ -45,7 +45,12 @@ def test_copies_do_not_change() -> None:
     radix_compile.reset_stats()
     before = run(build("Qwen3"), shared_batch(4, 12, 8))
     run(build("Qwen3"), shared_batch(4, 12, 8))
-    assert before.histogram[4] == before.models["Qwen3Model"].histogram[4] == before.models["Qwen3Model"].calls == 1
+    assert (
+        before.histogram[4]
+        == before.models["Qwen3ForCausalLM"].histogram[4]
+        == before.models["Qwen3ForCausalLM"].calls
+        == 1
+    )
 
 
 def test_bytes_and_flops_by_hand() -> None:
@@ -77,12 +82,12 @@ def test_prometheus_text() -> None:
     sample = r'[a-z_]+(\{[a-z]+="[^"\n]*"(,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+'
     for line in text.splitlines():
         assert re.fullmatch(rf"# (HELP|TYPE) radix_[a-z_]+ .+|{sample}", line), line
-    assert 'radix_calls_total{model="Qwen3Model"} 2' in text
-    assert 'radix_plain_calls_total{model="Qwen3Model",reason="too little is shared"} 1' in text
-    assert 'radix_compression_bucket{model="Qwen3Model",le="0.4"} 0' in text
-    assert 'radix_compression_bucket{model="Qwen3Model",le="0.5"} 1' in text
-    assert 'radix_compression_sum{model="Qwen3Model"} 0.5' in text
-    assert 'radix_compression_count{model="Qwen3Model"} 1' in text
+    assert 'radix_calls_total{model="Qwen3ForCausalLM"} 2' in text
+    assert 'radix_plain_calls_total{model="Qwen3ForCausalLM",reason="too little is shared"} 1' in text
+    assert 'radix_compression_bucket{model="Qwen3ForCausalLM",le="0.4"} 0' in text
+    assert 'radix_compression_bucket{model="Qwen3ForCausalLM",le="0.5"} 1' in text
+    assert 'radix_compression_sum{model="Qwen3ForCausalLM"} 0.5' in text
+    assert 'radix_compression_count{model="Qwen3ForCausalLM"} 1' in text
     types = re.findall(r"# TYPE (\w+) (\w+)", text)
     assert len(types) == len(dict(types))
     odd = Stats(models={'a "b"\n': Stats()})

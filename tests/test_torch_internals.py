@@ -188,3 +188,22 @@ def test_a_trace_is_kept_only_where_one_is_asked_for() -> None:
     internals.keep_artifact("name", "string", lambda: str(asked.append(1)))
     assert asked == []
     assert internals.debug_folder() is None
+
+
+def test_the_class_of_what_is_compiled() -> None:
+    """Of a module that was compiled itself nothing in the graph says it."""
+    seen: list[str | None] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
+        seen.append(internals.compiled_module())
+        return gm
+
+    class Mine(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    mine = Mine()
+    torch.compile(mine, backend=backend)(torch.ones(2))
+    torch.compile(lambda x: mine(x) * 2, backend=backend)(torch.ones(2))
+    assert seen == ["Mine", None]
+    assert internals.compiled_module() is None
