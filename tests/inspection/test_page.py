@@ -135,7 +135,7 @@ def test_links_lead_to_the_other_side_and_to_what_is_read(page: webdriver.Chrome
     name = link.text
     link.click()
     assert f"name\n{name}\n" in details.text
-    press(page, Keys.ESCAPE)
+    all_of(page, "#details .close")[0].click()
     assert all_of(page, ".cell.chosen") == []
 
 

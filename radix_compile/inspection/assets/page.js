@@ -56,6 +56,12 @@ class Page {
     this.paint();
   }
 
+  letGo() {
+    this.chosen = null;
+    this.describe(null);
+    this.paint();
+  }
+
   reveal(node) {
     for (const view of this.blocks) {
       const layer = view.find(node);
@@ -118,7 +124,8 @@ class Page {
     say("read by", this.links(node.side, node.users));
     const other = node.side === "before" ? "after" : "before";
     say(node.side === "before" ? "became" : "was", this.links(other, node.twins));
-    panel.replaceChildren(make("h2", {}, `${node.op} (${node.side})`), list);
+    const close = make("button", { class: "close", "aria-label": "Let go of the node", onclick: () => this.letGo() }, "\u00d7");
+    panel.replaceChildren(make("h2", {}, `${node.op} (${node.side})`), close, list);
   }
 
   links(side, numbers) {
@@ -216,7 +223,7 @@ class Page {
       "/": () => $("#search").focus(), n: () => this.step(1), N: () => this.step(-1), t: () => this.theme(),
       o: () => { const open = this.blocks.some((view) => view.body.hidden); this.blocks.forEach((view) => view.toggle(open)); },
       "?": () => $("#keys").showModal(),
-      Escape: () => { this.chosen = null; this.describe(null); this.paint(); },
+      Escape: () => this.letGo(),
     };
     const action = actions[event.key] || (tabs[event.key] && (() => this.tab(tabs[event.key])));
     if (!action) return;
