@@ -93,15 +93,17 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
     report.model = captured.meta["model"]
-    for node, forms in wanted.forms.items():
-        missing = forms - wanted.runs.get(node, set()) if node.op == "call_function" else forms - {Form.FULL}
-        if node.meta.get("home") is not Form.EITHER or node.op == "placeholder":
-            report.bytes_scattered += _bytes(node) if Form.FULL in missing else 0
-            report.bytes_folded += _bytes(node) if Form.COMPACT in missing else 0
+    report.bytes_folded, report.bytes_scattered = (_moved(wanted, form) for form in (Form.COMPACT, Form.FULL))
     report.place = _place([refuse(node, "").module for node in captured.graph.nodes if node in compact and flops(node)])
     report.notes += [*captured.meta.get("notes", []), *_scans(tokens, wanted)]
     report.refusals = _that_matter(captured.graph, tokens)
     return report
+
+
+def _moved(wanted: Wanted, form: Form) -> int:
+    """The bytes of what is wanted in this form and does not run in it. Inputs come in full form."""
+    runs = {node: wanted.runs.get(node, set()) if node.op == "call_function" else {Form.FULL} for node in wanted.forms}
+    return sum(_bytes(node) for node, forms in wanted.forms.items() if form in forms and form not in runs[node])
 
 
 def _bytes(node: fx.Node) -> int:
@@ -116,12 +118,9 @@ def _place(modules: Sequence[str]) -> str:
     found = [numbered for module in modules if (numbered := _NUMBERED.search(module))]
     if not found:
         return next((module for module in modules if module), "graph")
-    first, last = (sorted({int(one["number"]) for one in found})[i] for i in (0, -1))
-    return (
-        f"{found[0]['stack'] or 'layers'} {first}-{last}"
-        if first != last
-        else f"{found[0]['stack'] or 'layer'} {first}"
-    )
+    numbers = [int(one["number"]) for one in found]
+    first, last = min(numbers), max(numbers)
+    return f"{found[0]['stack'] or 'layers'} {first}" + (f"-{last}" if first != last else "")
 
 
 def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:

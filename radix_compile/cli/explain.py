@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,8 +37,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def explained(options: argparse.Namespace, measure: bool = False) -> Explanation:
     """Of the model and the batch that the command line names."""
-    import torch
-
     model = load_model(options)
     args, kwargs = arguments_of(model, load_batch(options, model))
     with torch.no_grad():

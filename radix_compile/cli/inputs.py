@@ -119,16 +119,7 @@ def _why_not_loaded(place: str, error: Exception) -> str:
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)  # type: ignore[arg-type]
     said = " ".join(f"{type(one).__name__} {one}" for one in causes)
-    offline = (
-        "couldn't connect",
-        "ConnectError",
-        "ConnectionError",
-        "Name or service",
-        "Network",
-        "offline",
-        "resolve",
-    )
-    if not Path(place).exists() and any(word in said for word in offline):
+    if not Path(place).exists() and any(word in said for word in _OFFLINE):
         return f"{place}: no such path, and no network to ask the hub: pass a local path, or config:PATH"
     if "Repo id must" in said:
         return f"{place}: no such path, and not a name on the hub"
