@@ -165,7 +165,7 @@ def unbacked_plan_inputs(
             shapes += [(nodes,), (nodes,)]
         if tiles:
             starts = count()  # a symbol by itself: inductor wants each to be the size of some input
-            shapes += [(count(), 3), (starts,), (count(),), (starts,)]
+            shapes += [(count(), 3), (starts,), (count(),), (starts,), (count(), 4), (count(), 3)]
         if lists:
             shapes += [(rows,), (nodes + 1,), (count(),)]
         arrays = [torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes]

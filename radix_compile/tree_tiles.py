@@ -4,6 +4,9 @@ The keys of a tile are the ancestors of its first node and the tile itself. Of t
 that come in long stretches are listed as stretches, to be read without a mask and without an index; the rest one by
 one. A path is a few stretches of nodes, one for each sequence that it has something new of, so all this is done on
 stretches, not on nodes.
+
+The other way round, for gradients of keys, the queries of a tile are its descendants: the nodes up to the largest
+``end``. Those of a prefix that is everybody's are many more than others', and so are divided into parts.
 """
 
 from __future__ import annotations
@@ -15,8 +18,12 @@ import numpy as np
 from radix_compile.arrays import Int64
 from radix_compile.prefix_plan import PrefixPlan
 
-ROWS = 128
+ROWS = 64
 """Nodes of a tile."""
+LEAST = 256
+"""No tile is divided into parts of fewer queries,"""
+PARTS = 64
+"""nor all queries of all tiles into many more: each part of a divided tile takes memory. Heads multiply this."""
 BLOCK = 64
 """Stretches are whole multiples of that many keys, and so are lists of single ones."""
 
@@ -31,16 +38,21 @@ class TreeTiles:
         run_starts: int64 ``[tiles + 1]``, those of tile ``t`` are ``runs[run_starts[t]:run_starts[t + 1]]``.
         keys: int64 ``[K]``, single keys, -1 where there is none.
         key_starts: int64 ``[tiles + 1]``, as `run_starts`.
+        parts: int64 ``[P, 4]``, stretches of queries: the tile of keys they are descendants of, the first node, the
+            node behind the last, and what number the part has among those of divided tiles, or -1.
+        divided: int64 ``[D, 3]``, each tile that has several parts: the tile, and from which to which number they are.
     """
 
     runs: Int64
     run_starts: Int64
     keys: Int64
     key_starts: Int64
+    parts: Int64
+    divided: Int64
 
     @property
-    def arrays(self) -> tuple[Int64, Int64, Int64, Int64]:
-        return self.runs, self.run_starts, self.keys, self.key_starts
+    def arrays(self) -> tuple[Int64, ...]:
+        return self.runs, self.run_starts, self.keys, self.key_starts, self.parts, self.divided
 
 
 def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
@@ -76,7 +88,26 @@ def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
         np.array(run_starts + [len(runs)] * beyond),
         np.concatenate([*keys, np.empty(0, np.int64)]),
         np.array(key_starts + [key_starts[-1]] * beyond),
+        *_parts(end),
     )
+
+
+def _parts(end: Int64) -> tuple[Int64, Int64]:
+    """`parts` and `divided`."""
+    first = np.arange(0, len(end), ROWS)
+    queries = np.maximum(np.maximum.reduceat(end, first) - first, 0)
+    room = max(LEAST, int(queries.sum()) // PARTS // ROWS * ROWS)
+    counts = np.maximum(-(-queries // room), 1)
+    tile = np.repeat(np.arange(len(first)), counts)
+    behind = np.cumsum(counts)
+    low = first[tile] + (np.arange(len(tile)) - (behind - counts)[tile]) * room
+    high = np.minimum(low + room, (first + queries)[tile])
+    several = counts > 1
+    shared = several[tile]
+    slot = np.where(shared, np.cumsum(shared) - 1, -1)
+    slots = np.cumsum(np.where(several, counts, 0))
+    divided = np.stack([np.flatnonzero(several), (slots - counts)[several], slots[several]], 1)
+    return np.stack([tile, low, high, slot], 1), divided
 
 
 _Stretch = tuple[int, int, int]

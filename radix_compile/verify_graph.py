@@ -24,6 +24,8 @@ PLAN_SHAPES: dict[str, tuple[Any, ...]] = {
     "run_starts": (9,),
     "keys": (64,),
     "key_starts": (9,),
+    "parts": (11, 4),
+    "divided": (2, 3),
     "rows": ("rows",),
     "starts": (NODES + 1,),
     "pieces": (7,),

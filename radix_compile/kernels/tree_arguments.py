@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TreeArrays(NamedTuple):
-    """The plan: int64, see ``PrefixPlan`` and its ``tree``, and ``TreeTiles`` for the last four.
+    """The plan: int64, see ``PrefixPlan`` and its ``tree``, and ``TreeTiles`` for the last six.
 
     ``end`` is 0 at keys that are hidden.
     """
@@ -22,6 +22,8 @@ class TreeArrays(NamedTuple):
     run_starts: Tensor | None = None
     keys: Tensor | None = None
     key_starts: Tensor | None = None
+    parts: Tensor | None = None
+    divided: Tensor | None = None
 
 
 class Carried(NamedTuple):

@@ -27,8 +27,10 @@ from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_insi
 
 radix = torch.ops.radix
 
-_LISTS = "Tensor? runs, Tensor? run_starts, Tensor? keys, Tensor? key_starts"
+_LISTS = "Tensor? runs, Tensor? run_starts, Tensor? keys, Tensor? key_starts, Tensor? parts, Tensor? divided"
 _PLAN = f"Tensor fold, Tensor scatter, Tensor begin, Tensor end, {_LISTS}"
+PLAN = len(TreeArrays._fields)
+"""How many arguments of the op are the plan."""
 _CARRIED = "Tensor? sinks, Tensor? bias, float scale, int? window, float? softcap"
 _SCHEMAS = (
     f"tree_attention(Tensor query, Tensor key, Tensor value, {_PLAN}, {_CARRIED}) -> (Tensor, Tensor)",
@@ -63,7 +65,7 @@ def why_tiles(query: Tensor, value: Tensor) -> str | None:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    plan, carried = TreeArrays(*rest[:8]), Carried(*rest[8:])
+    plan, carried = TreeArrays(*rest[:PLAN]), Carried(*rest[PLAN:])
     run = attention_tiles.tree_attention
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention
@@ -75,7 +77,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
 
 def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     key, value, result, total = rest[:4]
-    plan, carried = TreeArrays(*rest[4:12]), Carried(*rest[12:])
+    plan, carried = TreeArrays(*rest[4 : 4 + PLAN]), Carried(*rest[4 + PLAN :])
     run = attention_tiles.tree_attention_backward
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention_backward
@@ -104,14 +106,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     query, key, value, result, total, *plan, sinks, bias = ctx.saved_tensors
-    if bias is not None and ctx.needs_input_grad[12]:
+    if bias is not None and ctx.needs_input_grad[3 + PLAN + 1]:
         raise RuntimeError("tree_attention has no gradient for its bias")
     gradients = radix.tree_attention_backward(grad, query, key, value, result, total, *plan, sinks, bias, *ctx.carried)
     by_sink = None
-    if sinks is not None and ctx.needs_input_grad[11]:
+    if sinks is not None and ctx.needs_input_grad[3 + PLAN]:
         shares = (sinks.to(total.dtype)[:, None] - total).exp()
         by_sink = -(shares * (grad[0] * result[0]).sum(-1, dtype=total.dtype)).sum(1).to(sinks.dtype)
-    return (*gradients, *[None] * 8, by_sink, None, None, None, None)
+    return (*gradients, *[None] * PLAN, by_sink, None, None, None, None)
 
 
 library = torch.library.Library("radix", "FRAGMENT")

@@ -1,10 +1,10 @@
-"""Attention on the prefix tree as Triton kernels: a program has a tile of nodes and one head.
+"""Attention on the prefix tree as Triton kernels: a program has a tile of nodes, and heads that share keys.
 
 After FlashAttention-2 (Dao, arXiv 2307.08691): online softmax, and a backward pass that computes the weights again from
 the sums. What is new is where the keys are. Forward and for the gradient of queries, they are the ancestors of the
 tile's first node, in stretches that need no mask where they can be (``TreeTiles``), and the tile itself. For the
-gradients of keys, the queries are the descendants of the tile: one stretch of nodes, up to the largest ``end``. Nothing
-is repeated for the heads of a group, and no result depends on the order in which programs run.
+gradients of keys, the queries are the descendants of the tile: one stretch of nodes, up to the largest ``end``. Keys
+are not repeated for the heads of a group, and no result depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from radix_compile.kernels.triton_tree import (
     keys_of_run,
     lists_of,
     numbers_of,
+    rows_of,
     run_of,
     scores_of,
     shape_of,
@@ -36,21 +37,24 @@ from radix_compile.kernels.triton_tree import (
 @triton.jit
 def _attend_to(
     largest, total, result, q, keys, values, visible, scale, softcap,
-    MASKED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax. ``visible`` is a bias if they are ``BIASED``."""
-    scores = scores_of(q, tl.trans(keys), scale, softcap, CAPPED, PRECISION)
+    if FUSED:  # the scale and the difference from the largest are one operation
+        scores, unit = tl.dot(q, tl.trans(keys), input_precision=PRECISION), scale
+    else:
+        scores, unit = scores_of(q, tl.trans(keys), scale, softcap, CAPPED, PRECISION), 1.0
     if BIASED:
         scores += visible
     elif MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     largest_now = tl.maximum(largest, tl.max(scores, 1))
-    base = largest_now
+    base = largest_now * unit
     if MASKED or BIASED:
         # A row that has seen no key yet: its largest score is minus infinity, which must not be subtracted from itself.
-        base = tl.where(largest_now == float("-inf"), 0.0, largest_now)
-    weights = tl.exp2(scores - base[:, None])
-    decay = tl.exp2(largest - base)
+        base = tl.where(largest_now == float("-inf"), 0.0, base)
+    weights = tl.exp2(scores * unit - base[:, None])
+    decay = tl.exp2(largest * unit - base)
     result = result * decay[:, None]
     result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
     return largest_now, total * decay + tl.sum(weights, 1), result
@@ -63,33 +67,32 @@ def _forward(
     q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    FUSED: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with long paths first
-    first = tile * M
-    i = first + tl.arange(0, M)
-    inside = i < nodes
-    q = features(query + head * q_head, i.to(tl.int64) * q_node, inside, E, E_BLOCK, False)
-    key += (head // GROUP) * k_head
-    value += (head // GROUP) * v_head
+    tile, pack = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with long paths first
+    i, head, inside = rows_of(tile, pack, nodes, ROWS, PACKED)
+    place = i.to(tl.int64)
+    q = features(query, head * q_head + place * q_node, inside, E, E_BLOCK, False)
+    group = (pack * PACKED // GROUP).to(tl.int64)
+    key += group * k_head
+    value += group * v_head
     depth_i, nearest = depths_of(fold, begin, i, inside, window, WINDOW)
     at = i
     if BIASED:
-        bias += head * b_head
-        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key)
-    largest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    attended = tl.zeros([M, V_BLOCK], tl.float32)
+        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key) + head * b_head
+    largest = tl.full([ROWS * PACKED], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS * PACKED], tl.float32)
+    attended = tl.zeros([ROWS * PACKED, V_BLOCK], tl.float32)
     step = tl.arange(0, N)
     for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
         start, behind, depth = run_of(runs, run, nearest, N, WINDOW, BIASED)
         for block in range(start, behind, N):
             k, v, visible = keys_of_run(
-                key, value, k_node, v_node, block, step, depth + (block - start).to(tl.int32), inside, depth_i, window,
+                key, value, k_node, v_node, block, step, depth + block - start, inside, depth_i, window,
                 bias, at, b_key, E, E_BLOCK, V, V_BLOCK, WINDOW, BIASED,
             )  # fmt: skip
             largest, total, attended = _attend_to(
-                largest, total, attended, q, k, v, visible, scale, softcap, WINDOW, BIASED, CAPPED, PRECISION
+                largest, total, attended, q, k, v, visible, scale, softcap, WINDOW, BIASED, CAPPED, FUSED, PRECISION
             )
     for block in range(tl.load(key_starts + tile), tl.load(key_starts + tile + 1), N):
         j = tl.load(keys + block + step).to(tl.int32)
@@ -99,9 +102,9 @@ def _forward(
             bias, at, b_key, E, E_BLOCK, V, V_BLOCK, WINDOW, BIASED,
         )  # fmt: skip
         largest, total, attended = _attend_to(
-            largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, PRECISION
+            largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, FUSED, PRECISION
         )
-    for block in range(first, tl.minimum(first + M, nodes), N):
+    for block in range(tile * ROWS, tl.minimum(tile * ROWS + ROWS, nodes), N):
         j = block + step
         there = j < nodes
         k, v, visible = keys_of(
@@ -109,8 +112,10 @@ def _forward(
             bias, at, b_key, E, E_BLOCK, V, V_BLOCK, WINDOW, BIASED,
         )  # fmt: skip
         largest, total, attended = _attend_to(
-            largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, PRECISION
+            largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, FUSED, PRECISION
         )
+    if FUSED:
+        largest *= scale
     blind = total == 0
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -127,7 +132,7 @@ def _forward(
     tl.store(sums + head * nodes + i, logarithm, mask=inside)
     column = tl.arange(0, V_BLOCK)
     tl.store(
-        result + head * r_head + i.to(tl.int64)[:, None] * r_node + column[None, :],
+        result + (head * r_head + place * r_node)[:, None] + column[None, :],
         attended.to(result.dtype.element_ty), mask=inside[:, None] & (column < V)[None, :],
     )  # fmt: skip
 
@@ -144,10 +149,11 @@ def tree_attention(
     heads, nodes = query.shape[1:3]
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, nodes), dtype=torch.float32)
-    tile = tile_of(query, value, carried, "forward")
-    _forward[(triton.cdiv(nodes, tile["M"]), heads)](
+    tile = tile_of(query, key, value, carried, "forward")
+    fused = carried.scale > 0 and carried.softcap is None and carried.bias is None
+    _forward[(triton.cdiv(nodes, tile["ROWS"]), heads // tile["PACKED"])](
         query, key, value, result, total, *lists_of(plan), carried.sinks, nodes, *numbers_of(carried),
         *bias_and_strides(carried), *strides_of(query, key, value, result),
-        **shape_of(query, key, value, carried), SINKS=carried.sinks is not None, **tile,
+        **shape_of(query, key, value, carried), SINKS=carried.sinks is not None, FUSED=fused, **tile,
     )  # fmt: skip
     return result, total

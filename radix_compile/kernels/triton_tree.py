@@ -16,12 +16,12 @@ from radix_compile.tree_tiles import ROWS
 LOG2E = math.log2(math.e)
 
 TILES = {
-    "forward": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
-    "query": {"M": ROWS, "N": 64, "num_warps": 8, "num_stages": 3},
-    "key": {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2},
+    "forward": {"N": 64, "num_stages": 3},
+    "query": {"N": 64, "num_stages": 3},
+    "key": {"N": 32, "num_stages": 2},
 }
-"""Of heads of 128 half-width numbers at most: nodes of a tile (``M``), and keys or queries at a time (``N``)."""
-WIDE = {"M": ROWS, "N": 32, "num_warps": 8, "num_stages": 2}
+"""Of heads of 128 half-width numbers at most: keys or queries at a time (``N``)."""
+WIDE = {"N": 32, "num_stages": 2}
 
 
 @triton.jit
@@ -43,6 +43,14 @@ def scores_of(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexp
         # tanh(x) = 1 - 2 / (exp(2x) + 1)
         scores = softcap * (1 - 2 / (tl.exp2(scores) + 1))
     return scores
+
+
+@triton.jit
+def rows_of(tile, pack, nodes, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """The nodes and the heads of a tile's rows, side by side the heads that share keys, and which rows there are."""
+    row = tl.arange(0, ROWS * PACKED)
+    i = tile * ROWS + row // PACKED
+    return i, (pack * PACKED + row % PACKED).to(tl.int64), i < nodes
 
 
 @triton.jit
@@ -78,7 +86,7 @@ def depths_of(fold, begin, i, inside, window, WINDOW: tl.constexpr):
 @triton.jit
 def run_of(runs, run, nearest, N: tl.constexpr, WINDOW: tl.constexpr, BIASED: tl.constexpr):
     """Where a stretch of keys begins and ends, and how deep; without blocks that are in front of every window."""
-    start, behind = tl.load(runs + 3 * run), tl.load(runs + 3 * run + 1)
+    start, behind = tl.load(runs + 3 * run).to(tl.int32), tl.load(runs + 3 * run + 1).to(tl.int32)
     depth = 0
     if WINDOW or BIASED:
         depth = tl.load(runs + 3 * run + 2).to(tl.int32)
@@ -96,8 +104,8 @@ def keys_of_run(
     WINDOW: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """A block of a stretch of keys, from ``depth`` on, their values, and which queries see them (or their bias)."""
-    k = features(key + block * k_node, step * k_node, step >= 0, E, E_BLOCK, True)
-    v = features(value + block * v_node, step * v_node, step >= 0, V, V_BLOCK, True)
+    k = features(key + tl.cast(block, tl.int64) * k_node, step * k_node, step >= 0, E, E_BLOCK, True)
+    v = features(value + tl.cast(block, tl.int64) * v_node, step * v_node, step >= 0, V, V_BLOCK, True)
     visible = inside[:, None]
     if WINDOW:
         visible = depth_i[:, None] - (depth + step)[None, :] < window
@@ -143,17 +151,27 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dic
     }
 
 
-def tile_of(query: Tensor, value: Tensor, carried: Carried, kernel: str) -> dict[str, int]:
+def tile_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried, kernel: str) -> dict[str, int]:
+    """Nodes of a tile, heads packed in it, keys or queries at a time, and how the kernel is compiled."""
     # A bias takes as much room as a tile of scores, twice.
     narrow = row_bytes(query, value) <= 256 and (carried.bias is None or kernel == "key")
-    return TILES[kernel] if narrow else WIDE
+    packed = 2 if kernel != "key" and query.shape[1] // key.shape[1] % 2 == 0 else 1
+    return {"ROWS": ROWS, "PACKED": packed, "num_warps": 4 * packed, **(TILES[kernel] if narrow else WIDE)}
 
 
 def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:
     """What leads to the keys of a tile."""
-    arrays = plan.fold, plan.begin, plan.end, plan.runs, plan.run_starts, plan.keys, plan.key_starts
+    return _all(plan.fold, plan.begin, plan.end, plan.runs, plan.run_starts, plan.keys, plan.key_starts)
+
+
+def parts_of(plan: TreeArrays) -> tuple[Tensor, ...]:
+    """What leads to the descendants of a tile."""
+    return _all(plan.parts, plan.divided)
+
+
+def _all(*arrays: Tensor | None) -> tuple[Tensor, ...]:
     if any(one is None for one in arrays):
-        raise RuntimeError("on this device tree_attention needs tiles: pass runs, run_starts, keys and key_starts")
+        raise RuntimeError("on this device tree_attention needs the arrays of TreeTiles")
     return arrays  # type: ignore[return-value]
 
 

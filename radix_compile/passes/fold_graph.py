@@ -137,7 +137,7 @@ class _Rewriter:
         if shown_keys(self.gm) is not None:
             self.tree = [self.graph.placeholder(f"radix_{name}") for name in ("begin", "end")]
             tiled = needs_tiles(self.gm)
-            for name in ("runs", "run_starts", "keys", "key_starts"):
+            for name in ("runs", "run_starts", "keys", "key_starts", "parts", "divided"):
                 self.tree.append(self.graph.placeholder(f"radix_{name}") if tiled else None)
         self.lists: tuple[fx.Node | None, ...] = (None, None, None, None)
         if self.gm.meta["differentiable"]:
