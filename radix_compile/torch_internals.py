@@ -209,6 +209,7 @@ def evaluate(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block of a kernel may have on a CUDA device."""
     properties = torch.cuda.get_device_properties(device)

@@ -19,10 +19,12 @@ from radix_compile.arrays import Int64
 from radix_compile.prefix_plan import PrefixPlan
 
 ROWS = 64
-"""Nodes of a tile."""
+"""Nodes of a tile, as queries."""
+KEYS = 64
+"""And as keys that gradients are for."""
 LEAST = 256
 """No tile is divided into parts of fewer queries,"""
-PARTS = 64
+PARTS = 128
 """nor all queries of all tiles into many more: each part of a divided tile takes memory. Heads multiply this."""
 BLOCK = 64
 """Stretches are whole multiples of that many keys, and so are lists of single ones."""
@@ -94,9 +96,9 @@ def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
 
 def _parts(end: Int64) -> tuple[Int64, Int64]:
     """`parts` and `divided`."""
-    first = np.arange(0, len(end), ROWS)
+    first = np.arange(0, len(end), KEYS)
     queries = np.maximum(np.maximum.reduceat(end, first) - first, 0)
-    room = max(LEAST, int(queries.sum()) // PARTS // ROWS * ROWS)
+    room = max(LEAST, int(queries.sum()) // PARTS // KEYS * KEYS)
     counts = np.maximum(-(-queries // room), 1)
     tile = np.repeat(np.arange(len(first)), counts)
     behind = np.cumsum(counts)

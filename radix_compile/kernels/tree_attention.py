@@ -40,8 +40,8 @@ _SCHEMAS = (
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SHARED_MEMORY = {256: 104 * 1024, 512: 184 * 1024}
-"""What a block of the Triton kernels needs at most, in bytes, by the width of a head's row, in bytes too."""
+SHARED_MEMORY = {256: 53 * 1024, 512: 101 * 1024}
+"""What a block of the Triton kernels needs at least, in bytes, by the width of a head's row, in bytes too."""
 
 
 def lowering(query: Tensor, value: Tensor) -> str:

@@ -1,10 +1,10 @@
-"""Attention on the prefix tree as Triton kernels: a program has a tile of nodes, and heads that share keys.
+"""Attention on the prefix tree as Triton kernels: a program has a tile of nodes and one head.
 
 After FlashAttention-2 (Dao, arXiv 2307.08691): online softmax, and a backward pass that computes the weights again from
 the sums. What is new is where the keys are. Forward and for the gradient of queries, they are the ancestors of the
 tile's first node, in stretches that need no mask where they can be (``TreeTiles``), and the tile itself. For the
-gradients of keys, the queries are the descendants of the tile: one stretch of nodes, up to the largest ``end``. Keys
-are not repeated for the heads of a group, and no result depends on the order in which programs run.
+gradients of keys, the queries are the descendants of the tile: one stretch of nodes, up to the largest ``end``. Nothing
+is repeated for the heads of a group, and no result depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from radix_compile.kernels.triton_tree import (
     keys_of_run,
     lists_of,
     numbers_of,
-    rows_of,
     run_of,
     scores_of,
     shape_of,
@@ -67,22 +66,23 @@ def _forward(
     q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
-    FUSED: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr,
+    FUSED: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    tile, pack = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # those with long paths first
-    i, head, inside = rows_of(tile, pack, nodes, ROWS, PACKED)
+    tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)  # long paths first
+    i = tile * ROWS + tl.arange(0, ROWS)
+    inside = i < nodes
     place = i.to(tl.int64)
-    q = features(query, head * q_head + place * q_node, inside, E, E_BLOCK, False)
-    group = (pack * PACKED // GROUP).to(tl.int64)
-    key += group * k_head
-    value += group * v_head
+    q = features(query + head * q_head, place * q_node, inside, E, E_BLOCK, False)
+    key += (head // GROUP) * k_head
+    value += (head // GROUP) * v_head
     depth_i, nearest = depths_of(fold, begin, i, inside, window, WINDOW)
     at = i
     if BIASED:
-        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key) + head * b_head
-    largest = tl.full([ROWS * PACKED], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS * PACKED], tl.float32)
-    attended = tl.zeros([ROWS * PACKED, V_BLOCK], tl.float32)
+        bias += head * b_head
+        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    attended = tl.zeros([ROWS, V_BLOCK], tl.float32)
     step = tl.arange(0, N)
     for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
         start, behind, depth = run_of(runs, run, nearest, N, WINDOW, BIASED)
@@ -132,7 +132,7 @@ def _forward(
     tl.store(sums + head * nodes + i, logarithm, mask=inside)
     column = tl.arange(0, V_BLOCK)
     tl.store(
-        result + (head * r_head + place * r_node)[:, None] + column[None, :],
+        result + head * r_head + place[:, None] * r_node + column[None, :],
         attended.to(result.dtype.element_ty), mask=inside[:, None] & (column < V)[None, :],
     )  # fmt: skip
 
@@ -149,9 +149,9 @@ def tree_attention(
     heads, nodes = query.shape[1:3]
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, nodes), dtype=torch.float32)
-    tile = tile_of(query, key, value, carried, "forward")
+    tile = tile_of(query, value, carried, "forward")
     fused = carried.scale > 0 and carried.softcap is None and carried.bias is None
-    _forward[(triton.cdiv(nodes, tile["ROWS"]), heads // tile["PACKED"])](
+    _forward[(triton.cdiv(nodes, tile["ROWS"]), heads)](
         query, key, value, result, total, *lists_of(plan), carried.sinks, nodes, *numbers_of(carried),
         *bias_and_strides(carried), *strides_of(query, key, value, result),
         **shape_of(query, key, value, carried), SINKS=carried.sinks is not None, FUSED=fused, **tile,

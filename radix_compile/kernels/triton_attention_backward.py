@@ -21,7 +21,6 @@ from radix_compile.kernels.triton_tree import (
     lists_of,
     numbers_of,
     parts_of,
-    rows_of,
     run_of,
     scores_of,
     shape_of,
@@ -71,27 +70,28 @@ def _backward_query(
     g_head, g_node, q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node, bq_head, bq_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries, and ``deltas`` for that of keys: of each row, the sum of its result times its gradient."""
-    tile, pack = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    i, head, inside = rows_of(tile, pack, nodes, ROWS, PACKED)
+    """The gradient of queries, and ``deltas`` for that of keys: the sum of each result times its gradient."""
+    tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tile * ROWS + tl.arange(0, ROWS)
+    inside = i < nodes
     place = i.to(tl.int64)
-    q = features(query, head * q_head + place * q_node, inside, E, E_BLOCK, False)
-    g = features(grad, head * g_head + place * g_node, inside, V, V_BLOCK, False)
-    r = features(result, head * r_head + place * r_node, inside, V, V_BLOCK, False)
+    q = features(query + head * q_head, place * q_node, inside, E, E_BLOCK, False)
+    g = features(grad + head * g_head, place * g_node, inside, V, V_BLOCK, False)
+    r = features(result + head * r_head, place * r_node, inside, V, V_BLOCK, False)
     delta = tl.sum(g.to(tl.float32) * r.to(tl.float32), 1)
     tl.store(deltas + head * nodes + i, delta, mask=inside)
     delta = delta[:, None]
     summed = tl.load(sums + head * nodes + i, mask=inside, other=float("inf"))[:, None] * 1.4426950408889634
-    group = (pack * PACKED // GROUP).to(tl.int64)
-    key += group * k_head
-    value += group * v_head
+    key += (head // GROUP) * k_head
+    value += (head // GROUP) * v_head
     depth_i, nearest = depths_of(fold, begin, i, inside, window, WINDOW)
     at = i
     if BIASED:
-        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key) + head * b_head
-    found = tl.zeros([ROWS * PACKED, E_BLOCK], tl.float32)
+        bias += head * b_head
+        at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key)
+    found = tl.zeros([ROWS, E_BLOCK], tl.float32)
     step = tl.arange(0, N)
     for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
         start, behind, depth = run_of(runs, run, nearest, N, WINDOW, BIASED)
@@ -124,7 +124,7 @@ def _backward_query(
             found, q, g, summed, delta, k, v, visible, scale, softcap, True, BIASED, CAPPED, PRECISION
         )
     column = tl.arange(0, E_BLOCK)
-    target = by_query + (head * bq_head + place * bq_node)[:, None] + column[None, :]
+    target = by_query + head * bq_head + place[:, None] * bq_node + column[None, :]
     tl.store(target, (found * factor).to(by_query.dtype.element_ty), mask=inside[:, None] & (column < E)[None, :])
 
 
@@ -170,7 +170,7 @@ def _backward_key(
     g_head, g_node, q_head, q_node, k_head, k_node, v_head, v_node, bk_head, bk_node, bv_head, bv_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and a part of its descendants, ``N`` rows of queries at a time: no mask where all of the keys are
     ancestors of all of the queries. What comes of the parts of a tile that has several is left for ``_add_parts``.
@@ -278,14 +278,13 @@ def tree_attention_backward(
     deltas = total.new_empty(total.shape)
     about = shape_of(query, key, value, carried)
     numbers = *numbers_of(carried), carried.scale, *bias_and_strides(carried)
-    tile = tile_of(query, key, value, carried, "query")
-    tiles = triton.cdiv(nodes, tile["ROWS"])
-    _backward_query[(tiles, query.shape[1] // tile["PACKED"])](
+    tile = tile_of(query, value, carried, "query")
+    _backward_query[(triton.cdiv(nodes, tile["ROWS"]), query.shape[1])](
         grad, query, key, value, result, total, deltas, by_query, *lists_of(plan), nodes, *numbers,
         *strides_of(grad, query, key, value, result, by_query), **about, **tile,
     )  # fmt: skip
-    tile = tile_of(query, key, value, carried, "key")
-    slots = len(parts) - tiles + len(divided)
+    tile = tile_of(query, value, carried, "key")
+    slots = len(parts) - triton.cdiv(nodes, tile["ROWS"]) + len(divided)
     more_k, more_v = (
         query.new_empty((slots, groups, tile["ROWS"], about[size]), dtype=torch.float32)
         for size in ("E_BLOCK", "V_BLOCK")

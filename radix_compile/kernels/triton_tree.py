@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -10,18 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from radix_compile import torch_internals as internals
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays, row_bytes
-from radix_compile.tree_tiles import ROWS
+from radix_compile.tree_tiles import KEYS, ROWS
 
 LOG2E = math.log2(math.e)
 
-TILES = {
-    "forward": {"N": 64, "num_stages": 3},
-    "query": {"N": 64, "num_stages": 3},
-    "key": {"N": 32, "num_stages": 2},
+COARSE = {
+    "forward": {"N": 64, "num_warps": 4, "num_stages": 3},
+    "query": {"N": 64, "num_warps": 4, "num_stages": 2},
+    "key": {"N": 32, "num_warps": 4, "num_stages": 2},
 }
-"""Of heads of 128 half-width numbers at most: keys or queries at a time (``N``)."""
-WIDE = {"N": 32, "num_stages": 2}
+"""Keys or queries at a time (``N``): what is fastest on an H100 for heads of 128 half-width numbers."""
+MEDIUM = {"N": 32, "num_warps": 8, "num_stages": 2}
+"""For what would not fit into registers or shared memory then: wider heads, or a bias, a tile of scores more."""
+FINE = {"N": 16, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -43,14 +47,6 @@ def scores_of(q, k, scale, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexp
         # tanh(x) = 1 - 2 / (exp(2x) + 1)
         scores = softcap * (1 - 2 / (tl.exp2(scores) + 1))
     return scores
-
-
-@triton.jit
-def rows_of(tile, pack, nodes, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """The nodes and the heads of a tile's rows, side by side the heads that share keys, and which rows there are."""
-    row = tl.arange(0, ROWS * PACKED)
-    i = tile * ROWS + row // PACKED
-    return i, (pack * PACKED + row % PACKED).to(tl.int64), i < nodes
 
 
 @triton.jit
@@ -151,12 +147,20 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dic
     }
 
 
-def tile_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried, kernel: str) -> dict[str, int]:
-    """Nodes of a tile, heads packed in it, keys or queries at a time, and how the kernel is compiled."""
-    # A bias takes as much room as a tile of scores, twice.
-    narrow = row_bytes(query, value) <= 256 and (carried.bias is None or kernel == "key")
-    packed = 2 if kernel != "key" and query.shape[1] // key.shape[1] % 2 == 0 else 1
-    return {"ROWS": ROWS, "PACKED": packed, "num_warps": 4 * packed, **(TILES[kernel] if narrow else WIDE)}
+def room(query: Tensor) -> int:
+    """Bytes of shared memory; the interpreter needs none."""
+    return internals.shared_memory(query.device) if query.is_cuda else sys.maxsize
+
+
+def tile_of(query: Tensor, value: Tensor, carried: Carried, kernel: str) -> dict[str, int]:
+    """Nodes of a tile, keys or queries at a time, and how the kernel is compiled."""
+    narrow, half = row_bytes(query, value) <= 256, query.dtype.itemsize == 2
+    size = FINE
+    if half and narrow and carried.bias is None and room(query) >= 114 * 1024:
+        size = COARSE[kernel]
+    elif half and room(query) >= (75 if narrow else 137) * 1024:
+        size = MEDIUM
+    return {"ROWS": KEYS if kernel == "key" else ROWS, **size}
 
 
 def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:

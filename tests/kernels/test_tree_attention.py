@@ -369,9 +369,10 @@ class _OnGPU(NamedTuple):
     [
         (torch.bfloat16, 128, 227, "triton"),
         (torch.bfloat16, 128, 163, "triton"),  # an A100
-        (torch.bfloat16, 128, 99, "tiles"),
-        (torch.bfloat16, 192, 227, "triton"),
-        (torch.bfloat16, 192, 163, "tiles"),
+        (torch.bfloat16, 128, 99, "triton"),  # an L40S
+        (torch.bfloat16, 192, 163, "triton"),
+        (torch.bfloat16, 192, 99, "tiles"),
+        (torch.bfloat16, 128, 48, "tiles"),
         (torch.float32, 128, 227, "triton"),
         (torch.float32, 256, 227, "tiles"),
         (torch.float64, 64, 227, "tiles"),

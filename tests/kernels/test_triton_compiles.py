@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from radix_compile.kernels import tree_attention, triton_attention, triton_attention_backward
-from radix_compile.kernels import triton_nll, triton_rows, triton_sums
+from radix_compile.kernels import triton_nll, triton_rows, triton_sums, triton_tree
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
@@ -47,6 +47,11 @@ def constants(value, path):
     return {path: value} if signature(value) == "constexpr" else {}
 
 
+def divisible(value):
+    """As a launch finds out, and as loads have to be to run ahead of their use."""
+    return isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+
+
 class Compiled:
     """In place of a kernel: a launch compiles it for the arguments, as the first launch on a GPU would."""
 
@@ -62,12 +67,12 @@ class Compiled:
         fixed = {(names.index(name),): value for name, value in keywords.items()}
         for i, arg in enumerate(args):
             fixed |= constants(arg, (i,))
-        source = ASTSource(fn=self.kernel, signature=types, constexprs=fixed)
+        whole = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if divisible(arg)}
+        source = ASTSource(fn=self.kernel, signature=types, constexprs=fixed, attrs=whole)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         if "E" in keywords:
-            wide = keywords["E_BLOCK"] > 128  # of half-width numbers
-            assert result.metadata.shared <= tree_attention.SHARED_MEMORY[512 if wide else 256]
+            assert result.metadata.shared <= room, (self.kernel.__name__, result.metadata.shared, room)
         assert "ld.global" in result.asm["ptx"]
         compiled.append(self.kernel.__name__)
 
@@ -99,17 +104,21 @@ begin, end = plan.tree()
 arrays = plan.fold, plan.scatter, begin, end, *tree_tiles(plan, begin, end).arrays
 arrays = TreeArrays(*map(torch.from_numpy, arrays))
 biases = [None, values((1, 4, 9, 9), torch.float32), values((30, 1, 9, 9), torch.float32) > 0]
-for size, sinks, bias, carried in (
-    (128, False, biases[0], (None, None)),
-    (192, True, biases[0], (9, 30.0)),
-    (128, False, biases[1], (None, 30.0)),
-    (192, False, biases[2], (9, None)),
+triton_tree.room = lambda query: room
+least = tree_attention.SHARED_MEMORY
+for dtype, size, sinks, bias, carried, rooms in (
+    (torch.bfloat16, 128, False, biases[0], (None, None), (227 * 1024, 75 * 1024, least[256])),
+    (torch.bfloat16, 128, True, biases[1], (None, 30.0), (75 * 1024,)),
+    (torch.bfloat16, 192, True, biases[0], (9, 30.0), (137 * 1024,)),
+    (torch.bfloat16, 192, False, biases[2], (9, None), (least[512],)),
+    (torch.float32, 64, False, biases[0], (None, None), (least[256],)),
 ):
-    shapes = (4, size), (2, size), (2, 128)
-    q, k, v = (values((1, len(plan.fold), *shape), torch.bfloat16).transpose(1, 2) for shape in shapes)
-    about = Carried(values((4,), torch.bfloat16) if sinks else None, bias, 0.3, *carried)
-    result, total = triton_attention.tree_attention(q, k, v, arrays, about)
-    triton_attention_backward.tree_attention_backward(result, q, k, v, result, total, arrays, about)
+    shapes = (4, size), (2, size), (2, min(size, 128))
+    q, k, v = (values((1, len(plan.fold), *shape), dtype).transpose(1, 2) for shape in shapes)
+    about = Carried(values((4,), dtype) if sinks else None, bias, 0.3, *carried)
+    for room in rooms:
+        result, total = triton_attention.tree_attention(q, k, v, arrays, about)
+        triton_attention_backward.tree_attention_backward(result, q, k, v, result, total, arrays, about)
 print(sorted(set(compiled)))
 '''
 
