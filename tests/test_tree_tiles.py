@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from radix_compile import tree_tiles as tree_tiles_module
 from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.tree_tiles import BLOCK, ROWS, tree_tiles
+from radix_compile.tree_tiles import BLOCK, KEYS, PARTS, ROWS, tree_tiles
 from tests.kernels.test_tree_attention import BATCHES, few, prefixes
 
 IDS = {
@@ -56,3 +57,37 @@ def test_most_of_a_long_prefix_is_read_in_stretches() -> None:
     tiles = tree_tiles(plan, *plan.tree())
     inside = np.diff(tiles.runs[:, :2]).sum()
     assert inside > 0.9 * (inside + (tiles.keys >= 0).sum())
+
+
+@pytest.mark.parametrize("least", [64, 256])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_the_descendants_of_each_tile_are_in_its_parts(
+    monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, least: int
+) -> None:
+    monkeypatch.setattr(tree_tiles_module, "LEAST", least)
+    plan = PrefixPlan.from_rows(ids)
+    begin, end = plan.tree()
+    tiles = tree_tiles(plan, begin, end)
+    slots = dict.fromkeys(range(tiles.parts[:, 3].max() + 1))
+    for tile, first in enumerate(range(0, len(end), KEYS)):
+        mine = tiles.parts[tiles.parts[:, 0] == tile]
+        queries = [query for _, low, high, _ in mine for query in range(low, high)]
+        assert queries == list(range(first, end[first : first + KEYS].max()))
+        assert ((mine[:, 1] - first) % KEYS == 0).all()
+        if len(mine) > 1:
+            assert (mine[:-1, 2] - mine[:-1, 1] >= least).all()
+            (low, high), *more = tiles.divided[tiles.divided[:, 0] == tile, 1:].tolist()
+            assert not more
+            assert mine[:, 3].tolist() == list(range(low, high))
+            for slot in mine[:, 3].tolist():
+                del slots[slot]
+        else:
+            assert mine[0, 3] == -1
+    assert not slots
+
+
+def test_parts_take_limited_memory() -> None:
+    """However long the batch: of a tree of 50,000 nodes the parts of divided tiles are about as many as `PARTS`."""
+    plan = PrefixPlan.from_rows(prefixes(100, 1000, (500, 100)))
+    parts = tree_tiles(plan, *plan.tree()).parts
+    assert 8 <= (parts[:, 3] >= 0).sum() <= PARTS + 8

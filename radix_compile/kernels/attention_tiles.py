@@ -122,7 +122,8 @@ def tree_attention(
     total = query.new_empty((heads, count), dtype=exact)
     fused = softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, fused and bias is None, query.dtype if fused else exact):
+    causal = fused and bias is None and scale > 0  # else torch multiplies what it has hidden: NaN (2.13)
+    for tile in _tiles(plan, window, causal, query.dtype if fused else exact):
         q, k, v = query[:, :, tile.start : tile.stop], _keys(keys, tile, groups), _keys(values, tile, groups)
         mask, blind = _mask(tile, bias, plan, exact)
         attended, summed = _fused(q, k, v, mask, scale) if fused else _spelled(q, k, v, mask, scale, softcap)

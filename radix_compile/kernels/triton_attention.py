@@ -39,7 +39,7 @@ def _attend_to(
     MASKED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax. ``visible`` is a bias if they are ``BIASED``."""
-    if FUSED:  # the scale and the difference from the largest are one operation
+    if FUSED:  # the scale is part of the difference from the largest
         scores, unit = tl.dot(q, tl.trans(keys), input_precision=PRECISION), scale
     else:
         scores, unit = scores_of(q, tl.trans(keys), scale, softcap, CAPPED, PRECISION), 1.0
@@ -47,13 +47,13 @@ def _attend_to(
         scores += visible
     elif MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    largest_now = tl.maximum(largest, tl.max(scores, 1))
-    base = largest_now * unit
+    largest_now = tl.maximum(largest, tl.max(scores, 1) * unit)
+    base = largest_now
     if MASKED or BIASED:
         # A row that has seen no key yet: its largest score is minus infinity, which must not be subtracted from itself.
-        base = tl.where(largest_now == float("-inf"), 0.0, base)
+        base = tl.where(largest_now == float("-inf"), 0.0, largest_now)
     weights = tl.exp2(scores * unit - base[:, None])
-    decay = tl.exp2(largest * unit - base)
+    decay = tl.exp2(largest - base)
     result = result * decay[:, None]
     result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
     return largest_now, total * decay + tl.sum(weights, 1), result
@@ -114,8 +114,6 @@ def _forward(
         largest, total, attended = _attend_to(
             largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, FUSED, PRECISION
         )
-    if FUSED:
-        largest *= scale
     blind = total == 0
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radix_compile import tree_tiles as tree_tiles_module
 from radix_compile.kernels import attention_reference, attention_tiles, tree_attention
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 from radix_compile.prefix_plan import PrefixPlan
@@ -115,17 +116,19 @@ CARRIED: dict[str, dict[str, Any]] = {
     "a bias": {"bias": "BHSS"},
     "a bias by head and key": {"bias": "1H1S"},
     "a mask": {"bias": "B1SS", "shows": True},
+    "a negative scale": {"scale": -0.3},
+    "no scale": {"scale": 0.0},
     "all of it": {"sinks": True, "softcap": 3.0, "window": 9, "sizes": (24, 8), "bias": "1HSS"},
 }
 
 
-def run(code: Any, tree: TreeArrays, given: Inputs, **carried: Any) -> Any:
-    return code(*given[:3], tree, Carried(given.sinks, given.bias, 0.3, **carried))
+def run(code: Any, tree: TreeArrays, given: Inputs, scale: float = 0.3, **carried: Any) -> Any:
+    return code(*given[:3], tree, Carried(given.sinks, given.bias, scale, **carried))
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is about the tensors, and what is about the op."""
-    ours = {name: value for name, value in options.items() if name in ("window", "softcap")}
+    ours = {name: value for name, value in options.items() if name in ("window", "softcap", "scale")}
     return {name: value for name, value in options.items() if name not in ours}, ours
 
 
@@ -201,11 +204,19 @@ def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
 
 triton_attention = pytest.importorskip("radix_compile.kernels.triton_attention", reason="needs Triton")
 triton_attention_backward = pytest.importorskip("radix_compile.kernels.triton_attention_backward")
+triton_tree = pytest.importorskip("radix_compile.kernels.triton_tree")
 FORWARD = {"tiles": attention_tiles.tree_attention, "triton": triton_attention.tree_attention}
 BACKWARD = {
     "tiles": attention_tiles.tree_attention_backward,
     "triton": triton_attention_backward.tree_attention_backward,
 }
+
+
+@pytest.fixture(autouse=True)
+def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time for each step, however many keys are in it."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_tree, "FINE", {"N": 64})
 
 
 CASES = [
@@ -232,9 +243,9 @@ def test_forward(code: str, batch: str, name: str) -> None:
 @pytest.mark.parametrize("code", FORWARD)
 def test_gradients(code: str, batch: str, name: str) -> None:
     ids = BATCHES[batch]
-    tree, (about, carried) = tree_of(ids), split(CARRIED[name])
-    given = inputs(tree, ids=ids, **about)
-    grad = inputs(tree, about.get("heads", (4, 4)), about.get("sizes", (16, 16))).value
+    tree, (options, carried) = tree_of(ids), split(CARRIED[name])
+    given = inputs(tree, ids=ids, **options)
+    grad = inputs(tree, options.get("heads", (4, 4)), options.get("sizes", (16, 16))).value
 
     def by_autograd(given: Inputs) -> tuple[Tensor, ...]:
         leaves = [one.detach().requires_grad_() for one in given[:3]]
@@ -243,9 +254,30 @@ def test_gradients(code: str, batch: str, name: str) -> None:
 
     exact, plain = by_autograd(doubled(given)), by_autograd(given)
     result, total = run(FORWARD[code], tree, given, **carried)
-    ours = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, given.bias, 0.3, **carried))
+    ours = BACKWARD[code](
+        grad, *given[:3], result, total, tree, Carried(given.sinks, given.bias, **{"scale": 0.3, **carried})
+    )
     for one, expected, ordinary in zip(ours, exact, plain, strict=False):
         assert_near(one, expected, ordinary)
+
+
+@pytest.mark.parametrize("step", [16, 32])
+@pytest.mark.parametrize("name", ["plain", "all of it"])
+def test_steps_of_other_sizes(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    monkeypatch.setattr(triton_tree, "FINE", {**triton_tree.FINE, "N": step})
+    for batch in ("a prefix", "short"):
+        test_gradients("triton", batch, name)
+
+
+@pytest.mark.parametrize("name", ["plain", "all of it", "one head for each key"])
+def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The gradients of a tile's keys are sums over the parts of its descendants."""
+    monkeypatch.setattr(tree_tiles_module, "LEAST", 64)
+    for batch in ("levels", "one-row suffixes"):
+        divided = tree_of(BATCHES[batch]).divided
+        assert divided is not None
+        assert len(divided)
+        test_gradients("triton", batch, name)
 
 
 @pytest.mark.parametrize("name", ["plain", "all of it"])
