@@ -65,26 +65,23 @@ def why_tiles(query: Tensor, value: Tensor) -> str | None:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    plan, carried = TreeArrays(*rest[:PLAN]), Carried(*rest[PLAN:])
-    run = attention_tiles.tree_attention
+    given = query, key, value, TreeArrays(*rest[:PLAN]), Carried(*rest[PLAN:])
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention
 
-        run = triton_attention.tree_attention
+        return triton_attention.tree_attention(*given)
     with torch.autocast(query.device.type, enabled=False):
-        return run(query, key, value, plan, carried)
+        return attention_tiles.tree_attention(*given)
 
 
 def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    key, value, result, total = rest[:4]
-    plan, carried = TreeArrays(*rest[4 : 4 + PLAN]), Carried(*rest[4 + PLAN :])
-    run = attention_tiles.tree_attention_backward
-    if lowering(query, value) == "triton":
+    given = grad, query, *rest[:4], TreeArrays(*rest[4 : 4 + PLAN]), Carried(*rest[4 + PLAN :])
+    if lowering(query, rest[1]) == "triton":
         from radix_compile.kernels import triton_attention_backward
 
-        run = triton_attention_backward.tree_attention_backward
+        return triton_attention_backward.tree_attention_backward(*given)
     with torch.autocast(query.device.type, enabled=False):
-        return run(grad, query, key, value, result, total, plan, carried)
+        return attention_tiles.tree_attention_backward(*given)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import Any
@@ -128,6 +129,7 @@ def keys_of(
     return k, v, visible
 
 
+@functools.cache
 def blocks(size: int) -> int:
     """A power of two, and no less than what a matrix product takes."""
     return max(16, int(triton.next_power_of_2(size)))
