@@ -174,7 +174,7 @@ def measure(
         started = time.perf_counter()
         step()
         first = time.perf_counter() - started
-        step()
+        workloads.warm_up(step, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = statistics.median(workloads.interleaved({"": step}, runs, device)[""])

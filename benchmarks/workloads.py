@@ -374,6 +374,16 @@ def interleaved(
     return seconds
 
 
+def warm_up(call: Callable[[], object], device: torch.device) -> None:
+    """Call for a second, once at least: while a program compiles, a GPU's clocks go down."""
+    started = time.perf_counter()
+    while True:
+        call()
+        _synchronize(device)
+        if device.type == "cpu" or time.perf_counter() - started > 1:
+            return
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
