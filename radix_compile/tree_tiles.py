@@ -61,8 +61,8 @@ def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
     """The tiles of a plan, from its ``tree``; keys that are hidden from all, with an ``end`` of 0, are in no list."""
     first, shared, new = plan.first_nodes().tolist(), plan.shared.tolist(), _stretches(plan, begin, end)
     runs: list[tuple[int, int, int]] = []
-    keys: list[Int64] = []
-    run_starts, key_starts = [0], [0]
+    singles: list[tuple[int, int, int]] = []
+    run_starts = [0]
     path: list[_Stretch] = []
     tile = 0
     for i, limit in enumerate(shared):
@@ -71,27 +71,38 @@ def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
         while tile < first[i + 1]:
             outside = tile + ROWS > plan.tree_nodes
             common = 0 if outside and len(plan.fold) > plan.tree_nodes else _common_depth(shared, first, i, tile + ROWS)
-            single = 0
             for node, depth, length in path:
                 ahead = min(length, tile - node)
                 whole = max(min(ahead, common - depth), 0) // BLOCK * BLOCK
                 if whole:
                     runs.append((node, node + whole, depth))
                 if whole < ahead:
-                    keys.append(np.arange(node + whole, node + ahead))
-                    single += ahead - whole
-            keys.append(np.full(-single % BLOCK, -1))
+                    singles.append((len(run_starts) - 1, node + whole, ahead - whole))
             run_starts.append(len(runs))
-            key_starts.append(key_starts[-1] + single + -single % BLOCK)
             tile += ROWS
-    beyond = -(-len(plan.fold) // ROWS) + 1 - len(run_starts)
+    count = -(-len(plan.fold) // ROWS)
+    run_starts += [len(runs)] * (count + 1 - len(run_starts))
     return TreeTiles(
         np.array(runs, np.int64).reshape(-1, 3),
-        np.array(run_starts + [len(runs)] * beyond),
-        np.concatenate([*keys, np.empty(0, np.int64)]),
-        np.array(key_starts + [key_starts[-1]] * beyond),
+        np.array(run_starts),
+        *_keys(np.array(singles, np.int64).reshape(-1, 3), count),
         *_parts(end),
     )
+
+
+def _keys(singles: Int64, count: int) -> tuple[Int64, Int64]:
+    """`keys` and `key_starts`, from stretches of them: the tile, the first key, and how many they are."""
+    tile, first, length = singles.T
+    wanted = np.bincount(tile, length, count).astype(np.int64)
+    starts = np.zeros(count + 1, np.int64)
+    np.cumsum(-(-wanted // BLOCK) * BLOCK, out=starts[1:])
+    keys = np.full(starts[-1], -1)
+    behind = np.cumsum(length)
+    place = np.arange(length.sum())  # if nothing were filled up
+    keys[place + np.repeat(starts[tile] - (np.cumsum(wanted) - wanted)[tile], length)] = place + np.repeat(
+        first - behind + length, length
+    )
+    return keys, starts
 
 
 def _parts(end: Int64) -> tuple[Int64, Int64]:
