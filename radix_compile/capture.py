@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
+from radix_compile.triangles import read_triangle
 
 aten = torch.ops.aten
 
@@ -30,9 +31,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
     The result takes the same inputs in the same order, with the tensors inside in place of those that wrap others. Its
     nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``; placeholders of parameters and buffers carry
-    ``is_static``, and those with a gradient ``needs_gradient``. Of the graph, ``meta`` says whether activation
-    checkpointing regions were inlined (``checkpointed``), whether a call may be followed by a backward pass
-    (``differentiable``), whether there are wrapped inputs (``wrapped``), and the class of the ``model``. Raises
+    ``is_static``, those with a gradient ``needs_gradient``, and buffers that hold a causal mask ``triangle``. Of the
+    graph, ``meta`` says whether activation checkpointing regions were inlined (``checkpointed``), whether a call may be
+    followed by a backward pass (``differentiable``), whether there are wrapped inputs (``wrapped``), and the class of
+    the ``model``. Raises
     :class:`CaptureError`; ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
@@ -160,8 +162,10 @@ def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, exampl
         captured._param_name_to_source = gm._param_name_to_source
     after = iter(captured.graph.find_nodes(op="placeholder"))
     for old, example, part in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, parts, strict=True):
-        for new in itertools.islice(after, len(part)):
+        for new, tensor in zip(itertools.islice(after, len(part)), part, strict=True):
             new.meta["is_static"] = internals.is_parameter_or_buffer(example)
+            if new.meta["is_static"] and not isinstance(example, torch.nn.Parameter):
+                new.meta["triangle"] = read_triangle(tensor)
             new.meta["needs_gradient"] = _needs_gradient(example)
             if wrapped:
                 continue

@@ -16,6 +16,7 @@ from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
 from radix_compile.passes.read_attention import read_attention
 from radix_compile.passes.spell_out_flex import spell_out_flex
+from radix_compile.passes.write_out_triangles import write_out_triangles
 from radix_compile.torch_internals import must_propagate
 from radix_compile.verify_graph import verify_graph
 
@@ -28,7 +29,8 @@ ALWAYS_VERIFY = False
 """Check what ``verify_graph`` checks after every pass, whether asked to or not. The tests do."""
 
 PASSES: tuple[Pass, ...] = (
-    merge_duplicates,  # first, because what is one node is annotated, gathered and scattered once
+    write_out_triangles,  # first, so that what it writes out for every layer is merged
+    merge_duplicates,  # next, because what is one node is annotated, gathered and scattered once
     spell_out_flex,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
     read_attention,  # after mark_token_axes, because it reads what masks were found to say

@@ -29,9 +29,10 @@ from radix_compile.passes.mark_token_axes import CannotFold, Tokens
 from radix_compile.passes.prove_shift import hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.row_contents import RunsPlain, row_numbers
-from radix_compile.token_axes import Refusal, values_of
+from radix_compile.token_axes import Refusal, as_size, values_of
 from radix_compile.torch_internals import size_symbols
 from radix_compile.tree_tiles import tree_tiles
+from radix_compile.triangles import TriangleCheck
 
 BoolArray = NDArray[np.bool_]
 
@@ -82,6 +83,7 @@ class PlanInputs:
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.
     ``listed`` what those of attention on the tree must say.
+    ``triangles`` the buffers that masks were read from, which must hold what they did.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``runs``  program for the numbers of sequences that are packed in a row.
     ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
@@ -107,6 +109,7 @@ class PlanInputs:
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
     listed: tuple[BlockCheck, ...] = ()
+    triangles: TriangleCheck | None = None
 
     @property
     def may_leave_the_tree(self) -> bool:
@@ -122,6 +125,8 @@ class PlanInputs:
             raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
         keys = [args[i] for i in self.keys]
         shape = (keys[0].shape[0], keys[0].shape[1])
+        if self.triangles is not None and not self.triangles(args, shape[1]):
+            raise RunsPlain("a mask that is kept in a buffer has changed since this was compiled")
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
         if not all(check(args, shape) for check in self.listed):
             raise OffTheTree("flex_attention's table of blocks shows or hides others than its mask_mod")
@@ -270,7 +275,17 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
         listed=listed,
+        triangles=_triangle_check(captured, place),
     )
+
+
+def _triangle_check(captured: fx.GraphModule, place: dict[fx.Node, int]) -> TriangleCheck | None:
+    found = captured.meta["triangles"]
+    if not found:
+        return None
+    seq = captured.meta["tokens"].layout.seq
+    whole = any(as_size(size) != seq for size in captured.meta["triangle_sizes"])
+    return TriangleCheck(tuple((place[node], triangle) for node, triangle in found.items()), whole)
 
 
 def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:

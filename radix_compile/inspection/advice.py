@@ -17,11 +17,11 @@ _ADVICE = (
     (
         r"without a mask that is understood|mask is not understood|is finite and is added",
         "Mask with minus infinity or the lowest number of the dtype, and make the mask of positions (k <= q), padding"
-        " and windows, in forward: a mask in a buffer is not read.",
+        " and windows, in forward: of buffers only plain triangles are read.",
     ),
     (
         r"lets a token see later ones",
-        "Pass is_causal=True, or make a mask in forward that implies k <= q: what a buffer holds is not read.",
+        "Pass is_causal=True, or make a mask in forward that implies k <= q: of buffers only plain triangles are read.",
     ),
     (
         r"tells? sequences apart|lines up with the batch|combines different sequences|the batch axis",

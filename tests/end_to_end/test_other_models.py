@@ -49,8 +49,8 @@ class NanoBlock(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])
-            ones = torch.tril(torch.ones(length, length, device=hidden.device))
-            mixed = F.softmax(scores.masked_fill(ones == 0, float("-inf")), dim=-1) @ value
+            hidden_from = self.mask[:, :, :length, :length] == 0
+            mixed = F.softmax(scores.masked_fill(hidden_from, float("-inf")), dim=-1) @ value
         hidden = hidden + self.out(mixed.transpose(1, 2).contiguous().view(batch, length, width))
         return hidden + self.mlp(self.second(hidden))
 

@@ -1,0 +1,85 @@
+"""Write out the causal masks that are kept in buffers as they would be made in ``forward``, where they can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from radix_compile import torch_internals as internals
+from radix_compile.provenance import trace_back
+from radix_compile.token_axes import as_size
+from radix_compile.triangles import Triangle, triangles_of
+
+aten = torch.ops.aten
+
+CASTS = (aten._to_copy.default, aten.to.dtype)
+
+
+def write_out_triangles(gm: fx.GraphModule) -> fx.GraphModule:
+    """Put ``full`` and ``tril`` or ``triu`` in place of a buffer that holds a triangle, or of the part of it in front.
+
+    ``meta["triangles"]`` says which buffers they are and ``meta["triangle_sizes"]`` how many rows of them are read: all
+    calls must see to it that these still hold what they did.
+    """
+    found: dict[fx.Node, Triangle] = {}
+    gm.meta["triangles"], gm.meta["triangle_sizes"] = found, []
+    for buffer, triangle in triangles_of(gm.graph).items():
+        for node, what in list(_parts(buffer, triangle)):
+            size = _size(node)
+            readers = [user for user in node.users if user.op != "output" and not _is_part(user)]
+            if size is None or not readers:
+                continue
+            made = _made(gm.graph, node, what, size)
+            for reader in readers:
+                reader.replace_input_with(node, made)
+            found[buffer] = triangle
+            gm.meta["triangle_sizes"].append(node.meta["val"].shape[-1])
+    return gm
+
+
+def _parts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangle]]:
+    """The buffer, what is cut off at its front, and all that in other dtypes."""
+    yield node, triangle
+    for user in node.users:
+        if _is_part(user):
+            yield from _parts(user, triangle.cast(user.meta["val"].dtype))
+
+
+def _is_part(node: fx.Node) -> bool:
+    if node.target in CASTS:
+        before, after = (one.meta["val"].dtype for one in (node.args[0], node))  # type: ignore[union-attr]
+        return after == torch.bool or after.is_floating_point or not before.is_floating_point
+    if node.target is not aten.slice.Tensor or node.kwargs:
+        return False
+    start, step = node.args[2:3], node.args[4:5]
+    return start in ((), (0,), (None,)) and step in ((), (1,))
+
+
+def _size(node: fx.Node) -> int | fx.Node | None:
+    """The number of rows and columns of a part that has as many of both, and so is a triangle."""
+    *front, rows, columns = node.meta["val"].shape
+    if any(one != 1 for one in front) or as_size(rows) != as_size(columns):
+        return None
+    if isinstance(columns, int):
+        return columns
+    ends = [end for end in node.args[3:4] if isinstance(end, fx.Node)]
+    return next((end for end in ends if as_size(end.meta["val"]) == as_size(columns)), None)
+
+
+def _made(graph: fx.Graph, node: fx.Node, triangle: Triangle, size: int | fx.Node) -> fx.Node:
+    value = node.meta["val"]
+    shape = [*value.shape[:-2], size, size]
+    options = {"dtype": value.dtype, "device": value.device}
+    behind = node.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    with graph.inserting_before(behind):
+        filled = graph.call_function(aten.full.default, (shape, triangle.number), options)
+        internals.evaluate(filled)
+        cut = (aten.triu.default, (filled, 1)) if triangle.upper else (aten.tril.default, (filled,))
+        made = graph.call_function(*cut)
+        internals.evaluate(made)
+    trace_back(node, "write_out_triangles", filled, behind)
+    return made

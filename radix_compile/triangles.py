@@ -1,0 +1,68 @@
+"""Causal masks that a module keeps in a buffer: one number on one side of the diagonal and zero on the other.
+
+What a buffer holds is no part of a graph, and Dynamo does not guard it. So it is read when a graph is compiled, and
+again in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """``tril(full(number))``, or ``triu(full(number), 1)`` if ``upper``: ``[..., N, N]``, what is in front being 1."""
+
+    upper: bool
+    number: float | int | bool
+
+    def of(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Of that shape."""
+        filled = torch.full(shape, self.number, dtype=dtype, device=device)
+        return filled.triu(1) if self.upper else filled.tril()
+
+    def equals(self, tensor: Tensor) -> Tensor:
+        """Whether the tensor is this, as a bool tensor: nothing waits for a GPU."""
+        return (tensor == self.of(tensor.shape, tensor.dtype, tensor.device)).all()
+
+    def cast(self, dtype: torch.dtype) -> Triangle:
+        """What comes of it as that dtype."""
+        return Triangle(self.upper, torch.tensor(self.number).to(dtype).item())
+
+
+def read_triangle(tensor: Tensor) -> Triangle | None:
+    """The triangle that a buffer holds, if it holds one."""
+    if tensor.ndim < 2 or tensor.is_complex() or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
+        return None
+    if any(size != 1 for size in tensor.shape[:-2]):
+        return None
+    corners = tensor.flatten(0, -2)[:: tensor.shape[-1] - 1, -1]
+    above, diagonal = corners.tolist()
+    if (above == 0) == (diagonal == 0):
+        return None
+    found = Triangle(diagonal == 0, above or diagonal)
+    return found if found.equals(tensor) else None
+
+
+@dataclass(frozen=True)
+class TriangleCheck:
+    """That the inputs at these places still hold what they did, as far as sequences go."""
+
+    triangles: tuple[tuple[int, Triangle], ...]
+    whole: bool
+
+    def __call__(self, args: Sequence[Tensor], seq: int) -> bool:
+        results = []
+        for place, triangle in self.triangles:
+            size = args[place].shape[-1] if self.whole else seq
+            results.append(triangle.equals(args[place][..., :size, :size]))
+        return not results or bool(torch.stack(results).all())
+
+
+def triangles_of(graph: fx.Graph) -> dict[fx.Node, Triangle]:
+    """The inputs that held one when the graph was captured."""
+    return {node: node.meta["triangle"] for node in graph.find_nodes(op="placeholder") if node.meta.get("triangle")}

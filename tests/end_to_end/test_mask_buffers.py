@@ -1,0 +1,165 @@
+"""Causal masks that a module keeps in a buffer, as most models written by hand do: read, and checked in every call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import radix_compile
+from tests.models import VOCABULARY, assert_as_exact, in_float64, shared_batch
+
+LONGEST = 32
+ONES = torch.ones(LONGEST, LONGEST)
+OPTIONS = {"inner": "aot_eager", "threshold": 1.0, "verify": True}
+
+Hide = Callable[[Tensor, Tensor, int], Tensor]
+
+FORMS: dict[str, tuple[Tensor, Hide]] = {
+    "nanoGPT": (ONES.tril()[None, None], lambda a, m, t: a.masked_fill(m[:, :, :t, :t] == 0, -math.inf)),
+    "a lecture": (ONES.tril(), lambda a, m, t: a.masked_fill(m[:t, :t] == 0, -math.inf)),
+    "GPT-2 once": (
+        ONES.tril().bool()[None, None],
+        lambda a, m, t: torch.where(m[:, :, t - t : t, :t], a, torch.finfo(a.dtype).min),
+    ),
+    "a book": (ONES.triu(1), lambda a, m, t: a.masked_fill(m.bool()[:t, :t], -torch.inf)),
+    "bytes": (ONES.tril().byte(), lambda a, m, t: a.masked_fill(~m[:t, :t].bool(), -torch.inf)),
+    "added": (torch.full_like(ONES, -math.inf).triu(1), lambda a, m, t: a + m[:t, :t]),
+    "added, in half precision": (
+        torch.full_like(ONES, -math.inf, dtype=torch.bfloat16).triu(1),
+        lambda a, m, t: a + m[:t, :t].to(a.dtype),
+    ),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, buffer: Tensor, hide: Hide) -> None:
+        super().__init__()
+        self.qkv, self.out, self.hide = nn.Linear(32, 96), nn.Linear(32, 32), hide
+        self.register_buffer("mask", buffer.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (part.view(batch, length, 4, 8).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        scores = self.hide(q @ k.transpose(-2, -1) / math.sqrt(8), self.mask, length)
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, 32))
+
+
+class Model(nn.Module):
+    def __init__(self, buffer: Tensor, hide: Hide) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(VOCABULARY, 32)
+        self.layers = nn.Sequential(*(Attention(buffer, hide) for _ in range(2)))
+        self.head = nn.Linear(32, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.head(self.layers(self.tokens(ids)))
+        return hidden
+
+
+def check(model: nn.Module, compiled: Callable[[Tensor], Tensor], ids: Tensor) -> None:
+    with torch.no_grad():
+        assert_as_exact(compiled(ids), model(ids), in_float64(model)(ids))
+
+
+@pytest.mark.parametrize(("form", "columns"), [*((form, 20) for form in FORMS), ("nanoGPT", LONGEST)])
+def test_attention_folds(form: str, columns: int) -> None:
+    model, ids = Model(*FORMS[form]).eval(), shared_batch(6, columns, 12)
+    with torch.no_grad():
+        explanation = radix_compile.explain(model, ids)
+    assert not explanation.refusals
+    assert str(explanation).count("runs on the prefix tree") == 2
+    check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_of_any_length() -> None:
+    """Compiled as often as it is plain."""
+    model, plain = Model(*FORMS["nanoGPT"]).eval(), CompileCounterWithBackend("aot_eager")
+    batches = [shared_batch(6, columns, 12) for columns in (20, LONGEST, 14)]
+    counted = torch.compile(model, backend=plain, dynamic=True)
+    with torch.no_grad():
+        for ids in batches:
+            counted(ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="radix", options=OPTIONS, dynamic=True)
+    for ids in batches:
+        check(model, compiled, ids)
+    assert radix_compile.stats().folded_calls == 3
+    assert radix_compile.stats().graphs == plain.frame_count
+
+
+def test_gradients() -> None:
+    model, ids = Model(*FORMS["a book"]), shared_batch(6, 20, 12)
+    compiled = torch.compile(model, backend="radix", options=OPTIONS)
+    gradients = []
+    for program in (compiled, model, in_float64(model)):
+        weights = list(program.parameters())
+        gradients.append(torch.autograd.grad(program(ids).double().square().mean(), weights))
+    for ours, plain, exact in zip(*gradients, strict=True):
+        assert_as_exact(ours, plain, exact)
+    assert radix_compile.stats().folded_calls == 1
+
+
+@pytest.mark.parametrize("form", ["nanoGPT", "a book", "added"])
+def test_a_buffer_that_changes_is_seen(form: str) -> None:
+    """Nothing guards what a buffer holds: one layer lets a token see the next one, later."""
+    model, ids = Model(*FORMS[form]).eval(), shared_batch(6, 20, 12)
+    compiled = torch.compile(model, backend="radix", options=OPTIONS)
+    check(model, compiled, ids)
+    assert radix_compile.stats().folded_calls == 1
+    mask = model.layers[1].mask
+    mask.data[..., 3, 4] = mask[..., 4, 3]
+    check(model, compiled, ids)
+    stats = radix_compile.stats()
+    assert stats.folded_calls == 1
+    assert "a mask that is kept in a buffer has changed" in str(stats)
+    mask.data[..., 3, 4] = mask[..., 0, 1]
+    mask.data[..., 25, 27] = mask[..., 4, 3]  # which this length does not read
+    check(model, compiled, ids)
+    assert radix_compile.stats().folded_calls == 2
+
+
+WRONG: dict[str, Tensor] = {
+    "sees one later token": ONES.tril().index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(1.0)),
+    "misses one": ONES.tril().index_put((torch.tensor(5), torch.tensor(3)), torch.tensor(0.0)),
+    "all": ONES,
+    "a window": ONES.tril().triu(-3),
+    "of two numbers": ONES.tril() + ONES.tril(-1),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_other_buffers_are_not_read(wrong: str) -> None:
+    model, ids = Model(WRONG[wrong], FORMS["a lecture"][1]).eval(), shared_batch(6, 20, 12)
+    check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
+    with torch.no_grad():
+        assert "runs on the prefix tree" not in str(radix_compile.explain(model, ids))
+
+
+def test_a_buffer_that_is_returned_is_the_buffer() -> None:
+    class Both(Model):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(ids), self.layers[0].mask
+
+    model, ids = Both(*FORMS["a lecture"]).eval(), shared_batch(6, 20, 12)
+    compiled = torch.compile(model, backend="radix", options=OPTIONS)
+    with torch.no_grad():
+        logits, mask = compiled(ids)
+        assert_as_exact(logits, model(ids)[0], in_float64(model)(ids)[0])
+    assert mask.data_ptr() == model.layers[0].mask.data_ptr()
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_parts_that_are_not_in_front_are_left_alone() -> None:
+    """Rows and columns from the second on: a triangle too, but another length of it than was checked."""
+    hide: Hide = lambda a, m, t: a.masked_fill(m[1 : t + 1, 1 : t + 1] == 0, -math.inf)  # noqa: E731
+    model, ids = Model(ONES.tril(), hide).eval(), shared_batch(6, 20, 12)
+    check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
+    with torch.no_grad():
+        assert "runs on the prefix tree" not in str(radix_compile.explain(model, ids))
