@@ -273,6 +273,11 @@ def is_parameter_or_buffer(example: Any) -> bool:
     )
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Not a tensor that stands for one."""
+    return not isinstance(tensor, FakeTensor) and tensor.device.type != "meta"
+
+
 def is_custom_autograd_function(target: Any) -> bool:
     return target is torch.ops.higher_order.autograd_function_apply
 

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from radix_compile import torch_internals as internals
+
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+
 
 @dataclass(frozen=True)
 class Triangle:
@@ -36,7 +43,9 @@ class Triangle:
 
 def read_triangle(tensor: Tensor) -> Triangle | None:
     """The triangle that a buffer holds, if it holds one."""
-    if tensor.ndim < 2 or tensor.is_complex() or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided or not internals.has_values(tensor):
+        return None
+    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
         return None
     if any(size != 1 for size in tensor.shape[:-2]):
         return None

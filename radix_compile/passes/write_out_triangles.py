@@ -28,7 +28,7 @@ def write_out_triangles(gm: fx.GraphModule) -> fx.GraphModule:
     for buffer, triangle in triangles_of(gm.graph).items():
         for node, what in list(_parts(buffer, triangle)):
             size = _size(node)
-            readers = [user for user in node.users if user.op != "output" and not _is_part(user)]
+            readers = [user for user in node.users if _is_aten(user) and not _is_part(user)]
             if size is None or not readers:
                 continue
             made = _made(gm.graph, node, what, size)
@@ -45,6 +45,11 @@ def _parts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangl
     for user in node.users:
         if _is_part(user):
             yield from _parts(user, triangle.cast(user.meta["val"].dtype))
+
+
+def _is_aten(node: fx.Node) -> bool:
+    """Others (an output, flex_attention) may ask for the buffer itself."""
+    return getattr(node.target, "namespace", "") == "aten"
 
 
 def _is_part(node: fx.Node) -> bool:

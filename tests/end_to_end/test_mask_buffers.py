@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import radix_compile
+from radix_compile.triangles import Triangle, read_triangle
 from tests.models import VOCABULARY, assert_as_exact, in_float64, shared_batch
 
 LONGEST = 32
@@ -163,3 +164,21 @@ def test_parts_that_are_not_in_front_are_left_alone() -> None:
     check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
     with torch.no_grad():
         assert "runs on the prefix tree" not in str(radix_compile.explain(model, ids))
+
+
+def test_what_is_a_triangle() -> None:
+    lower, upper = ONES.tril() * 3, torch.full((4, 4), -1e9).triu(1)
+    assert read_triangle(lower) == Triangle(False, 3.0)
+    assert read_triangle(upper[None, None]) == Triangle(True, -1e9)
+    assert read_triangle(torch.tensor([[True, False], [True, True]])) == Triangle(False, True)
+    others = [ONES, 0 * ONES, lower.fliplr(), lower.T, lower.expand(2, -1, -1), lower[1:], lower[0], lower.to("meta")]
+    others += [lower.to(torch.complex64), lower.to(torch.float8_e4m3fn), lower.to_sparse(), lower * math.nan]
+    assert [read_triangle(other) for other in others] == [None] * len(others)
+
+
+def test_a_model_without_values_runs() -> None:
+    with torch.device("meta"):
+        model = Model(ONES.tril().to("meta"), FORMS["a lecture"][1]).eval()
+    with torch.no_grad():
+        logits = torch.compile(model, backend="radix", options=OPTIONS)(shared_batch(6, 20, 12).to("meta"))
+    assert logits.shape == (6, 20, VOCABULARY)
