@@ -176,6 +176,15 @@ def test_what_is_a_triangle() -> None:
     assert [read_triangle(other) for other in others] == [None] * len(others)
 
 
+@pytest.mark.parametrize("number", [-1e300, 0.1, -math.inf, 7, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
+def test_casts(number: float, dtype: torch.dtype) -> None:
+    source = torch.float64 if isinstance(number, float) else torch.int64
+    triangle, shape = Triangle(True, number), (3, 3)
+    ours = triangle.cast(dtype).of(shape, dtype, torch.device("cpu"))
+    assert torch.equal(ours, triangle.of(shape, source, torch.device("cpu")).to(dtype))
+
+
 def test_a_model_without_values_runs() -> None:
     with torch.device("meta"):
         model = Model(ONES.tril().to("meta"), FORMS["a lecture"][1]).eval()
