@@ -42,7 +42,7 @@ def read_triangle(tensor: Tensor) -> Triangle | None:
     """The triangle that a buffer holds, if it holds one."""
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided or not internals.has_values(tensor):
         return None
-    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
+    if not tensor.is_contiguous() or tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
         return None
     if any(size != 1 for size in tensor.shape[:-2]):
         return None

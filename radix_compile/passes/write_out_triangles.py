@@ -10,11 +10,13 @@ from torch import fx
 from radix_compile import torch_internals as internals
 from radix_compile.provenance import trace_back
 from radix_compile.token_axes import as_size
-from radix_compile.triangles import Triangle, triangles_of
+from radix_compile.triangles import DTYPES, Triangle, triangles_of
 
 aten = torch.ops.aten
 
 CASTS = (aten._to_copy.default, aten.to.dtype)
+BY_LAYOUT = (aten.as_strided.default, aten.view.dtype)
+"""What they return depends on how their input lies in memory; a part of a buffer has gaps."""
 
 
 def write_out_triangles(gm: fx.GraphModule) -> fx.GraphModule:
@@ -25,6 +27,8 @@ def write_out_triangles(gm: fx.GraphModule) -> fx.GraphModule:
     """
     found: dict[fx.Node, Triangle] = {}
     gm.meta["triangles"], gm.meta["triangle_sizes"] = found, []
+    if any(node.target in BY_LAYOUT for node in gm.graph.nodes):
+        return gm
     for buffer, triangle in triangles_of(gm.graph).items():
         for node, what in list(_parts(buffer, triangle)):
             size = _size(node)
@@ -55,6 +59,8 @@ def _is_aten(node: fx.Node) -> bool:
 def _is_part(node: fx.Node) -> bool:
     if node.target in CASTS:
         before, after = (one.meta["val"].dtype for one in (node.args[0], node))  # type: ignore[union-attr]
+        if after not in DTYPES:
+            return False
         return after == torch.bool or after.is_floating_point or not before.is_floating_point
     if node.target is not aten.slice.Tensor or node.kwargs:
         return False

@@ -157,6 +157,27 @@ def test_a_buffer_that_is_returned_is_the_buffer() -> None:
     assert radix_compile.stats().folded_calls == 1
 
 
+HARD: dict[str, Hide] = {
+    "by strides": lambda a, m, t: a.masked_fill(m[:t, :t].as_strided((t, t), (LONGEST, 1)) == 0, -math.inf),
+    "as other numbers": lambda a, m, t: a.masked_fill(m[:t, :t].float().view(torch.int32) == 0, -math.inf),
+    "as numbers without tril": lambda a, m, t: a.masked_fill(m[:t, :t].to(torch.uint16) == 0, -math.inf),
+}
+
+
+@pytest.mark.parametrize("hard", HARD)
+def test_what_depends_on_more_than_the_values(hard: str) -> None:
+    model, ids = Model(ONES.tril(), HARD[hard]).eval(), shared_batch(6, 20, 12)
+    check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
+
+
+def test_a_buffer_that_lies_the_other_way_round() -> None:
+    hide: Hide = lambda a, m, t: a.masked_fill(m.t().view(-1).view(LONGEST, LONGEST)[:t, :t] != 0, -math.inf)  # noqa: E731
+    model, ids = Model(ONES, hide).eval(), shared_batch(6, 20, 12)
+    for layer in model.layers:
+        layer.mask = ONES.triu(1).t().contiguous().t()
+    check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
+
+
 def test_parts_that_are_not_in_front_are_left_alone() -> None:
     """Rows and columns from the second on: a triangle too, but another length of it than was checked."""
     hide: Hide = lambda a, m, t: a.masked_fill(m[1 : t + 1, 1 : t + 1] == 0, -math.inf)  # noqa: E731
