@@ -42,7 +42,13 @@ def read_triangle(tensor: Tensor) -> Triangle | None:
     """The triangle that a buffer holds, if it holds one."""
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided or not internals.has_values(tensor):
         return None
-    if not tensor.is_contiguous() or tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
+    if (
+        tensor.requires_grad
+        or not tensor.is_contiguous()
+        or tensor.ndim < 2
+        or tensor.shape[-1] != tensor.shape[-2]
+        or tensor.shape[-1] < 2
+    ):
         return None
     if any(size != 1 for size in tensor.shape[:-2]):
         return None
@@ -51,7 +57,12 @@ def read_triangle(tensor: Tensor) -> Triangle | None:
     if (above == 0) == (diagonal == 0):
         return None
     found = Triangle(diagonal == 0, above or diagonal)
-    return found if torch.equal(tensor, found.of(tensor.shape, tensor.dtype, tensor.device)) else None
+    return found if _same(tensor, found.of(tensor.shape, tensor.dtype, tensor.device)) else None
+
+
+def _same(one: Tensor, other: Tensor) -> Tensor:
+    """As a bool tensor, for which nothing waits. Zeros have the same sign, too: ``1 / mask`` would tell."""
+    return ((one == other) & (torch.signbit(one) == torch.signbit(other))).all()
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,8 @@ class TriangleCheck:
             about = triangle, part.shape, part.dtype, part.device
             if about not in expected:
                 expected[about] = triangle.of(*about[1:])
-            results.append((part == expected[about]).all())
-        return not results or bool(torch.stack(results).all())
+            results.append(_same(part, expected[about]))
+        return bool(torch.stack([result.to(results[0].device) for result in results]).all())
 
 
 def triangles_of(graph: fx.Graph) -> dict[fx.Node, Triangle]:

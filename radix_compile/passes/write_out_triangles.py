@@ -29,10 +29,13 @@ def write_out_triangles(gm: fx.GraphModule) -> fx.GraphModule:
     gm.meta["triangles"], gm.meta["triangle_sizes"] = found, []
     if any(node.target in BY_LAYOUT for node in gm.graph.nodes):
         return gm
+    returned = _returned(gm.graph)
     for buffer, triangle in triangles_of(gm.graph).items():
+        if buffer in returned:
+            continue
         for node, what in list(_parts(buffer, triangle)):
             size = _size(node)
-            readers = [user for user in node.users if _is_aten(user) and not _is_part(user)]
+            readers = [user for user in node.users if _is_aten(user) and not _is_part(user)]  # flex_attention is not
             if size is None or not readers:
                 continue
             made = _made(gm.graph, node, what, size)
@@ -52,8 +55,22 @@ def _parts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangl
 
 
 def _is_aten(node: fx.Node) -> bool:
-    """Others (an output, flex_attention) may ask for the buffer itself."""
     return getattr(node.target, "namespace", "") == "aten"
+
+
+def _returned(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs that the caller is given back, or views of."""
+    found: set[fx.Node] = set()
+    queue = list(graph.output_node().all_input_nodes)
+    while queue:
+        node = queue.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if isinstance(node.target, torch._ops.OpOverload):
+            views = any(result.alias_info is not None for result in node.target._schema.returns)
+            queue += node.all_input_nodes if views else ()
+    return found
 
 
 def _is_part(node: fx.Node) -> bool:
@@ -75,8 +92,12 @@ def _size(node: fx.Node) -> int | fx.Node | None:
         return None
     if isinstance(columns, int):
         return columns
-    ends = [end for end in node.args[3:4] if isinstance(end, fx.Node)]
-    return next((end for end in ends if as_size(end.meta["val"]) == as_size(columns)), None)
+    while node.op == "call_function":  # the size is that of a slice, or of one that a cast is of
+        ends = [end for end in node.args[3:4] if isinstance(end, fx.Node)]
+        if ends and as_size(ends[0].meta["val"]) == as_size(columns):
+            return ends[0]
+        node = node.all_input_nodes[0]
+    return None
 
 
 def _made(graph: fx.Graph, node: fx.Node, triangle: Triangle, size: int | fx.Node) -> fx.Node:

@@ -107,6 +107,36 @@ def test_gradients() -> None:
     assert radix_compile.stats().folded_calls == 1
 
 
+def test_of_any_length_with_a_cast_behind_the_cut() -> None:
+    model = Model(*FORMS["bytes"]).eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="radix", options=OPTIONS, dynamic=True)
+        check(model, compiled, shared_batch(6, 20, 12))
+    assert radix_compile.stats().tree_pairs < radix_compile.stats().pairs
+
+
+def causal(scores: Tensor, length: int) -> Tensor:
+    return scores.masked_fill(torch.tril(torch.ones(length, length)) == 0, -math.inf)
+
+
+def test_a_buffer_with_a_gradient_keeps_it() -> None:
+    hide: Hide = lambda a, m, t: causal(a * m[:t, :t], t)  # noqa: E731
+    model, ids, found = Model(ONES.tril(), hide), shared_batch(6, 20, 12), []
+    mask = model.layers[1].mask.requires_grad_()
+    for program in (torch.compile(model, backend="radix", options=OPTIONS), model):
+        found += torch.autograd.grad(program(ids).square().mean(), [mask])
+    torch.testing.assert_close(*found)
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_the_sign_of_zeros_is_kept() -> None:
+    hide: Hide = lambda a, m, t: causal(torch.where((1 / m[:t, :t]).isneginf(), a, a * 0.5), t)  # noqa: E731
+    model, ids = Model(-ONES.triu(1), hide).eval(), shared_batch(6, 20, 12)
+    assert model.layers[0].mask.signbit().all()
+    check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)
+    assert radix_compile.stats().folded_calls == 1
+
+
 @pytest.mark.parametrize("form", ["nanoGPT", "a book", "added"])
 def test_a_buffer_that_changes_is_seen(form: str) -> None:
     """Nothing guards what a buffer holds: one layer lets a token see the next one, later."""
@@ -143,10 +173,11 @@ def test_other_buffers_are_not_read(wrong: str) -> None:
         assert "runs on the prefix tree" not in str(radix_compile.explain(model, ids))
 
 
-def test_a_buffer_that_is_returned_is_the_buffer() -> None:
+@pytest.mark.parametrize("view", [lambda mask: mask, lambda mask: mask[None], lambda mask: mask[:20, :20].t()])
+def test_a_buffer_that_is_returned_is_the_buffer(view: Callable[[Tensor], Tensor]) -> None:
     class Both(Model):
         def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-            return super().forward(ids), self.layers[0].mask
+            return super().forward(ids), view(self.layers[0].mask)
 
     model, ids = Both(*FORMS["a lecture"]).eval(), shared_batch(6, 20, 12)
     compiled = torch.compile(model, backend="radix", options=OPTIONS)
@@ -154,7 +185,7 @@ def test_a_buffer_that_is_returned_is_the_buffer() -> None:
         logits, mask = compiled(ids)
         assert_as_exact(logits, model(ids)[0], in_float64(model)(ids)[0])
     assert mask.data_ptr() == model.layers[0].mask.data_ptr()
-    assert radix_compile.stats().folded_calls == 1
+    assert mask.stride() == view(model.layers[0].mask).stride()
 
 
 HARD: dict[str, Hide] = {
@@ -193,6 +224,7 @@ def test_what_is_a_triangle() -> None:
     assert read_triangle(upper[None, None]) == Triangle(True, -1e9)
     assert read_triangle(torch.tensor([[True, False], [True, True]])) == Triangle(False, True)
     others = [ONES, 0 * ONES, lower.fliplr(), lower.T, lower.expand(2, -1, -1), lower[1:], lower[0], lower.to("meta")]
+    others += [lower.clone().requires_grad_(), -ONES.triu(1)]
     others += [lower.to(torch.complex64), lower.to(torch.float8_e4m3fn), lower.to_sparse(), lower * math.nan]
     assert [read_triangle(other) for other in others] == [None] * len(others)
 
