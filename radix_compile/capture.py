@@ -34,8 +34,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     ``is_static``, those with a gradient ``needs_gradient``, and buffers that hold a causal mask ``triangle``. Of the
     graph, ``meta`` says whether activation checkpointing regions were inlined (``checkpointed``), whether a call may be
     followed by a backward pass (``differentiable``), whether there are wrapped inputs (``wrapped``), and the class of
-    the ``model``. Raises
-    :class:`CaptureError`; ``gm`` is left as it was.
+    the ``model``. Raises :class:`CaptureError`; ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
     if any(_needs_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
