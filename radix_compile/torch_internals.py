@@ -25,6 +25,7 @@ from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import (
@@ -34,6 +35,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx._utils import lazy_format_graph_code
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -52,6 +54,33 @@ if hasattr(torch._inductor.config.triton, "prefer_nd_tiling"):
     # Flattened, the row of an entry is a division, of 64-bit numbers where there may be more than 2**31 entries. In
     # two dimensions the gradient of 13,312 x 151,936 logits takes 1.9 ms on an H200, not 4.8.
     UNBACKED_SIZES["triton.prefer_nd_tiling"] = True
+
+LIKELY_NODES = 8192
+"""What inductor weighs fusions by: always the same, so that what it compiles depends on no batch."""
+
+
+def _weigh_hinted_sizes() -> None:
+    """Has inductor ask how large a hinted tensor is; torch 2.11 takes any that is not known for empty.
+
+    Two ops that share only empty tensors are not fused, which leaves a third more kernels in a layer of Qwen3.
+    """
+    if hasattr(SizeVarAllocator, "all_unbacked_explicitly_hinted"):
+        return
+    size_of = GraphLowering.get_dep_size_hint
+
+    def size_if_hinted(graph: GraphLowering, dep: Any, count_bytes: bool = True) -> int:
+        size = size_of(graph, dep, count_bytes)
+        if size == 0 and graph.try_get_buffer(dep.name) is not None:
+            symbols = free_unbacked_symbols(dep.get_numel())
+            if symbols and symbols <= graph.sizevars.var_to_hint_override.keys():
+                size = dep.numbytes_hint() if count_bytes else dep.numel_hint()
+                graph.dep_size_hint_cache[dep, count_bytes] = size
+        return size
+
+    GraphLowering.get_dep_size_hint = size_if_hinted  # type: ignore[assignment,method-assign]
+
+
+_weigh_hinted_sizes()
 
 
 def must_propagate(error: BaseException) -> bool:
@@ -144,8 +173,11 @@ def unbacked_plan_inputs(
     """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about.
 
     All that is known is that it is at most ``most``: inductor computes with 32-bit offsets where that is enough of a
-    reason to. With ``tree``, ``begin`` and ``end`` ``[T']`` too; with ``tiles`` the arrays of ``TreeTiles``; with
-    ``lists``, ``rows`` ``[rows]``, ``starts`` ``[T' + 1]`` and ``pieces`` ``[P]``.
+    reason to. It has a likely value as well, which no guard is made about and no result depends on: what shares
+    nothing but tensors of sizes that have none, inductor does not fuse.
+
+    With ``tree``, ``begin`` and ``end`` ``[T']`` too; with ``tiles`` the arrays of ``TreeTiles``; with ``lists``,
+    ``rows`` ``[rows]``, ``starts`` ``[T' + 1]`` and ``pieces`` ``[P]``.
     """
     mode = fake_mode()
     shape_env = mode.shape_env
@@ -154,6 +186,7 @@ def unbacked_plan_inputs(
         nodes = shape_env.create_unbacked_symint()
         torch._check(nodes >= 2)  # is it one, and so a dimension that broadcasts? is asked in places
         torch._check(nodes <= most)
+        shape_env.var_to_hint_override[nodes.node.expr] = min(LIKELY_NODES, most)
 
         def count() -> torch.SymInt:
             size = shape_env.create_unbacked_symint()

@@ -15,6 +15,8 @@ import radix_compile
 from radix_compile import pipeline
 
 pipeline.ALWAYS_VERIFY = True
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # or they spend their time waiting for each other
 
 
 @pytest.fixture(autouse=True, scope="session")

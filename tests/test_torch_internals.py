@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -154,6 +155,20 @@ def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:
     for name in internals.UNBACKED_SIZES:
         owner, setting = name.split(".")
         assert hasattr(getattr(torch._inductor.config, owner), setting)
+
+
+def test_inductor_fuses_on_nodes_what_it_fuses_on_rows() -> None:
+    """Without a hint that it heeds, the mean in a norm is a loop of its own, and another reads all the rows again."""
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.RMSNorm(32), nn.Linear(32, 64), nn.SiLU())
+    ids = torch.randint(0, 50, (4, 32))
+    ids[:, :24] = ids[0, :24]
+    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0})
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(compiled, ids)
+    folded, plain = codes
+    assert "empty_strided_cpu((u" in folded
+    assert "empty_strided_cpu((u" not in plain
+    assert folded.count("(int64_t x0=") == plain.count("(int64_t x0=") == 3
 
 
 def test_wrapped_tensors_are_taken_apart_and_put_together() -> None:
