@@ -158,7 +158,7 @@ def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:
 
 
 def test_inductor_weighs_fusions_on_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what two ops share: if that weighs nothing they are not fused, and the mean in a norm is a kernel of its own."""
+    """By what two ops share: if that weighs nothing they stay apart, and the mean in a norm is a kernel of its own."""
     weighed: list[int] = []
     size_of = GraphLowering.get_dep_size_hint
 
