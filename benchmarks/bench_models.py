@@ -14,6 +14,10 @@ hidden states of a batch, or with `--backward` a forward and a backward pass. Th
 
 In the columns before the last, whatever is shared folds (`threshold=1.0`).
 
+With `--check` the error of each is printed too: its distance from the same model in the next wider type (float64 for
+float32, float32 for bfloat16), run one sequence at a time, over the norm of that. Of hidden states behind tokens, or of
+all gradients. Any that is more than twice that of plain, of which it is a reordering, fails the run.
+
 The token bound is tokens over distinct prefixes. The arithmetic bound counts multiplications, of weights for each token
 and of attention for each pair of query and key: those of plain, which sees no future, over those of the tree.
 """
@@ -21,6 +25,7 @@ and of attention for each pair of query and key: those of plain, which sees no f
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import statistics
 import sys
@@ -159,6 +164,37 @@ class Ways:
         return self._radix()
 
 
+def wider(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -> list[Tensor]:
+    """Hidden states ``[B, S, hidden]``, zero behind the tokens, or the gradients of their sum, in a wider type."""
+    model = copy.deepcopy(model).to(torch.float32 if model.dtype == torch.bfloat16 else torch.float64)
+    model.config._attn_implementation = "sdpa"
+    states = torch.zeros(*case.ids.shape, model.config.hidden_size, dtype=model.dtype, device=device)
+    for ids, length, row in zip(case.ids.to(device), case.lengths.tolist(), states, strict=True):
+        with torch.set_grad_enabled(backward):
+            state = model(input_ids=ids[None, :length], use_cache=False).last_hidden_state
+        if backward:
+            state.backward(torch.ones_like(state))
+        row[:length] = state[0].detach()
+    return [one.grad for one in model.parameters()] if backward else [states]
+
+
+def distance(ways: Ways, name: str, ours: list[Tensor], wanted: list[Tensor], backward: bool) -> float:
+    """The distance of what the way ``name`` computes, over the norm of what is wanted."""
+    if not backward:
+        shown = ways.mask > 0
+        if name == "packed":
+            ours, wanted = [ours[0][0]], [wanted[0][shown]]
+        else:  # `reuse` has no rows of the prefix
+            behind = slice(shown.shape[1] - ours[0].shape[1], None)
+            shown = shown[:, behind]
+            ours, wanted = [ours[0][shown]], [wanted[0][:, behind][shown]]
+    norms = [
+        torch.stack([torch.linalg.vector_norm(one) for one in each])
+        for each in ([one - other for one, other in zip(ours, wanted, strict=True)], wanted)
+    ]
+    return float(norms[0].norm() / norms[1].norm())
+
+
 def measure(
     call: Callable[[], Tensor], device: torch.device, runs: int, backward: bool
 ) -> tuple[float, float, int | None]:
@@ -181,6 +217,17 @@ def measure(
     return seconds, first, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def results(call: Call, model: Any, backward: bool) -> list[Tensor]:
+    """The hidden states, or the gradients of their sum."""
+    model.zero_grad()
+    with torch.set_grad_enabled(backward):
+        states = call()
+        if not backward:
+            return [states]
+        states.backward(torch.ones_like(states))
+    return [one.grad for one in model.parameters()]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints as it goes and returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench_models", description="Measure models on batches that share prefixes.")
@@ -191,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only batches with this in their name")
     parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, help="only these columns")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--check", action="store_true", help="errors too")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
@@ -211,22 +259,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"machine  {machine(device)}")
     print(f"model    Qwen3-{name}, {sizes['layers']} layers, {next(model.parameters()).dtype}")
     print(f"measured {'forward and backward' if options.backward else 'forward'}, medians of {options.runs}")
+    wrong = False
     chosen = [case for case in cases(on_gpu, options.backward) if options.only in case.name]
     for case in chosen[: options.cases]:
         by_token, by_arithmetic = bounds(case, sizes)
         print(
             f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
         )
-        first = None
+        first, least = None, None
         ways = Ways(model, case, device)
+        wanted = wider(model, case, device, options.backward) if options.check else []
         for way in (name for name in ways.names(options.backward) if name in options.ways):
-            seconds, compiling, peak = measure(ways.make(way), device, options.runs, options.backward)
+            call = ways.make(way)
+            seconds, compiling, peak = measure(call, device, options.runs, options.backward)
             first = first or seconds
             memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"
             row = f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}"
+            if options.check:
+                found = distance(ways, way, results(call, model, options.backward), wanted, options.backward)
+                least = least or found
+                wrong |= not found <= 2 * least
+                row += f"   error {found:.2e}"
             print(f"{row}   first call {compiling:.1f} s", flush=True)
             model.zero_grad()
-    return 0
+    if wrong:
+        print("bench_models: an error is more than twice that of the first column", file=sys.stderr)
+    return int(wrong)
 
 
 if __name__ == "__main__":

@@ -59,3 +59,32 @@ def test_reuse_by_hand_is_the_same_model(case: PrefixBatch) -> None:
         ours = bench_models.reuse(model, case.ids, mask, case.groups, case.prefix)
     kept = case.mask[:, case.prefix :] > 0
     torch.testing.assert_close(ours[kept], full[kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [one_prefix(4, 12, 5), rerank(2, 3, instruction=5, query=4)], ids=["prefix", "rerank"])
+def test_errors_of_models(case: PrefixBatch) -> None:
+    """Of rounding, whichever rows a way computes, and not of rows behind the tokens; of a row that is wrong, more."""
+    model = build("Qwen3", head="Model", vocab_size=30_000)
+    ways = bench_models.Ways(model, case, CPU)
+    wanted = bench_models.wider(model, case, CPU, backward=False)
+    assert wanted[0].dtype == torch.float64
+    with torch.no_grad():
+        full = model(**ways.inputs).last_hidden_state
+    kept = case.mask > 0
+    full[~kept] = 5.0
+    forms = {"radix": full, "reuse": full[:, case.prefix :], "packed": full[kept][None]}
+    for name, states in forms.items():
+        assert 0 < bench_models.distance(ways, name, [states], wanted, backward=False) < 1e-5
+        wrong = states.clone()
+        wrong[0, 0] += 1
+        assert bench_models.distance(ways, name, [wrong], wanted, backward=False) > 0.01
+
+
+def test_errors_of_gradients() -> None:
+    model, case = build("Qwen3", head="Model", vocab_size=30_000), one_prefix(4, 12, 5)
+    ways = bench_models.Ways(model, case, CPU)
+    wanted = bench_models.wider(model, case, CPU, backward=True)
+    found = bench_models.results(lambda: model(**ways.inputs).last_hidden_state, model, backward=True)
+    assert 0 < bench_models.distance(ways, "plain", found, wanted, backward=True) < 1e-5
+    found[-1] = 2 * found[-1]
+    assert bench_models.distance(ways, "plain", found, wanted, backward=True) > 1e-3
