@@ -88,3 +88,20 @@ def test_errors_of_gradients() -> None:
     assert 0 < bench_models.distance(ways, "plain", found, wanted, backward=True) < 1e-5
     found[-1] = 2 * found[-1]
     assert bench_models.distance(ways, "plain", found, wanted, backward=True) > 1e-3
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-4])
+def test_a_wrong_model_fails_the_check(
+    off: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(ways: bench_models.Ways, name: str) -> bench_models.Call:
+        return lambda: ways.model(**ways.inputs).last_hidden_state + (off if name == "radix" else 0)
+
+    monkeypatch.setattr(bench_models.Ways, "make", make)
+    given = ["--device", "cpu", "--layers", "1", "--cases", "1", "--runs", "1", "--check"]
+    assert bench_models.main([*given, "--ways", "plain", "radix"]) == (off > 0)
+    captured = capsys.readouterr()
+    assert captured.out.count("error") == 2
+    assert ("more than twice" in captured.err) == (off > 0)
+    with pytest.raises(SystemExit):
+        bench_models.main([*given, "--ways", "radix"])

@@ -57,6 +57,10 @@ def test_the_number_of_nodes_is_unbacked() -> None:
         cpu = torch.device("cpu")
         fold, scatter = internals.unbacked_plan_inputs(24, 32, cpu, tree=False, tiles=False, lists=False)
         assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
+        # Its likely value is none that inductor takes for a bound of offsets, which 32 bits would then be enough for.
+        shape_env = internals.fake_mode().shape_env
+        known = getattr(shape_env, "has_guarding_hint", None) or shape_env.has_hint
+        assert not known(fold.shape[0].node.expr)
         assert scatter.shape == (24,)
         assert statically_known_true(fold.shape[0] <= 32)
         assert not statically_known_true(fold.shape[0] <= 31)
