@@ -175,7 +175,10 @@ def step(call: Call, backward: bool) -> Tensor:
 
 
 def wider(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -> list[Tensor]:
-    """Hidden states ``[B, S, hidden]``, zero behind the tokens, or the gradients of their sum, in a wider type."""
+    """Hidden states ``[B, S, hidden]``, zero behind the tokens, or the gradients of their sum, in a wider type.
+
+    On the CPU, so that the memory of what is measured after it is its own.
+    """
     model = copy.deepcopy(model).to(torch.float32 if model.dtype == torch.bfloat16 else torch.float64)
     model.config._attn_implementation = "sdpa"
 
@@ -186,11 +189,12 @@ def wider(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -
     states = torch.zeros(*case.ids.shape, model.config.hidden_size, dtype=model.dtype, device=device)
     for ids, length, row in zip(case.ids.to(device), case.lengths.tolist(), states, strict=True):
         row[:length] = step(functools.partial(states_of, ids[None, :length]), backward)[0]
-    return [one.grad for one in model.parameters()] if backward else [states]
+    return [one.cpu() for one in ([one.grad for one in model.parameters()] if backward else [states])]
 
 
 def distance(ways: Ways, name: str, ours: list[Tensor], wanted: list[Tensor], backward: bool) -> float:
     """The distance of what the way ``name`` computes, over the norm of what is wanted."""
+    wanted = [one.to(ways.device) for one in wanted]
     if not backward:
         shown = ways.mask > 0
         if name == "packed":
