@@ -42,7 +42,8 @@ class PrefixPlan:
         bounds: int64 ``[N + 1]``, the flat index of the first row of each sequence, then ``B * S``. ``N`` is ``B``
             and all are of length ``S``, unless several sequences are packed in a row.
         begin: int64 ``[N]``, the flat index of the row at which the paths of each sequence begin.
-        tree_nodes: how many nodes are in the tree.
+        first_nodes: int64 ``[N + 1]``, for each sequence of `order` how many nodes of the tree those before it have:
+            what it has new are the nodes from there to the next one's. The last is how many are in the tree.
     """
 
     fold: Int64
@@ -51,7 +52,12 @@ class PrefixPlan:
     shared: Int64
     bounds: Int64
     begin: Int64
-    tree_nodes: int
+    first_nodes: Int64
+
+    @property
+    def tree_nodes(self) -> int:
+        """Number of nodes in the tree."""
+        return int(self.first_nodes[-1])
 
     @property
     def tokens(self) -> int:
@@ -96,11 +102,11 @@ class PrefixPlan:
         """
         inside = slice(0, self.tree_nodes)
         begin, end = self.fold.copy(), np.zeros_like(self.fold)
-        begin[inside] = self.begin[self._sequences()]
+        begin[inside] = self._begin_of_nodes()
         depth = self.fold[inside] - begin[inside]
         # From the last sequence to the first: where the next one that parts before each column begins.
         following = np.full(int(np.diff(self.bounds).max(initial=0)), self.tree_nodes)
-        edges = self.first_nodes().tolist()
+        edges = self.first_nodes.tolist()
         for i, parts_at in zip(range(len(edges) - 2, -1, -1), self.shared[::-1].tolist(), strict=True):
             new = slice(edges[i], edges[i + 1])
             end[new] = following[depth[new]]
@@ -112,21 +118,11 @@ class PrefixPlan:
     @property
     def pairs(self) -> int:
         """How many pairs of a node and an ancestor of it, or itself, there are."""
-        inside = self.fold[: self.tree_nodes]
-        return int((inside - self.begin[self._sequences()] + 1).sum())
+        return int((self.fold[: self.tree_nodes] - self._begin_of_nodes() + 1).sum())
 
-    def first_nodes(self) -> Int64:
-        """How many nodes of the tree are new in the sequences before each one of `order`, ``[N + 1]``."""
-        place = np.empty(len(self.order), np.int64)
-        place[self.order] = np.arange(len(self.order))
-        first = np.zeros(len(self.order) + 1, np.int64)
-        np.bincount(place[self._sequences()], minlength=len(self.order)).cumsum(out=first[1:])
-        return first
-
-    def _sequences(self) -> Int64:
-        """The sequence that the row of each node of the tree is in."""
-        found: Int64 = self.bounds.searchsorted(self.fold[: self.tree_nodes], side="right") - 1
-        return found
+    def _begin_of_nodes(self) -> Int64:
+        """For each node of the tree, the flat index of the row at which its path begins."""
+        return self.begin[self.order].repeat(np.diff(self.first_nodes))
 
     @property
     def compression(self) -> float:
@@ -196,7 +192,7 @@ class PrefixPlan:
         new = offset >= shared[:, None]
         own = None if own is None else own[order].ravel()
         left_out = None if left_out is None else left_out[order].ravel()
-        nodes, tree_nodes = _number(new.ravel(), own, left_out, shared, np.arange(shape[0]) * length)
+        nodes, places, first_nodes = _number(new.ravel(), own, left_out, shared, np.arange(shape[0]) * length)
 
         scatter = np.empty(shape, np.int64)
         row = (order * length)[:, None] + (offset if turn is None else turn[order])
@@ -206,8 +202,7 @@ class PrefixPlan:
             scatter[order[:, None], turn[order]] = nodes.reshape(shape)
         bounds = np.arange(shape[0] + 1) * length
         begin = bounds[:-1] if turn is None else bounds[:-1] + turn[:, 0]
-        fold = _representatives(row.ravel(), new.ravel(), own, multiple)
-        return cls(fold, scatter.ravel(), order, shared, bounds, begin, tree_nodes)
+        return cls(_padded(row.ravel()[places], multiple), scatter.ravel(), order, shared, bounds, begin, first_nodes)
 
 
 def _from_packed(
@@ -226,15 +221,15 @@ def _from_packed(
     own = None if own is None else own.ravel()[row]
     left_out = None if left_out is None else left_out.ravel()[row]
     scatter = np.empty(begins.size, np.int64)
-    scatter[row], tree_nodes = _number(new, own, left_out, shared, end - lengths)
-    fold = _representatives(row, new, own, multiple)
-    return PrefixPlan(fold, scatter, order, shared, bounds, bounds[:-1], tree_nodes)
+    scatter[row], places, first_nodes = _number(new, own, left_out, shared, end - lengths)
+    return PrefixPlan(_padded(row[places], multiple), scatter, order, shared, bounds, bounds[:-1], first_nodes)
 
 
-def _number(new: Array, own: Array | None, left_out: Array | None, shared: Int64, begin: Int64) -> tuple[Int64, int]:
-    """The nodes of rows in the order of the tree, in which sequence ``i`` starts at ``begin[i]``; how many are in it.
-
-    Writes to `new` and `own`: afterwards they hold where the nodes in the tree and outside of it are.
+def _number(
+    new: Array, own: Array | None, left_out: Array | None, shared: Int64, begin: Int64
+) -> tuple[Int64, Int64, Int64]:
+    """The nodes of rows in the order of the tree, in which sequence ``i`` starts at ``begin[i]``; the place there of
+    the first row of each node; and `PrefixPlan.first_nodes`. `new` and `own` are overwritten.
     """
     if left_out is not None:
         new &= ~left_out
@@ -242,26 +237,27 @@ def _number(new: Array, own: Array | None, left_out: Array | None, shared: Int64
         if left_out is not None:
             own &= ~left_out
         new &= ~own
-    nodes: Int64 = new.cumsum()
-    tree_nodes = int(nodes[-1]) if len(nodes) else 0
-    nodes -= 1
+    places = np.flatnonzero(new)
+    first_nodes = np.append(places.searchsorted(begin), len(places))
+    nodes = np.zeros(len(new), np.int64)
+    nodes[places] = np.arange(len(places))
     before = 0
     for prefix, here in zip(shared.tolist(), begin.tolist(), strict=True):
         # One copy per sequence: maximum.accumulate down the columns does the same, ten times slower.
         nodes[here : here + prefix] = nodes[before : before + prefix]
         before = here
     if own is not None:
-        nodes[own] = np.arange(tree_nodes, tree_nodes + np.count_nonzero(own))
+        places = np.append(places, np.flatnonzero(own))
+        nodes[own] = np.arange(first_nodes[-1], len(places))
     if left_out is not None:
         nodes[left_out] = -1
-    return nodes, tree_nodes
+    return nodes, places, first_nodes
 
 
-def _representatives(row: Int64, new: Array, own: Array | None, multiple: int) -> Int64:
-    """`PrefixPlan.fold`, with its first entry repeated up to a multiple."""
-    parts = [row[new]] if own is None else [row[new], row[own]]
-    size, first = sum(map(len, parts)), next((part[:1] for part in parts if len(part)), row[:0])
-    return np.concatenate([*parts, first.repeat(-size % multiple)])
+def _padded(fold: Int64, multiple: int) -> Int64:
+    """With the first entry repeated at the end up to a multiple."""
+    missing = -len(fold) % multiple
+    return np.append(fold, fold[:1].repeat(missing)) if missing else fold
 
 
 def _turn(start: Array, shape: tuple[int, ...]) -> Int64 | None:

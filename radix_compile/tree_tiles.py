@@ -59,49 +59,36 @@ class TreeTiles:
 
 def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
     """The tiles of a plan, from its ``tree``; keys that are hidden from all, with an ``end`` of 0, are in no list."""
-    first, shared, new = plan.first_nodes().tolist(), plan.shared.tolist(), _stretches(plan, begin, end)
-    runs: list[tuple[int, int, int]] = []
-    singles: list[tuple[int, int, int]] = []
-    run_starts = [0]
-    path: list[_Stretch] = []
-    tile = 0
-    for i, limit in enumerate(shared):
-        _cut(path, limit)
-        path += new[i]
-        while tile < first[i + 1]:
-            outside = tile + ROWS > plan.tree_nodes
-            common = 0 if outside and len(plan.fold) > plan.tree_nodes else _common_depth(shared, first, i, tile + ROWS)
-            for node, depth, length in path:
-                ahead = min(length, tile - node)
-                whole = max(min(ahead, common - depth), 0) // BLOCK * BLOCK
-                if whole:
-                    runs.append((node, node + whole, depth))
-                if whole < ahead:
-                    singles.append((len(run_starts) - 1, node + whole, ahead - whole))
-            run_starts.append(len(runs))
-            tile += ROWS
     count = -(-len(plan.fold) // ROWS)
-    run_starts += [len(runs)] * (count + 1 - len(run_starts))
-    return TreeTiles(
-        np.array(runs, np.int64).reshape(-1, 3),
-        np.array(run_starts),
-        *_keys(np.array(singles, np.int64).reshape(-1, 3), count),
-        *_parts(end),
-    )
+    first = np.arange(0, plan.tree_nodes, ROWS)  # node of each tile that has any in the tree
+    sequence = plan.first_nodes.searchsorted(first, side="right") - 1
+    path, paths = _paths(plan, begin, end, sequence)
+    # Each stretch of the path of each tile, as far as it is in front of the tile.
+    lengths = np.diff(paths)[sequence]
+    tile = np.arange(len(first)).repeat(lengths)
+    of_tile = np.arange(len(tile)) - (lengths.cumsum() - lengths).repeat(lengths)
+    node, depth, length = path[paths[sequence].repeat(lengths) + of_tile].T
+    ahead = np.clip(first[tile] - node, 0, length)
+    whole = np.clip(_common_depths(plan, first, sequence)[tile] - depth, 0, ahead) // BLOCK * BLOCK
+    in_runs, alone = whole > 0, whole < ahead
+    runs = np.stack([node, node + whole, depth], 1)[in_runs]
+    keys = _keys(tile[alone], (node + whole)[alone], (ahead - whole)[alone], count)
+    return TreeTiles(runs, _starts(np.bincount(tile[in_runs], minlength=count)), *keys, *_parts(end))
 
 
-def _keys(singles: Int64, count: int) -> tuple[Int64, Int64]:
-    """`keys` and `key_starts`, from stretches of them: the tile, the first key, and how many they are."""
-    tile, first, length = singles.T
+def _starts(counts: Int64) -> Int64:
+    """Where each one starts that has so many, and where the last one ends."""
+    return np.append(0, counts.cumsum())
+
+
+def _keys(tile: Int64, first: Int64, length: Int64, count: int) -> tuple[Int64, Int64]:
+    """`keys` and `key_starts`, from stretches of keys: the tile, the first key, and how many they are."""
     wanted = np.bincount(tile, length, count).astype(np.int64)
-    starts = np.zeros(count + 1, np.int64)
-    np.cumsum(-(-wanted // BLOCK) * BLOCK, out=starts[1:])
+    starts = _starts(-(-wanted // BLOCK) * BLOCK)
     keys = np.full(starts[-1], -1)
-    behind = np.cumsum(length)
     place = np.arange(length.sum())  # if nothing were filled up
-    keys[place + np.repeat(starts[tile] - (np.cumsum(wanted) - wanted)[tile], length)] = place + np.repeat(
-        first - behind + length, length
-    )
+    filled_up = starts[:-1] - (wanted.cumsum() - wanted)
+    keys[place + filled_up[tile].repeat(length)] = place + (first - length.cumsum() + length).repeat(length)
     return keys, starts
 
 
@@ -123,12 +110,12 @@ def _parts(end: Int64) -> tuple[Int64, Int64]:
     return np.stack([tile, low, high, slot], 1), divided
 
 
-_Stretch = tuple[int, int, int]
-"""Nodes of a path that follow each other: the first, its depth, and how many they are."""
+def _paths(plan: PrefixPlan, begin: Int64, end: Int64, wanted: Int64) -> tuple[Int64, Int64]:
+    """The paths of sequences in stretches of nodes that follow each other, without hidden keys.
 
-
-def _stretches(plan: PrefixPlan, begin: Int64, end: Int64) -> list[list[_Stretch]]:
-    """What each sequence has new, without hidden keys."""
+    Each stretch is ``[3]``: the first node, its depth, and how many they are. Those of sequence ``i`` are
+    ``result[starts[i]:starts[i + 1]]``, of which there are none if it is not ``wanted`` (ascending, may repeat).
+    """
     row, root = plan.fold[: plan.tree_nodes], begin[: plan.tree_nodes]
     seen = end[: plan.tree_nodes] > 0
     follows = np.zeros(plan.tree_nodes + 1, np.bool_)
@@ -136,27 +123,32 @@ def _stretches(plan: PrefixPlan, begin: Int64, end: Int64) -> list[list[_Stretch
     edges = np.flatnonzero(~follows)
     kept = seen[edges[:-1]]
     starts, lengths = edges[:-1][kept], np.diff(edges)[kept]
-    found: list[list[_Stretch]] = [[] for _ in plan.order]
-    sequences = plan.first_nodes().searchsorted(starts, side="right") - 1
-    depths = row[starts] - root[starts]
-    for sequence, *stretch in zip(*(one.tolist() for one in (sequences, starts, depths, lengths)), strict=True):
-        found[sequence].append(tuple(stretch))
-    return found
+    stretches = list(zip(starts.tolist(), (row[starts] - root[starts]).tolist(), lengths.tolist(), strict=True))
+    new = starts.searchsorted(plan.first_nodes).tolist()
+    is_wanted = np.bincount(wanted, minlength=len(plan.order)).astype(np.bool_).tolist()
+    found: list[tuple[int, int, int]] = []
+    ends = [0]
+    path: list[tuple[int, int, int]] = []
+    for i, shared in enumerate(plan.shared.tolist()):
+        while path and path[-1][1] >= shared:
+            path.pop()
+        if path:
+            node, depth, length = path[-1]
+            path[-1] = node, depth, min(length, shared - depth)
+        path += stretches[new[i] : new[i + 1]]
+        if is_wanted[i]:
+            found += path
+        ends.append(len(found))
+    return np.array(found, np.int64).reshape(-1, 3), np.array(ends)
 
 
-def _cut(path: list[_Stretch], limit: int) -> None:
-    """Leave what is less deep than ``limit``."""
-    while path and path[-1][1] >= limit:
-        path.pop()
-    if path:
-        node, depth, length = path[-1]
-        path[-1] = node, depth, min(length, limit - depth)
-
-
-def _common_depth(shared: list[int], first: list[int], sequence: int, stop: int) -> int:
-    """How much of its path the sequence has in common with all that have something new before the node ``stop``."""
-    common, i = 1 << 62, sequence + 1
-    while i < len(shared) and first[i] < stop:
-        common = min(common, shared[i])
-        i += 1
-    return common
+def _common_depths(plan: PrefixPlan, first: Int64, sequence: Int64) -> Int64:
+    """How much of its path the first node of each tile has in common with all other nodes of the tile."""
+    stop = first + ROWS
+    # The sequences that have something new in the tile, behind that of its first node.
+    low, high = sequence + 1, plan.first_nodes[:-1].searchsorted(stop)
+    shared = np.append(plan.shared, 0)
+    common = np.minimum.reduceat(shared, np.stack([low, high], 1).ravel())[::2] if len(first) else low
+    common = np.where(low < high, common, len(plan.scatter))
+    beside_the_tree = (stop > plan.tree_nodes) & (plan.tree_nodes < len(plan.fold))  # nodes with no path
+    return np.where(beside_the_tree, 0, common)

@@ -79,6 +79,11 @@ def check_tree(plan: PrefixPlan, unique: np.ndarray, sequences: Sequences) -> No
     assert seen == set(range(plan.tree_nodes))
     assert (begin[plan.tree_nodes :] == plan.fold[plan.tree_nodes :]).all()
     assert not end[plan.tree_nodes :].any()
+    rows = plan.fold[: plan.tree_nodes]
+    for i, number in enumerate(plan.order):
+        new = np.flatnonzero((plan.bounds[number] <= rows) & (rows < plan.bounds[number + 1]))
+        assert new.tolist() == list(range(plan.first_nodes[i], plan.first_nodes[i + 1]))
+    assert plan.pairs == (rows - begin[: plan.tree_nodes] + 1).sum()
 
 
 def check_plan(
