@@ -6,6 +6,9 @@ Batches are random tokens behind one prefix that all sequences share; a share of
 `ours` is `compute_fold_and_scatter`, all four outputs included, on the same arrays and in turn with the package;
 `rows` is `PrefixPlan.from_rows` on int64 ids and positions, by itself.  Times are medians of warm calls.
 
+The second table is what a call of a compiled model makes on the host before it starts, by itself: `rows`, `tree` for
+attention on it, `tiles` on GPUs, `lists` in training.
+
 The exit status is 1 if a batch of 8 sequences or more takes longer than the package takes, or if the batch of
 2048 x 512 tokens, a quarter of them shared, is less than ten times as fast.  There is no margin for noise in that,
 but a batch that misses is measured once more, and the second measurement counts.
@@ -31,9 +34,11 @@ from typing import Any
 import numpy as np
 from radix_mlp import compute_fold_and_scatter as package
 
+from benchmarks.prefix_batches import one_prefix, rerank
 from radix_compile import fold_and_scatter
 from radix_compile.fold_and_scatter import compute_fold_and_scatter
 from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.tree_tiles import tree_tiles
 
 VOCABULARY = 50_000
 EQUAL = [(8, 1), (8, 4), (8, 16), (8, 64), (8, 512), (32, 16), (32, 128), (32, 2304), (128, 4), (128, 32), (128, 512)]
@@ -127,6 +132,16 @@ def main() -> int:
         show(f"{name} {theirs:11.4f} {ours:9.4f} {ratio:5.1f}x {rows:9.4f}{mark}")
         if batch >= 8 and ratio < wanted:
             missed.append(f"{name}: {ratio:.2f}x, wanted {wanted:.0f}x")
+    show("\nbatch                    rows ms   tree ms  tiles ms  lists ms")
+    for call in (one_prefix(15, 2047, 256), one_prefix(15, 512, 1024), one_prefix(16, 1024, 256), rerank()):
+        plan = call.plan()
+        parts: list[Callable[[], object]] = [
+            partial(PrefixPlan.from_rows, call.ids),
+            plan.tree,
+            partial(tree_tiles, plan, *plan.tree()),
+            plan.row_lists,
+        ]
+        show(f"{call.name:<22}{''.join(f'{ms:10.4f}' for ms in medians(parts, budget_s))}")
     if missed:
         show(f"\n{len(missed)} of {len(cases)} batches are slower than they have to be (marked <):")
         show("\n".join(missed))
