@@ -145,7 +145,7 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dic
         "WINDOW": carried.window is not None,
         "CAPPED": carried.softcap is not None,
         "BIASED": carried.bias is not None,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     }
 
 

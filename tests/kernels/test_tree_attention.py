@@ -418,3 +418,16 @@ def test_which_code_runs(
     assert tree_attention.lowering(one, one) == code  # type: ignore[arg-type]
     on_host = torch.empty(1, 4, 10, size, dtype=dtype)
     assert tree_attention.lowering(on_host, on_host) == "tiles"
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])
+def test_float32_is_multiplied_as_torch_is_told_to(setting: str, precision: str) -> None:
+    from radix_compile.kernels import triton_tree
+
+    heads, matmul = torch.zeros(1, 2, 3, 16), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting  # after which reading the setting of old, `allow_tf32`, may raise
+        assert triton_tree.shape_of(heads, heads, heads, Carried(None, None, 1.0))["PRECISION"] == precision
+    finally:
+        matmul.fp32_precision = before
