@@ -69,7 +69,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention
 
-        return triton_attention.tree_attention(*given)
+        with torch.cuda.device_of(query):
+            return triton_attention.tree_attention(*given)
     with torch.autocast(query.device.type, enabled=False):
         return attention_tiles.tree_attention(*given)
 
@@ -79,7 +80,8 @@ def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     if lowering(query, rest[1]) == "triton":
         from radix_compile.kernels import triton_attention_backward
 
-        return triton_attention_backward.tree_attention_backward(*given)
+        with torch.cuda.device_of(query):
+            return triton_attention_backward.tree_attention_backward(*given)
     with torch.autocast(query.device.type, enabled=False):
         return attention_tiles.tree_attention_backward(*given)
 

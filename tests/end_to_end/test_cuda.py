@@ -51,3 +51,17 @@ def test_gradients() -> None:
     model(ids, use_cache=False).logits.square().mean().backward()
     for one, parameter in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_device_that_is_not_the_current_one() -> None:
+    model = build("Qwen3", head_dim=16).to("cuda:1")
+    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}  # inductor's programs set the device themselves
+    compiled = torch.compile(model, backend="radix", options=options)
+    ids = shared_batch(4, 24, 16).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    compare(model, compiled, ids, use_cache=False)
+    assert radix_compile.stats().folded_calls == 1
+    compiled(ids, use_cache=False).logits.square().mean().backward()
+    torch.cuda.synchronize("cuda:1")
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
