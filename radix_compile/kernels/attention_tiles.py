@@ -9,13 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, bias_places, heads_inside
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, bias_places, dense, heads_inside
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
             start = first
             limit = max(LEAST, int(depth[start]) // 4)
         if stop - start > limit:  # then it is one sequence
-            parts = 1 if causal and depth[start] == 0 else round((stop - start) / limit)
+            parts = 1 if causal and depth[start] == 0 else (stop - start) // limit
             edges = np.linspace(start, stop, parts + 1).astype(int).tolist()
             yield from pairwise(edges)
             start = stop
@@ -118,12 +118,12 @@ def tree_attention(
     """The op ``tree_attention``."""
     (_, heads, count, _), groups, exact = query.shape, key.shape[1], torch.promote_types(query.dtype, torch.float32)
     sinks, bias, scale, window, softcap = carried
+    query = dense(query)  # torch's op would read others wrong; keys and values are moved anyway
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, count), dtype=exact)
-    fused = softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
+    fused = _can_fuse(query, value, carried)
     keys, values = _rows(key), _rows(value)
-    causal = fused and bias is None and scale > 0  # else torch multiplies what it has hidden: NaN (2.13)
-    for tile in _tiles(plan, window, causal, query.dtype if fused else exact):
+    for tile in _tiles(plan, window, _may_be_causal(fused, carried), query.dtype if fused else exact):
         q, k, v = query[:, :, tile.start : tile.stop], _keys(keys, tile, groups), _keys(values, tile, groups)
         mask, blind = _mask(tile, bias, plan, exact)
         attended, summed = _fused(q, k, v, mask, scale) if fused else _spelled(q, k, v, mask, scale, softcap)
@@ -157,12 +157,25 @@ def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype)
     return mask, mask.amax(-1) == float("-inf")
 
 
+def _can_fuse(query: Tensor, value: Tensor, carried: Carried) -> bool:
+    """Is there an op of torch for a tile's attention?"""
+    return carried.softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
+
+
+def _may_be_causal(fused: bool, carried: Carried) -> bool:
+    """May tiles go without a mask? Else torch multiplies what it has hidden: NaN (2.13)."""
+    return fused and carried.bias is None and carried.scale > 0
+
+
+def _about(mask: Tensor | None, scale: float) -> dict[str, Any]:
+    """What torch's op is told."""
+    with_batch_and_head = None if mask is None else mask[(None,) * (4 - mask.ndim)]
+    return {"is_causal": mask is None, "attn_mask": with_batch_and_head, "scale": scale}
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-    found: tuple[Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu.default(
-        q, k, v, is_causal=mask is None, attn_mask=mask, scale=scale
-    )
+    op = aten._scaled_dot_product_flash_attention_for_cpu.default
+    found: tuple[Tensor, Tensor] = op(q, k, v, **_about(mask, scale))
     return found
 
 
@@ -208,28 +221,44 @@ def tree_attention_backward(
     carried: Carried,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``tree_attention_backward``. Adds up in float32 at least."""
-    exact, (heads, groups) = total.dtype, (query.shape[1], key.shape[1])
+    exact, groups = total.dtype, key.shape[1]
+    grad, query, result = map(dense, (grad, query, result))
     by_query = heads_inside(query)
     by_key, by_value = (heads_inside(one, dtype=exact).zero_() for one in (key, value))
     _, bias, scale, window, softcap = carried
+    fused = _can_fuse(query, value, carried)
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, False, exact):
-
-        def of_queries(one: Tensor, tile: Tile = tile) -> Tensor:
-            return _grouped(one[:, :, tile.start : tile.stop], groups).to(exact)
-
-        q, g, summed = (of_queries(one) for one in (query, grad, total[None, ..., None]))
+    for tile in _tiles(plan, window, _may_be_causal(fused, carried), exact):
+        own = slice(tile.start, tile.stop)
+        g, q, attended = (one[:, :, own].to(exact) for one in (grad, query, result))
         k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))
-        nodes = tile.nodes.to(query.device)
-        scores, capped = _scores(q, k, _mask(tile, bias, plan, exact)[0], scale, softcap)
-        weights = (scores - summed).exp_()
-        by_value.index_add_(2, nodes, weights.mT @ g)
-        by_weights = g @ v.mT
-        # As softmax has it, and not from the results: nothing is left of the gradient of a single key.
-        by_weights -= (weights * by_weights).sum(-1, keepdim=True)
-        by_scores = weights.mul_(by_weights).mul_(scale)
-        if capped is not None:
-            by_scores *= 1 - capped * capped
-        by_key.index_add_(2, nodes, by_scores.mT @ q)
-        by_query[:, :, tile.start : tile.stop] = (by_scores @ k).reshape(1, heads, -1, k.shape[3])
+        mask, summed = _mask(tile, bias, plan, exact)[0], total[None, :, own]
+        if fused:
+            op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+            found = op(g, q, k, v, attended, summed, dropout_p=0.0, **_about(mask, scale))
+        else:
+            found = _spelled_backward(g, q, k, v, summed, mask, scale, softcap)
+        by_query[:, :, own] = found[0]
+        for sums, more in zip((by_key, by_value), found[1:], strict=True):
+            if mask is None:  # then the keys are the queries
+                sums[:, :, own] += more
+            else:
+                sums.index_add_(2, tile.nodes.to(query.device), more)
     return by_query, by_key.to(key.dtype), by_value.to(value.dtype)
+
+
+def _spelled_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, shape = k.shape[1], q.shape
+    q, g, total = (_grouped(one, groups) for one in (q, g, total[..., None]))
+    scores, capped = _scores(q, k, mask, scale, softcap)
+    weights = (scores - total).exp_()
+    by_value = weights.mT @ g
+    by_weights = g @ v.mT
+    # As softmax has it, and not from the results: nothing is left of the gradient of a single key.
+    by_weights -= (weights * by_weights).sum(-1, keepdim=True)
+    by_scores = weights.mul_(by_weights).mul_(scale)
+    if capped is not None:
+        by_scores *= 1 - capped * capped
+    return (by_scores @ k).reshape(shape), by_scores.mT @ q, by_value

@@ -73,6 +73,11 @@ def heads_inside(like: Tensor, features: int | None = None, dtype: torch.dtype |
     return like.new_empty(shape, dtype=dtype or like.dtype).transpose(1, 2)
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """With the features of a head side by side, as kernels read them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def row_bytes(query: Tensor, value: Tensor) -> int:
     """The width of the widest row of a head, padded to a power of two entries, at least 16."""
     widest = max(16, query.shape[-1], value.shape[-1])

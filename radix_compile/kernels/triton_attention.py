@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, dense, heads_inside
 from radix_compile.kernels.triton_tree import (
     bias_and_strides,
     bias_rows,
-    dense,
     depths_of,
     features,
     keys_of,
@@ -148,10 +147,11 @@ def tree_attention(
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, nodes), dtype=torch.float32)
     tile = tile_of(query, value, carried, "forward")
+    sinks = None if carried.sinks is None else carried.sinks.contiguous()
     fused = carried.scale > 0 and carried.softcap is None and carried.bias is None
     _forward[(triton.cdiv(nodes, tile["ROWS"]), heads)](
-        query, key, value, result, total, *lists_of(plan), carried.sinks, nodes, *numbers_of(carried),
+        query, key, value, result, total, *lists_of(plan), sinks, nodes, *numbers_of(carried),
         *bias_and_strides(carried), *strides_of(query, key, value, result),
-        **shape_of(query, key, value, carried), SINKS=carried.sinks is not None, FUSED=fused, **tile,
+        **shape_of(query, key, value, carried), SINKS=sinks is not None, FUSED=fused, **tile,
     )  # fmt: skip
     return result, total

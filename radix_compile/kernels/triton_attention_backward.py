@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside
+from radix_compile.kernels.tree_arguments import Carried, TreeArrays, dense, heads_inside
 from radix_compile.kernels.triton_tree import (
     bias_and_strides,
     bias_of,
     bias_rows,
-    dense,
     depths,
     depths_of,
     features,

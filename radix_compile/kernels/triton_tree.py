@@ -200,8 +200,3 @@ def bias_and_strides(carried: Carried) -> tuple[Tensor | None, int, int, int, in
 
 def strides_of(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in (tensor.stride(1), tensor.stride(2))]
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """With the features side by side."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()

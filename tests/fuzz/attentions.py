@@ -77,6 +77,13 @@ def causal_mask(d: Draw) -> tuple[str, bool]:
 
 def projections(d: Draw) -> tuple[list[str], bool]:
     """Lines that make ``q``, ``k`` and ``v``, ``[B, H, S, E]``; and do keys and values have fewer heads?"""
+    lines, grouped = _projected(d)
+    if d.chance(0.15):  # features that are not side by side
+        lines.append("q, k, v = (t.mT.contiguous().mT for t in (q, k, v))")
+    return lines, grouped
+
+
+def _projected(d: Draw) -> tuple[list[str], bool]:
     apart = "reshape(B, S, H, E).transpose(1, 2)"
     groups = d.one_of(*(g for g in range(1, d.sizes.H + 1) if d.sizes.H % g == 0))
     if d.chance(0.4):

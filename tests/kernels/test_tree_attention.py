@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -294,6 +295,24 @@ def test_schema_shapes_and_gradient_of_the_op(name: str) -> None:
     )
 
 
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton starts them on the current one, whichever that is."""
+    made_current: list[torch.device] = []
+
+    def device_of(tensor: Tensor) -> contextlib.nullcontext[None]:
+        made_current.append(tensor.device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(tree_attention, "lowering", lambda query, value: "triton")
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    tree = tree_of(few(3, 4))
+    query, key, value, *_ = inputs(tree)
+    carried = None, None, 0.3, None, None
+    result, total = radix.tree_attention(query, key, value, *tree, *carried)
+    radix.tree_attention_backward(result, query, key, value, result, total, *tree, *carried)
+    assert made_current == [query.device] * 2
+
+
 def test_the_gradient_of_sinks() -> None:
     tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED["all of it"])
     given = doubled(inputs(tree, ids=few(3, 4), **about))
@@ -332,6 +351,28 @@ def test_work_grows_with_the_pairs_of_nodes_and_ancestors(ids: Tensor) -> None:
     listed = sum(stop - start for start, stop, _ in lists.runs.tolist()) + len(lists.keys)
     in_tiles = len(plan.fold) * ROWS
     assert listed * ROWS <= 3.5 * plan.pairs + in_tiles
+
+
+@pytest.mark.parametrize("code", FORWARD)
+def test_inputs_of_any_strides(code: str) -> None:
+    tree = tree_of(few(30, 17))
+    given = inputs(tree, sinks=True)
+    assert given.sinks is not None
+
+    def apart(one: Tensor) -> Tensor:
+        return one.mT.contiguous().mT
+
+    strided = Inputs(*map(apart, given[:3]), torch.stack([given.sinks, -given.sinks], 1)[:, 0], None)
+    assert {one.stride(-1) for one in strided if one is not None} == {len(tree.fold), 2}
+    result, total = run(FORWARD[code], tree, given)
+    assert all(map(torch.equal, run(FORWARD[code], tree, strided), (result, total)))
+    for grad, like in (
+        (given.query, apart(given.query)),
+        (torch.ones_like(result), result.new_ones(()).expand(result.shape)),
+    ):
+        expected = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, None, 0.3))
+        ours = BACKWARD[code](like, *strided[:3], apart(result), total, tree, Carried(strided.sinks, None, 0.3))
+        assert all(map(torch.equal, ours, expected))
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -422,8 +463,6 @@ def test_which_code_runs(
 
 @pytest.mark.parametrize(("setting", "precision"), [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])
 def test_float32_is_multiplied_as_torch_is_told_to(setting: str, precision: str) -> None:
-    from radix_compile.kernels import triton_tree
-
     heads, matmul = torch.zeros(1, 2, 3, 16), torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
