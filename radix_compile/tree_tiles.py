@@ -135,7 +135,12 @@ def _paths(plan: PrefixPlan, begin: Int64, end: Int64, wanted: Int64) -> tuple[I
         if path:
             node, depth, length = path[-1]
             path[-1] = node, depth, min(length, shared - depth)
-        path += stretches[new[i] : new[i + 1]]
+        for stretch in stretches[new[i] : new[i + 1]]:
+            node, depth, length = path[-1] if path else (0, 0, 0)
+            if (node + length, depth + length) == stretch[:2]:  # it goes on where the sequence before it ended
+                path[-1:] = [(node, depth, length + stretch[2])]
+            else:
+                path.append(stretch)
         if is_wanted[i]:
             found += path
         ends.append(len(found))

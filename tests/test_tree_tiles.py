@@ -59,6 +59,15 @@ def test_most_of_a_long_prefix_is_read_in_stretches() -> None:
     assert inside > 0.9 * (inside + (tiles.keys >= 0).sum())
 
 
+def test_what_goes_on_where_another_sequence_ended_is_one_stretch_with_it() -> None:
+    """A conversation after each of its turns: what the longer ones share is new in several of the shorter ones."""
+    seen = np.arange(600) < 100 * np.arange(1, 7)[:, None]
+    plan = PrefixPlan.from_rows(np.broadcast_to(np.arange(600), seen.shape), seen, skip=~seen)
+    tiles = tree_tiles(plan, *plan.tree())
+    assert tiles.runs.tolist() == [[0, stop, 0] for stop in range(ROWS, 600, ROWS)]
+    assert len(tiles.keys) == 0
+
+
 @pytest.mark.parametrize("least", [64, 256])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_the_descendants_of_each_tile_are_in_its_parts(
