@@ -99,6 +99,11 @@ def tensors(output: Any) -> list[torch.Tensor]:
     return []
 
 
+def features_apart(heads: torch.Tensor) -> torch.Tensor:
+    """The same ``[..., S, E]``, in memory ``[..., E, S]``: the features of a head are not side by side."""
+    return heads.mT.contiguous().mT
+
+
 def compare(model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Run compiled, plain and in float64, and compare every output tensor."""
     with torch.no_grad():

@@ -168,7 +168,7 @@ def _may_be_causal(fused: bool, carried: Carried) -> bool:
 
 
 def _about(mask: Tensor | None, scale: float) -> dict[str, Any]:
-    """What torch's op is told."""
+    """What torch's op is told, and its gradient's."""
     with_batch_and_head = None if mask is None else mask[(None,) * (4 - mask.ndim)]
     return {"is_causal": mask is None, "attn_mask": with_batch_and_head, "scale": scale}
 
@@ -234,8 +234,7 @@ def tree_attention_backward(
         k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))
         mask, summed = _mask(tile, bias, plan, exact)[0], total[None, :, own]
         if fused:
-            op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-            found = op(g, q, k, v, attended, summed, dropout_p=0.0, **_about(mask, scale))
+            found = _fused_backward(g, q, k, v, attended, summed, mask, scale)
         else:
             found = _spelled_backward(g, q, k, v, summed, mask, scale, softcap)
         by_query[:, :, own] = found[0]
@@ -245,6 +244,14 @@ def tree_attention_backward(
             else:
                 sums.index_add_(2, tile.nodes.to(query.device), more)
     return by_query, by_key.to(key.dtype), by_value.to(value.dtype)
+
+
+def _fused_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, total: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    found: tuple[Tensor, Tensor, Tensor] = op(g, q, k, v, result, total, dropout_p=0.0, **_about(mask, scale))
+    return found
 
 
 def _spelled_backward(

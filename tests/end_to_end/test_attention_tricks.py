@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import radix_compile
-from tests.models import VOCABULARY, assert_as_exact, in_float64
+from tests.models import VOCABULARY, assert_as_exact, features_apart, in_float64
 
 B, S, H, E = 4, 12, 4, 6
 INF = math.inf
@@ -89,14 +89,9 @@ def junk_ignored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(scores, v).view(-1, H, S, E)
 
 
-def apart(one: Tensor) -> Tensor:
-    """In memory ``[B, H, E, S]``: the features of a head are not side by side."""
-    return one.mT.contiguous().mT
-
-
 CASES: dict[str, Callable[..., Tensor]] = {
     "features that are not side by side": lambda q, k, v: F.scaled_dot_product_attention(
-        *map(apart, (q, k, v)), is_causal=True
+        *map(features_apart, (q, k, v)), is_causal=True
     ),
     "a bias that is no number where it is hidden": lambda q, k, v: attend(q @ k.mT + torch.log(behind().to(q) + 1), v),
     "a bias that is infinite where it is hidden": lambda q, k, v: attend(q @ k.mT + 1 / (behind().to(q) + 1), v),

@@ -15,6 +15,7 @@ from radix_compile.kernels import attention_reference, attention_tiles, tree_att
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import ROWS, tree_tiles
+from tests.models import features_apart
 
 radix = torch.ops.radix
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -358,20 +359,17 @@ def test_inputs_of_any_strides(code: str) -> None:
     tree = tree_of(few(30, 17))
     given = inputs(tree, sinks=True)
     assert given.sinks is not None
-
-    def apart(one: Tensor) -> Tensor:
-        return one.mT.contiguous().mT
-
-    strided = Inputs(*map(apart, given[:3]), torch.stack([given.sinks, -given.sinks], 1)[:, 0], None)
+    strided = Inputs(*map(features_apart, given[:3]), torch.stack([given.sinks, -given.sinks], 1)[:, 0], None)
     assert {one.stride(-1) for one in strided if one is not None} == {len(tree.fold), 2}
     result, total = run(FORWARD[code], tree, given)
     assert all(map(torch.equal, run(FORWARD[code], tree, strided), (result, total)))
     for grad, like in (
-        (given.query, apart(given.query)),
+        (given.query, features_apart(given.query)),
         (torch.ones_like(result), result.new_ones(()).expand(result.shape)),
     ):
         expected = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, None, 0.3))
-        ours = BACKWARD[code](like, *strided[:3], apart(result), total, tree, Carried(strided.sinks, None, 0.3))
+        carried = Carried(strided.sinks, None, 0.3)
+        ours = BACKWARD[code](like, *strided[:3], features_apart(result), total, tree, carried)
         assert all(map(torch.equal, ours, expected))
 
 
