@@ -210,26 +210,22 @@ def distance(ways: Ways, name: str, ours: list[Tensor], wanted: list[Tensor], ba
     return float(norms[0].norm() / norms[1].norm())
 
 
-def measure(
-    call: Callable[[], Tensor], device: torch.device, runs: int, backward: bool
-) -> tuple[float, float, int | None]:
+def measure(once: Call, device: torch.device, runs: int) -> tuple[float, float, int | None]:
     """Median seconds, those of the first call, which compiles, and the most memory allocated."""
-
     started = time.perf_counter()
-    step(call, backward)
+    once()
     first = time.perf_counter() - started
-    workloads.warm_up(lambda: step(call, backward), device)
+    workloads.warm_up(once, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = statistics.median(workloads.interleaved({"": lambda: step(call, backward)}, runs, device)[""])
+    seconds = statistics.median(workloads.interleaved({"": once}, runs, device)[""])
     return seconds, first, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def results(call: Call, model: Any, backward: bool) -> list[Tensor]:
-    """The hidden states, or the gradients of their sum."""
+def from_no_gradients(model: Any, call: Call, backward: bool) -> Tensor:
+    """A ``step`` as training takes it: nothing is left of the one before, to which gradients would be added."""
     model.zero_grad()
-    states = step(call, backward)
-    return [one.grad for one in model.parameters()] if backward else [states]
+    return step(call, backward)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,13 +272,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ways = Ways(model, case, device)
         wanted = wider(model, case, device, options.backward) if options.check else []
         for way in (name for name in ways.names(options.backward) if name in options.ways):
-            call = ways.make(way)
-            seconds, compiling, peak = measure(call, device, options.runs, options.backward)
+            once = functools.partial(from_no_gradients, model, ways.make(way), options.backward)
+            seconds, compiling, peak = measure(once, device, options.runs)
             first = first or seconds
             memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"
             row = f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}"
             if options.check:
-                found = distance(ways, way, results(call, model, options.backward), wanted, options.backward)
+                states = once()
+                ours = [one.grad for one in model.parameters()] if options.backward else [states]
+                found = distance(ways, way, ours, wanted, options.backward)
                 least = least or found
                 wrong |= not found <= 2 * least
                 row += f"   error {found:.2e}"

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays, dense, heads_inside
+from radix_compile.kernels.triton_launch import kernel
 from radix_compile.kernels.triton_tree import (
-    bias_and_strides,
     bias_rows,
     depths_of,
     features,
@@ -58,10 +58,10 @@ def _attend_to(
     return largest_now, total * decay + tl.sum(weights, 1), result
 
 
-@triton.jit
+@kernel
 def _forward(
-    query, key, value, result, sums, fold, begin, end, runs, run_starts, keys, key_starts, sinks, nodes,
-    window, scale, softcap, bias, columns, b_batch, b_head, b_row, b_key,
+    query, key, value, result, sums, fold, begin, end, runs, run_starts, keys, key_starts, sinks, bias,
+    nodes, window, scale, softcap, columns, b_batch, b_head, b_row, b_key,
     q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,9 +149,13 @@ def tree_attention(
     tile = tile_of(query, value, carried, "forward")
     sinks = None if carried.sinks is None else carried.sinks.contiguous()
     fused = carried.scale > 0 and carried.softcap is None and carried.bias is None
-    _forward[(triton.cdiv(nodes, tile["ROWS"]), heads)](
-        query, key, value, result, total, *lists_of(plan), sinks, nodes, *numbers_of(carried),
-        *bias_and_strides(carried), *strides_of(query, key, value, result),
-        **shape_of(query, key, value, carried), SINKS=sinks is not None, FUSED=fused, **tile,
-    )  # fmt: skip
+    _forward(
+        (-(-nodes // tile["ROWS"]), heads),
+        (query, key, value, result, total, *lists_of(plan), sinks, carried.bias),
+        (nodes, *numbers_of(carried), *strides_of(query, key, value, result)),
+        **shape_of(query, key, value, carried),
+        SINKS=sinks is not None,
+        FUSED=fused,
+        **tile,
+    )
     return result, total

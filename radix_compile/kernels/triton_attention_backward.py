@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays, dense, heads_inside
+from radix_compile.kernels.triton_launch import kernel
 from radix_compile.kernels.triton_tree import (
-    bias_and_strides,
     bias_of,
     bias_rows,
     depths,
@@ -61,11 +61,11 @@ def _by_query_from(
     return tl.dot(by_scores.to(keys.dtype), keys, found, input_precision=PRECISION)
 
 
-@triton.jit
+@kernel
 def _backward_query(
     grad, query, key, value, result, sums, deltas, by_query,
-    fold, begin, end, runs, run_starts, keys, key_starts, nodes,
-    window, scale, softcap, factor, bias, columns, b_batch, b_head, b_row, b_key,
+    fold, begin, end, runs, run_starts, keys, key_starts, bias,
+    nodes, factor, window, scale, softcap, columns, b_batch, b_head, b_row, b_key,
     g_head, g_node, q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node, bq_head, bq_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
@@ -162,10 +162,10 @@ def _by_key_from(
     return tl.dot(by_scores.to(q.dtype), q, found_k, input_precision=PRECISION), found_v
 
 
-@triton.jit
+@kernel
 def _backward_key(
-    grad, query, key, value, sums, deltas, by_key, by_value, more_k, more_v, fold, begin, end, parts, nodes,
-    window, scale, softcap, factor, bias, columns, b_batch, b_head, b_row, b_key,
+    grad, query, key, value, sums, deltas, by_key, by_value, more_k, more_v, fold, begin, end, parts, bias,
+    nodes, factor, window, scale, softcap, columns, b_batch, b_head, b_row, b_key,
     g_head, g_node, q_head, q_node, k_head, k_node, v_head, v_node, bk_head, bk_node, bv_head, bv_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
@@ -233,7 +233,7 @@ def _backward_key(
         tl.store(more_v + at * V_BLOCK + in_v, found_v)
 
 
-@triton.jit
+@kernel
 def _add_parts(
     by_key, by_value, more_k, more_v, end, divided, nodes, factor, bk_head, bk_node, bv_head, bv_node,
     E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -276,26 +276,36 @@ def tree_attention_backward(
     by_query, by_key, by_value = map(heads_inside, (query, key, value))
     deltas = total.new_empty(total.shape)
     about = shape_of(query, key, value, carried)
-    numbers = *numbers_of(carried), carried.scale, *bias_and_strides(carried)
+    numbers = nodes, carried.scale, *numbers_of(carried)
     tile = tile_of(query, value, carried, "query")
-    _backward_query[(triton.cdiv(nodes, tile["ROWS"]), query.shape[1])](
-        grad, query, key, value, result, total, deltas, by_query, *lists_of(plan), nodes, *numbers,
-        *strides_of(grad, query, key, value, result, by_query), **about, **tile,
-    )  # fmt: skip
+    _backward_query(
+        (-(-nodes // tile["ROWS"]), query.shape[1]),
+        (grad, query, key, value, result, total, deltas, by_query, *lists_of(plan), carried.bias),
+        (*numbers, *strides_of(grad, query, key, value, result, by_query)),
+        **about,
+        **tile,
+    )
     tile = tile_of(query, value, carried, "key")
-    slots = len(parts) - triton.cdiv(nodes, tile["ROWS"]) + len(divided)
+    slots = len(parts) - -(-nodes // tile["ROWS"]) + len(divided)
     more_k, more_v = (
         query.new_empty((slots, groups, tile["ROWS"], about[size]), dtype=torch.float32)
         for size in ("E_BLOCK", "V_BLOCK")
     )
-    _backward_key[(len(parts), groups)](
-        grad, query, key, value, total, deltas, by_key, by_value, more_k, more_v, plan.fold, plan.begin, plan.end,
-        parts, nodes, *numbers, *strides_of(grad, query, key, value, by_key, by_value), **about, **tile,
-    )  # fmt: skip
+    arrays = plan.fold, plan.begin, plan.end, parts, carried.bias
+    _backward_key(
+        (len(parts), groups),
+        (grad, query, key, value, total, deltas, by_key, by_value, more_k, more_v, *arrays),
+        (*numbers, *strides_of(grad, query, key, value, by_key, by_value)),
+        **about,
+        **tile,
+    )
     if len(divided):
-        sizes = {size: about[size] for size in ("E", "E_BLOCK", "V", "V_BLOCK")}
-        _add_parts[(len(divided) * tile["ROWS"] // AT_ONCE, groups)](
-            by_key, by_value, more_k, more_v, plan.end, divided, nodes, carried.scale, *strides_of(by_key, by_value),
-            **sizes, ROWS=tile["ROWS"], AT_ONCE=AT_ONCE,
-        )  # fmt: skip
+        _add_parts(
+            (len(divided) * tile["ROWS"] // AT_ONCE, groups),
+            (by_key, by_value, more_k, more_v, plan.end, divided),
+            (nodes, carried.scale, *strides_of(by_key, by_value)),
+            **{size: about[size] for size in ("E", "E_BLOCK", "V", "V_BLOCK")},
+            ROWS=tile["ROWS"],
+            AT_ONCE=AT_ONCE,
+        )
     return by_query, by_key, by_value

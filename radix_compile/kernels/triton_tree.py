@@ -181,21 +181,17 @@ def _all(*arrays: Tensor | None) -> tuple[Tensor, ...]:
     return arrays  # type: ignore[return-value]
 
 
-def numbers_of(carried: Carried) -> tuple[int, float, float]:
-    """``window``, and ``scale`` and ``softcap`` as :func:`scores_of` takes them."""
-    window, scale, softcap = carried.window or 0, carried.scale, carried.softcap
-    if softcap is None:
-        return window, scale * LOG2E, 0.0
-    return window, 2 * scale / softcap * LOG2E, softcap * LOG2E
-
-
-def bias_and_strides(carried: Carried) -> tuple[Tensor | None, int, int, int, int, int]:
-    """The bias, the columns of its rows, and its strides by sequence, head, query and key; 0 for a size of one."""
-    bias = carried.bias
+def numbers_of(carried: Carried) -> tuple[float, ...]:
+    """``window``, ``scale`` and ``softcap`` as :func:`scores_of` takes them, and of the bias the columns of its rows
+    and its strides by sequence, head, query and key; 0 for a size of one.
+    """
+    window, scale, softcap, bias = carried.window or 0, carried.scale * LOG2E, 0.0, carried.bias
+    if carried.softcap is not None:
+        scale, softcap = 2 * scale / carried.softcap, carried.softcap * LOG2E
     if bias is None:
-        return None, 1, 0, 0, 0, 0
-    batch, head, row, key = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
-    return bias, bias.shape[3], batch, head, row, key
+        return window, scale, softcap, 1, 0, 0, 0, 0
+    strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+    return window, scale, softcap, bias.shape[3], *strides
 
 
 def strides_of(*tensors: Tensor) -> list[int]:

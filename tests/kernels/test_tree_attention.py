@@ -373,6 +373,25 @@ def test_inputs_of_any_strides(code: str) -> None:
         assert all(map(torch.equal, ours, expected))
 
 
+def test_launches_after_others() -> None:
+    """What was compiled for tensors that start at a multiple of 16 bytes must not be used for others."""
+    tree = tree_of(few(30, 17))
+    given = inputs(tree)
+
+    def moved(tensor: Tensor) -> Tensor:
+        place = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+        assert place.data_ptr() % 16
+        return place
+
+    def all_of(given: Inputs) -> tuple[Tensor, ...]:
+        result, total = run(FORWARD["triton"], tree, given)
+        return result, total, *BACKWARD["triton"](result, *given[:3], result, total, tree, Carried(None, None, 0.3))
+
+    expected = all_of(given)
+    for again in (given, Inputs(*map(moved, given[:3]), None, None), given):
+        assert all(map(torch.equal, all_of(again), expected))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("code", FORWARD)
 def test_tiles_in_which_no_node_sees_a_key(code: str, window: int | None) -> None:

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from radix_compile.kernels import tree_attention, triton_attention, triton_attention_backward
 from radix_compile.kernels import triton_nll, triton_rows, triton_sums, triton_tree
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.triton_launch import Kernel
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
 from tests.kernels.plans import tree, values
@@ -61,6 +62,10 @@ class Compiled:
     def __getitem__(self, grid):
         return self.compile
 
+    @property
+    def arg_names(self):
+        return self.kernel.arg_names
+
     def compile(self, *args, num_warps=4, num_stages=3, **keywords):
         names = self.kernel.arg_names
         types = dict.fromkeys(names, "constexpr") | {name: signature(arg) for name, arg in zip(names, args)}
@@ -79,7 +84,9 @@ class Compiled:
 
 for module in (triton_rows, triton_sums, triton_nll, triton_attention, triton_attention_backward):
     for name, kernel in list(vars(module).items()):
-        if isinstance(kernel, triton.JITFunction) and name in KERNELS:
+        if isinstance(kernel, Kernel):
+            kernel.function = Compiled(kernel.function)
+        elif isinstance(kernel, triton.JITFunction) and name in KERNELS:
             setattr(module, name, Compiled(kernel))
 
 for batch, seq in ((3, 4), (250, 5)):
