@@ -20,8 +20,9 @@ class Kernel:
     """A Triton kernel whose arguments are tensors (or None) first, then numbers, then what is compiled for by name.
 
     What Triton compiled for a launch is kept under the numbers themselves, whatever it makes of them, and under what
-    it sees of tensors. Launching a compiled kernel, with what it was compiled for among the arguments, is as in
-    Triton's tutorial on softmax.
+    it sees of tensors where GPUs are NVIDIA's; on others it sees more (how large their memory is), and is asked every
+    time. Launching a compiled kernel, with what it was compiled for among the arguments, is as in Triton's tutorial on
+    softmax.
     """
 
     def __init__(self, function: Any) -> None:
@@ -39,7 +40,7 @@ class Kernel:
         known = self._compiled.get(key)
         if known is None:
             compiled = self.function[grid](*tensors, *numbers, **constants)
-            if compiled is not None:  # as from the interpreter
+            if compiled is not None and compiled.metadata.target.backend == "cuda":  # None: from the interpreter
                 names = self.function.arg_names[len(tensors) + len(numbers) :]
                 if len(self._compiled) >= MOST:
                     self._compiled.clear()

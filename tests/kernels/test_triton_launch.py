@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,19 +17,19 @@ from radix_compile.kernels.triton_launch import Kernel
 
 
 class Triton:
-    """A kernel as ``triton.jit`` makes it, that tells of its launches; `compiles` if it is not the interpreter's."""
+    """A kernel as ``triton.jit`` makes it, that tells of its launches; `backend` is None for the interpreter's."""
 
     arg_names = ("source", "target", "count", "scale", "SIZE", "ROWS")
 
-    def __init__(self, compiles: bool = True) -> None:
-        self.compiles = compiles
+    def __init__(self, backend: str | None = "cuda") -> None:
+        self.backend = backend
         self.looked: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled | None]:
         def launch(*args: Any, **constants: Any) -> Compiled | None:
             self.looked.append((grid, args, constants))
-            return Compiled(self) if self.compiles else None
+            return None if self.backend is None else Compiled(self)
 
         return launch
 
@@ -36,6 +37,7 @@ class Triton:
 class Compiled:
     def __init__(self, kernel: Triton) -> None:
         self.kernel = kernel
+        self.metadata = SimpleNamespace(target=SimpleNamespace(backend=kernel.backend))
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         return lambda *args: self.kernel.launched.append((grid, args))
@@ -87,8 +89,9 @@ def test_others_are_looked_at(changed: dict[str, Any]) -> None:
     assert len(triton.looked) == len(triton.launched) == 2
 
 
-def test_the_interpreter_compiles_nothing() -> None:
-    triton = Triton(compiles=False)
+@pytest.mark.parametrize("backend", [None, "hip"])
+def test_the_interpreter_and_other_compilers_are_asked_every_time(backend: str | None) -> None:
+    triton = Triton(backend)
     kernel = Kernel(triton)
     start(kernel)
     start(kernel)
