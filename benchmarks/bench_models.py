@@ -111,8 +111,8 @@ Call = Callable[[], Tensor]
 class Ways:
     """The calls that are compared, each compiled when it is asked for. Its names are the columns of the table."""
 
-    def __init__(self, model: Any, case: PrefixBatch, device: torch.device) -> None:
-        self.model, self.case, self.device = model, case, device
+    def __init__(self, model: Any, case: PrefixBatch, device: torch.device, mode: str | None = None) -> None:
+        self.model, self.case, self.device, self.mode = model, case, device, mode
         self.ids, self.mask = case.ids.to(device), case.mask.to(device)
         self.inputs: dict[str, Any] = {"input_ids": self.ids, "use_cache": False}
         if case.is_padded:
@@ -130,11 +130,12 @@ class Ways:
 
     def _compiled(self, inputs: dict[str, Any], attention: str = "sdpa", **options: Any) -> Call:
         self.model.config._attn_implementation = attention
+        options = options or {"mode": self.mode}
         call = torch.compile(lambda **given: self.model(**given).last_hidden_state, **options)
         return lambda: call(**inputs)
 
     def _radix(self, **options: Any) -> Call:
-        return self._compiled(self.inputs, backend="radix", options=options)
+        return self._compiled(self.inputs, backend="radix", options={"mode": self.mode, **options})
 
     def plain(self) -> Call:
         return self._compiled(self.inputs)
@@ -149,7 +150,7 @@ class Ways:
 
     def reuse(self) -> Call:
         self.model.config._attn_implementation = "sdpa"
-        by_hand, case = torch.compile(reuse), self.case
+        by_hand, case = torch.compile(reuse, mode=self.mode), self.case
         return lambda: by_hand(self.model, self.ids, self.inputs.get("attention_mask"), case.groups, case.prefix)
 
     def rows(self) -> Call:
@@ -240,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, help="only these columns")
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--check", action="store_true", help="errors too, compared with those of plain")
+    parser.add_argument("--mode", choices=list(torch._inductor.list_mode_options()), help="inductor's, for all columns")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.check and "plain" not in options.ways:
@@ -262,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parameters = list(model.parameters())
     print(f"machine  {machine(device)}")
     print(f"model    Qwen3-{name}, {sizes['layers']} layers, {next(model.parameters()).dtype}")
-    print(f"measured {'forward and backward' if options.backward else 'forward'}, medians of {options.runs}")
+    measured = [f"forward{' and backward' if options.backward else ''}", f"medians of {options.runs}"]
+    print(f"measured {', '.join(measured + ([f'mode {options.mode}'] if options.mode else []))}")
     wrong = False
     chosen = [case for case in cases(on_gpu, options.backward) if options.only in case.name]
     for case in chosen[: options.cases]:
@@ -271,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
         )
         first, least = None, None
-        ways = Ways(model, case, device)
+        ways = Ways(model, case, device, options.mode)
         wanted = wider(model, case, device, options.backward) if options.check else []
         for way in (name for name in ways.names(options.backward) if name in options.ways):
             once = functools.partial(from_no_gradients, parameters, ways.make(way), options.backward)

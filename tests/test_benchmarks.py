@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -91,6 +93,20 @@ def test_errors_of_gradients() -> None:
     assert 0 < bench_models.distance(ways, "plain", found, wanted, backward=True) < 1e-5
     found[-1] = 2 * found[-1]
     assert bench_models.distance(ways, "plain", found, wanted, backward=True) > 1e-3
+
+
+def test_all_ways_are_compiled_in_the_mode_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str | None] = []
+
+    def record(call: object, mode: str | None = None, options: dict[str, Any] | None = None, **_: Any) -> object:
+        modes.append(mode or (options or {})["mode"])
+        return call
+
+    monkeypatch.setattr(torch, "compile", record)
+    ways = bench_models.Ways(build("Qwen3", head="Model"), rerank(2, 2, 5, 3), CPU, "reduce-overhead")
+    for name in bench_models.NAMES:
+        ways.make(name)
+    assert modes == ["reduce-overhead"] * 7
 
 
 @pytest.mark.parametrize("off", [0.0, 1e-4])
