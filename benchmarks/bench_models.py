@@ -130,7 +130,6 @@ class Ways:
 
     def _compiled(self, inputs: dict[str, Any], attention: str = "sdpa", **options: Any) -> Call:
         self.model.config._attn_implementation = attention
-        options = options or {"mode": self.mode}
         call = torch.compile(lambda **given: self.model(**given).last_hidden_state, **options)
         return lambda: call(**inputs)
 
@@ -138,7 +137,7 @@ class Ways:
         return self._compiled(self.inputs, backend="radix", options={"mode": self.mode, **options})
 
     def plain(self) -> Call:
-        return self._compiled(self.inputs)
+        return self._compiled(self.inputs, mode=self.mode)
 
     def packed(self) -> Call:
         kept = self.mask.flatten() > 0
@@ -146,7 +145,7 @@ class Ways:
         starts = torch.nn.functional.pad(self.case.lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
         PACKED.starts, PACKED.longest = starts, int(self.case.lengths.max())
         packed = {"input_ids": self.ids.flatten()[kept][None], "position_ids": positions, "use_cache": False}
-        return self._compiled(packed, "packed")
+        return self._compiled(packed, "packed", mode=self.mode)
 
     def reuse(self) -> Call:
         self.model.config._attn_implementation = "sdpa"
@@ -264,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parameters = list(model.parameters())
     print(f"machine  {machine(device)}")
     print(f"model    Qwen3-{name}, {sizes['layers']} layers, {next(model.parameters()).dtype}")
-    measured = [f"forward{' and backward' if options.backward else ''}", f"medians of {options.runs}"]
-    print(f"measured {', '.join(measured + ([f'mode {options.mode}'] if options.mode else []))}")
+    passes, mode = "forward and backward" if options.backward else "forward", f" in mode {options.mode}"
+    print(f"measured {passes}{mode if options.mode else ''}, medians of {options.runs}")
     wrong = False
     chosen = [case for case in cases(on_gpu, options.backward) if options.only in case.name]
     for case in chosen[: options.cases]:
