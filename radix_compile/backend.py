@@ -227,6 +227,7 @@ def _compile_folded(
     most = -(-internals.upper_bound(rows) // multiple) * multiple
     arrays = internals.unbacked_plan_inputs(rows, most, ids.device, plan.tree is not None, plan.tiles, plan.lists)
     inputs = [*internals.taken_apart(example_inputs), *arrays]
+    internals.present_as_dynamos(folded, captured)
     try:
         with internals.cache_unless(captured.meta["checkpointed"]):
             inner_options = dict(options.inner_options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,24 @@ class RowProgram:
 
     run: Callable[..., torch.Tensor]
     inputs: tuple[int, ...]
+    last: dict[tuple[int, ...], NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
+    """What it was for the sizes of the call before, if it depends on no tensor: most often, position ids do not."""
 
     def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
-        rows = self.run(*[args[i] for i in self.inputs]).reshape(-1, shape[1])
+        given = [args[i] for i in self.inputs]
+        if any(isinstance(one, torch.Tensor) for one in given):
+            return self._computed(given, shape)
+        sizes = (*given, *shape)
+        rows = self.last.get(sizes)
+        if rows is None:
+            rows = self._computed(given, shape)
+            rows.flags.writeable = False
+            self.last.clear()
+            self.last[sizes] = rows
+        return rows
+
+    def _computed(self, given: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
+        rows = self.run(*given).reshape(-1, shape[1])
         if rows.shape[0] != shape[0]:  # a constant: one row for all sequences
             rows = rows[:1].expand(shape)
         result: NDArray[Any] = rows.numpy(force=True)
@@ -174,13 +190,13 @@ class PlanInputs:
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.
-        sizes = [array.size for array in arrays]
-        room = [-(-size // 16) * 16 for size in sizes]
-        host = torch.empty(sum(room), dtype=torch.int64, pin_memory=device.type == "cuda")
-        for array, part in zip(arrays, host.split(room), strict=True):
-            part[: array.size].numpy()[:] = array.ravel()
-        parts = host.to(device, non_blocking=True).split(room)
-        return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+        *starts, size = accumulate((-(-array.size // 16) * 16 for array in arrays), initial=0)
+        host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        filled = host.numpy()
+        for array, start in zip(arrays, starts, strict=True):
+            filled[start : start + array.size] = array.ravel()
+        there = host.to(device, non_blocking=True)
+        return [there.narrow(0, at, one.size).view(one.shape) for one, at in zip(arrays, starts, strict=True)]
 
 
 def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:

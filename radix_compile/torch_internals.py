@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, get_debug_dir
 from torch._functorch.aot_autograd import aot_export_module
@@ -335,6 +337,23 @@ def exits_autocast(target: Any) -> bool:
 def tag_for_recompute(node: fx.Node, region: int) -> None:
     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     node.meta["ac_graph_id"] = region
+
+
+def present_as_dynamos(gm: fx.GraphModule, like: fx.GraphModule) -> None:
+    """Give a graph that was made from ``like``, with more inputs behind, what AOTAutograd looks up on Dynamo's own.
+
+    Without it, parameters count as inputs that may lie elsewhere in the next call: their alignment is checked in each,
+    and CUDA graphs copy them. Placeholders lose their ``val``, which Dynamo's do not have and inductor's C++ wrapper
+    takes for the inputs. The source of what Dynamo does not know is None, or a constant.
+    """
+    before = like.graph.find_nodes(op="placeholder")
+    for node, old in itertools.zip_longest(gm.graph.find_nodes(op="placeholder"), before):
+        node.meta.pop("val", None)
+        node._dynamo_source = getattr(old, "_dynamo_source", None)
+    if hasattr(like, "_param_name_to_source"):
+        known: Any = like._param_name_to_source
+        constants = [name for name, _ in itertools.chain(gm.named_parameters(), gm.named_buffers())]
+        gm._param_name_to_source = {name: ConstantSource(name) for name in constants} | known
 
 
 def compile_with(

@@ -82,3 +82,13 @@ def test_inductor_takes_a_mode() -> None:
     backend = radix_compile.RadixBackend(threshold=1.0)
     torch.testing.assert_close(torch.compile(model, backend=backend, mode="reduce-overhead")(ids), model(ids))
     assert radix_compile.stats().folded_calls == 1
+
+
+def test_inductors_cpp_wrapper() -> None:
+    """It takes what a graph's placeholders say of themselves for the inputs, not what they are given."""
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+    ids = torch.zeros(3, 5, dtype=torch.long)
+    backend = radix_compile.RadixBackend(threshold=1.0, inner_options={"cpp_wrapper": True})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(ids), model(ids))
+    assert radix_compile.stats().folded_calls == 1

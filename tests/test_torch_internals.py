@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._guards import TracingContext
 from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.testing._internal.two_tensor import TwoTensor
@@ -111,6 +113,32 @@ def test_equal_sizes_of_two_symbols_become_a_guard() -> None:
 def test_dynamos_own_control_flow_is_not_stopped() -> None:
     assert internals.must_propagate(TensorifyScalarRestartAnalysis())
     assert not internals.must_propagate(RuntimeError())
+
+
+class Constant(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.tensor([0.5, 2.0])
+
+
+def test_parameters_of_rewritten_graphs_are_static() -> None:
+    """As those of Dynamo's own are: the others may lie elsewhere in the next call, and CUDA graphs copy them."""
+    static: list[list[str]] = []
+
+    def compiler(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None
+        found = [inputs[i] for i in metadata.static_input_indices]
+        static.append(sorted(str(list(one.shape)) for one in found))
+        return gm.forward
+
+    model = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 16), nn.Linear(16, 2), Constant())
+    weights = sorted(str(list(parameter.shape)) for parameter in model.parameters())
+    options = {"inner": aot_autograd(fw_compiler=compiler), "threshold": 1.0, "strict": True}
+    with torch.no_grad():
+        torch.compile(model, backend="radix", options=options)(shared_batch(4, 6, 2))
+    folded, plain = static
+    assert plain == weights
+    assert folded == sorted([*weights, "[2]"])  # constants of the graph are static too
 
 
 def test_inner_backends_are_found_by_name() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import radix_compile
 from tests.models import build, compare, paths, shared_batch
@@ -59,6 +60,27 @@ def test_gradients() -> None:
     model = build("Qwen3", head_dim=16).cuda()
     compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
     check_gradients(model, compiled, shared_batch(4, 24, 16).cuda())
+
+
+def test_cuda_graphs() -> None:
+    """One for every tuple of the plan's sizes, in which calls of equal shape differ. Weights are not copied."""
+    model = build("Qwen3", head_dim=16).cuda()
+    options = {"threshold": 1.0, "strict": True, "mode": "reduce-overhead"}
+    compiled = torch.compile(model, backend="radix", options=options)
+    counts = counters["inductor"]
+    counts.clear()
+    batches = [shared_batch(6, 50, shared, seed=shared).cuda() for shared in (46, 30, 1)]
+    for ids in (*batches, *batches, *batches):  # warms up, records, and replays
+        compare(model, compiled, ids, use_cache=False)
+    assert radix_compile.stats().folded_calls == 9
+    assert counts["cudagraph_skips"] == 0
+    plan = 10 + 6  # fold and scatter, begin and end, the six of tiles; and all sizes among them
+    assert 0 < counts["cudagraph_recorded_non_static_inputs"] <= len(batches) * (1 + plan)
+    for ids in (*batches, *batches, *batches):
+        model.zero_grad()
+        radix_compile.reset_stats()
+        check_gradients(model, compiled, ids)
+    assert counts["cudagraph_skips"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
