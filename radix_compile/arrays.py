@@ -39,3 +39,8 @@ def as_multiple(pad_multiple_of: SupportsIndex | None) -> int:
     if multiple < 1:
         raise ValueError(f"pad_multiple_of must be at least 1, got {multiple}")
     return multiple
+
+
+def short_of_power_of_two(count: int) -> int:
+    """How many more make it a power of two; none are missing of nothing."""
+    return (1 << (count - 1).bit_length()) - count if count else 0

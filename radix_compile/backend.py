@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 LEAST_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
 
+SIZES = 64
+"""For CUDA graphs, numbers of nodes are multiples of the rows by about this many, if the user does not say of what."""
+
 
 class RadixBackend:
     """A ``torch.compile`` backend that runs token-wise work once per distinct prefix of the batch.
@@ -72,6 +75,7 @@ class RadixBackend:
         report = GraphReport(folded=False)
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
+            options = _of_few_sizes(options, captured)
             trace_rewrite(captured, rewritten, report)
             name = "full fold" if inputs.tree is not None else "position-wise fold"
             folded = [_compile_folded(name, captured, rewritten, inputs, example_inputs, options)]
@@ -210,6 +214,16 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
     return Measurements(Path(options.calibration or calibration_file()), key, about)
 
 
+def _of_few_sizes(options: Options, captured: fx.GraphModule) -> Options:
+    """CUDA graphs are recorded for sizes, of which hardly any would come again if plans had all that there are."""
+    ids = captured.meta["tokens"].keys[0].meta["val"]
+    graphs = internals.records_cuda_graphs(options.inner, options.mode, dict(options.inner_options))
+    if options.pad_multiple_of is not None or ids.device.type != "cuda" or not graphs:
+        return options
+    rows = internals.size_hint(ids.shape[0]) * internals.size_hint(ids.shape[1])
+    return replace(options, pad_multiple_of=max(1 << (rows // SIZES).bit_length() >> 1, 1))
+
+
 def _compile_folded(
     name: str,
     captured: fx.GraphModule,
@@ -218,6 +232,7 @@ def _compile_folded(
     example_inputs: Sequence[Any],
     options: Options,
 ) -> Folded:
+    plan = replace(plan, filled_up=options.pad_multiple_of is not None)
     verify = CallVerifier(captured, _copied(folded)) if options.verify else None  # the inner backend may write to it
     # The fake ids, whose sizes are symbols where the real ones' are numbers: a number here would pin the batch.
     ids = captured.meta["tokens"].keys[0].meta["val"]

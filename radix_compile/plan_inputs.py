@@ -109,6 +109,7 @@ class PlanInputs:
     ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
               the truth values of those that are; ``tiles`` whether it takes those too.
     ``lists`` whether it takes the row lists of the nodes, for gradients.
+    ``filled_up`` if arrays whose size varies are given entries that do nothing, up to a power of two.
     """
 
     keys: tuple[int, ...]
@@ -126,6 +127,7 @@ class PlanInputs:
     blocks: tuple[BlockTables, ...] = ()
     listed: tuple[BlockCheck, ...] = ()
     triangles: TriangleCheck | None = None
+    filled_up: bool = False
 
     @property
     def may_leave_the_tree(self) -> bool:
@@ -185,8 +187,11 @@ class PlanInputs:
             shape = args[self.keys[0]].shape[:2]
             shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
             begin, end = plan.tree(np.logical_and.reduce(shown) if shown else None)
-            arrays += [begin, end, *(tree_tiles(plan, begin, end).arrays if self.tiles else ())]
-        arrays += plan.row_lists() if self.lists else ()
+            arrays += [begin, end]
+            if self.tiles:
+                tiles = tree_tiles(plan, begin, end)
+                arrays += (tiles.filled_up() if self.filled_up else tiles).arrays
+        arrays += plan.row_lists(self.filled_up) if self.lists else ()
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.

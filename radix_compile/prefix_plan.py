@@ -17,7 +17,7 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 
-from radix_compile.arrays import Array, Int64, as_array, as_multiple
+from radix_compile.arrays import Array, Int64, as_array, as_multiple, short_of_power_of_two
 from radix_compile.fold_and_scatter import compute_fold_and_scatter, compute_fold_and_scatter_torch
 from radix_compile.prefix_sort import sort_equal_lengths, sort_ragged
 
@@ -69,13 +69,14 @@ class PrefixPlan:
         """Number of nodes, padding of `fold` not counted."""
         return int(self.scatter.max(initial=-1)) + 1
 
-    def row_lists(self) -> tuple[Int64, Int64, Int64]:
+    def row_lists(self, filled_up: bool = False) -> tuple[Int64, Int64, Int64]:
         """The rows of each node in CSR form, for sums over them: ``rows``, ``starts`` and ``pieces``.
 
         ``rows`` is ``[B * S]``, ``starts`` ``[T' + 1]``. The rows of node ``n`` are ``rows[starts[n]:starts[n + 1]]``,
         those of sequences earlier in `order` first. What of `rows` lies behind ``starts[T']`` is 0: rows that are left
         out are in no list, and padding of `fold` has an empty one. ``pieces`` ``[P]`` are the places in `rows` where
-        the pieces of `PIECE` entries start, of lists that are longer than one; often there are none.
+        the pieces of `PIECE` entries start, of lists that are longer than one; often there are none. With `filled_up`,
+        the last of them comes again, up to a power of two, and nobody reads its further sums.
         """
         sequences, count, nodes = len(self.order), len(self.scatter), len(self.fold)
         starts = np.zeros(nodes + 1, np.int64)
@@ -90,7 +91,10 @@ class PrefixPlan:
         target[self.scatter < 0] = count
         rows = np.zeros(count + 1, np.int64)
         rows[target] = np.arange(count)
-        return rows[:-1], starts, _pieces(starts) if sequences > PIECE else np.empty(0, np.int64)
+        pieces = _pieces(starts) if sequences > PIECE else np.empty(0, np.int64)
+        if filled_up:
+            pieces = np.append(pieces, pieces[-1:].repeat(short_of_power_of_two(len(pieces))))
+        return rows[:-1], starts, pieces
 
     def tree(self, shown: Array | None = None) -> tuple[Int64, Int64]:
         """The ancestors of each node, by two numbers: ``begin`` and ``end``, both ``[T']``.

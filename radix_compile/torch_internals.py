@@ -373,7 +373,7 @@ def compile_with(
     compiler = lookup_backend(inner) if isinstance(inner, str) else inner
     settings: dict[str, Any] = {}
     if inner == "inductor":
-        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
+        patches = _inductor_settings(mode, options)
         if decompositions:
             patches = UNBACKED_SIZES | patches
         if patches:
@@ -386,6 +386,17 @@ def compile_with(
     with _cache_key(decompositions):
         compiled: Callable[..., Any] = compiler(gm, list(example_inputs), **settings)
     return compiled
+
+
+def _inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **options}
+
+
+def records_cuda_graphs(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Would it, on a GPU? One for each tuple of sizes."""
+    settings = _inductor_settings(mode, options) if inner == "inductor" else {}
+    recorded: bool = settings.get("triton.cudagraphs", inner == "inductor" and inductor_config.triton.cudagraphs)
+    return recorded
 
 
 @functools.cache

@@ -11,11 +11,11 @@ The other way round, for gradients of keys, the queries of a tile are its descen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from radix_compile.arrays import Int64
+from radix_compile.arrays import Int64, short_of_power_of_two
 from radix_compile.prefix_plan import PrefixPlan
 
 ROWS = 64
@@ -55,6 +55,29 @@ class TreeTiles:
     @property
     def arrays(self) -> tuple[Int64, ...]:
         return self.runs, self.run_starts, self.keys, self.key_starts, self.parts, self.divided
+
+    def filled_up(self) -> TreeTiles:
+        """With entries that do nothing behind each list, up to a power of two, so that calls differ in size less often.
+
+        No tile reads the further keys. The further parts have no queries, and numbers of their own; with the further
+        tiles of `divided` they belong to a tile behind the last.
+        """
+        missing = short_of_power_of_two(len(self.parts))
+        slots = self.divided[:, 2].max(initial=0) + np.arange(missing)
+        nothing = len(self.run_starts) - 1, 0, 0
+        parts = np.column_stack([np.full((missing, 3), nothing), slots])
+        return replace(
+            self,
+            runs=_filled_up(self.runs, 0),
+            keys=_filled_up(self.keys, -1),
+            parts=np.concatenate([self.parts, parts]),
+            divided=_filled_up(self.divided, nothing),
+        )
+
+
+def _filled_up(array: Int64, filler: int | tuple[int, ...]) -> Int64:
+    more = np.full((short_of_power_of_two(len(array)), *array.shape[1:]), filler)
+    return np.concatenate([array, more])
 
 
 def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:

@@ -263,3 +263,13 @@ def test_the_class_of_what_is_compiled() -> None:
     torch.compile(lambda x: mine(x) * 2, backend=backend)(torch.ones(2))
     assert seen == ["Mine", None]
     assert internals.compiled_module() is None
+
+
+def test_cuda_graphs_are_a_setting_of_inductors() -> None:
+    assert internals.records_cuda_graphs("inductor", "reduce-overhead", {})
+    assert not internals.records_cuda_graphs("inductor", "reduce-overhead", {"triton.cudagraphs": False})
+    assert not internals.records_cuda_graphs("inductor", None, {})
+    assert not internals.records_cuda_graphs("aot_eager", "reduce-overhead", {})
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert internals.records_cuda_graphs("inductor", None, {})
+        assert not internals.records_cuda_graphs("inductor", None, {"triton.cudagraphs": False})

@@ -100,3 +100,26 @@ def test_parts_take_limited_memory() -> None:
     plan = PrefixPlan.from_rows(prefixes(100, 1000, (500, 100)))
     parts = tree_tiles(plan, *plan.tree()).parts
     assert 8 <= (parts[:, 3] >= 0).sum() <= PARTS + 8
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_lists_are_filled_up_to_powers_of_two(ids: torch.Tensor) -> None:
+    plan = PrefixPlan.from_rows(ids)
+    begin, end = plan.tree()
+    tiles = tree_tiles(plan, begin, end)
+    longer = tiles.filled_up()
+    for name in ("runs", "keys", "parts", "divided"):
+        short, long = getattr(tiles, name), getattr(longer, name)
+        assert long.dtype == np.int64
+        assert len(short) <= len(long) == (1 << (len(short) - 1).bit_length() if len(short) else 0)
+        np.testing.assert_array_equal(long[: len(short)], short)
+    assert longer.run_starts is tiles.run_starts
+    assert longer.key_starts is tiles.key_starts
+    assert (longer.keys[len(tiles.keys) :] == -1).all()
+    further = longer.parts[len(tiles.parts) :]
+    assert (further[:, 1] == further[:, 2]).all()
+    taken = tiles.parts[:, 3].max() + 1
+    assert further[:, 3].tolist() == list(range(taken, taken + len(further)))
+    behind = len(tiles.run_starts) - 1
+    assert (further[:, 0] == behind).all()
+    assert (longer.divided[len(tiles.divided) :] == [behind, 0, 0]).all()

@@ -75,7 +75,14 @@ def test_cuda_graphs() -> None:
     assert radix_compile.stats().folded_calls == 9
     assert counts["cudagraph_skips"] == 0
     plan = 10 + 6  # fold and scatter, begin and end, the six of tiles; and all sizes among them
-    assert 0 < counts["cudagraph_recorded_non_static_inputs"] <= len(batches) * (1 + plan)
+    recorded = counts["cudagraph_recorded_non_static_inputs"]
+    assert 0 < recorded <= len(batches) * (1 + plan)
+    radix_compile.reset_stats()
+    one_less = batches[0].clone()
+    one_less[1, 46] = one_less[0, 46]
+    compare(model, compiled, one_less, use_cache=False)
+    assert radix_compile.stats().compact_tokens == paths(one_less.cpu()) != paths(batches[0].cpu())
+    assert counts["cudagraph_recorded_non_static_inputs"] == recorded  # both have 72 nodes with those that fill up
     for ids in (*batches, *batches, *batches):
         model.zero_grad()
         radix_compile.reset_stats()

@@ -64,11 +64,12 @@ BATCHES = {
 }
 
 
-def tree_of(ids: Tensor, shown: Tensor | None = None, **options: Any) -> TreeArrays:
+def tree_of(ids: Tensor, shown: Tensor | None = None, filled_up: bool = False, **options: Any) -> TreeArrays:
     """The tree of a batch; keys that are not ``shown`` ``[B, S]`` are hidden."""
     plan = PrefixPlan.from_rows(*((ids,) if shown is None else (ids, shown)), **options)
     begin, end = plan.tree(None if shown is None else shown.flatten().numpy() != 0)
-    arrays = plan.fold, plan.scatter, begin, end, *tree_tiles(plan, begin, end).arrays
+    tiles = tree_tiles(plan, begin, end)
+    arrays = plan.fold, plan.scatter, begin, end, *(tiles.filled_up() if filled_up else tiles).arrays
     return TreeArrays(*(torch.from_numpy(one).to(DEVICE) for one in arrays))
 
 
@@ -280,6 +281,24 @@ def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
         assert divided is not None
         assert len(divided)
         test_gradients("triton", batch, name)
+
+
+@pytest.mark.parametrize("name", ["plain", "all of it"])
+@pytest.mark.parametrize("batch", ["levels", "a long prefix"])
+def test_lists_that_are_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch, batch: str, name: str) -> None:
+    monkeypatch.setattr(tree_tiles_module, "LEAST", 64)
+    ids, (options, carried) = BATCHES[batch], split(CARRIED[name])
+    tree, longer = tree_of(ids), tree_of(ids, filled_up=True)
+    sizes = [(len(one), len(other)) for one, other in zip(tree, longer, strict=True) if one is not None is not other]
+    assert any(few < more for few, more in sizes)
+    given = inputs(tree, ids=ids, **options)
+    grad = inputs(tree, options.get("heads", (4, 4)), options.get("sizes", (16, 16))).value
+    found = []
+    for each in (tree, longer):
+        result, total = run(FORWARD["triton"], each, given, **carried)
+        about = Carried(given.sinks, given.bias, **{"scale": 0.3, **carried})
+        found.append([result, total, *BACKWARD["triton"](grad, *given[:3], result, total, each, about)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", ["plain", "all of it"])

@@ -90,6 +90,17 @@ def test_sums(plan: Plan, dtype: torch.dtype) -> None:
         assert ours.stride() == exact.stride()
 
 
+@pytest.mark.parametrize("name", ["long lists", "long and short lists", "a tree"])
+def test_sums_do_not_depend_on_how_many_pieces_come_again(name: str) -> None:
+    plan = PLANS[name]
+    again = torch.nn.functional.pad(plan.pieces, (0, 3), value=plan.pieces[-1]) if len(plan.pieces) else plan.pieces
+    rows = full(plan, 24)
+    ours, expected = (
+        triton_sums.foreach_sum_rows([rows], *plan.lists[:-1], pieces, [0], [1])[0] for pieces in (again, plan.pieces)
+    )
+    assert_same(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_widths(dtype: torch.dtype) -> None:
     plan = tree(5, 4, device=DEVICE)
