@@ -22,8 +22,8 @@ class Options:
                          was measured on disk. False: predict from what is there, else fold at a threshold of 0.95.
     ``calibration``      the file of measurements, if not the one in the user's cache directory.
     ``min_tokens``       run calls with fewer rows (sequences times columns) plain.
-    ``pad_multiple_of``  pad the number of compact rows up to a multiple of this, and lists whose length varies to powers
-                         of two. None: neither, but for CUDA graphs, which are recorded for sizes.
+    ``pad_multiple_of``  pad the number of compact rows up to a multiple of this, and lists whose length varies to
+                         powers of two. None: neither, but for CUDA graphs, which are recorded for sizes.
     ``padding``          "exact": every row of the output is the row of the plain model. "skip": rows that the attention
                          mask hides are left out and come back as zeros, if it is proved that no other row reads them.
     ``fold_attention``   run attention on the prefix tree where that can be. False: in full form, as RadixMLP has it.
