@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import radix_compile
+from radix_compile import backend
 from radix_compile.options import Options
 
 
@@ -92,3 +94,18 @@ def test_inductors_cpp_wrapper() -> None:
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(ids), model(ids))
     assert radix_compile.stats().folded_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda", {"mode": "reduce-overhead"}, 256),
+        ("cuda", {"mode": "reduce-overhead", "pad_multiple_of": 5}, 5),
+        ("cuda", {}, None),
+        ("cpu", {"mode": "reduce-overhead"}, None),
+    ],
+)
+def test_cuda_graphs_are_recorded_for_few_sizes(device: str, given: dict[str, Any], expected: int | None) -> None:
+    ids = SimpleNamespace(meta={"val": SimpleNamespace(device=torch.device(device), shape=(16, 1280))})
+    captured: Any = SimpleNamespace(meta={"tokens": SimpleNamespace(keys=[ids])})
+    assert backend._of_few_sizes(Options(**given), captured).pad_multiple_of == expected
