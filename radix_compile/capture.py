@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
+from radix_compile.grad_modes import grad_modes
 from radix_compile.triangles import read_triangle
 
 aten = torch.ops.aten
@@ -33,26 +34,30 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``; placeholders of parameters and buffers carry
     ``is_static``, those with a gradient ``needs_gradient``, and buffers that hold a causal mask ``triangle``. Of the
     graph, ``meta`` says whether activation checkpointing regions were inlined (``checkpointed``), whether a call may be
-    followed by a backward pass (``differentiable``), whether there are wrapped inputs (``wrapped``), and the class of
-    the ``model``. Raises :class:`CaptureError`; ``gm`` is left as it was.
+    followed by a backward pass (``differentiable``), whether gradients are recorded where it begins (``grad_mode``),
+    whether there are wrapped inputs (``wrapped``), and the class of the ``model``. Raises :class:`CaptureError`;
+    ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
-    if any(_needs_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
+    trains = _records_gradients(gm) and any(map(_has_gradient, example_inputs))
+    if trains and any(_has_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
         raise CaptureError("a weight with a gradient is made of several tensors: it folds under torch.no_grad()")
     checkpointed = _tag_checkpointed_regions(gm)
     try:
-        captured, mutated = internals.export_functional(_Replay(gm), example_inputs)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # a failure may leave a region of the program open
+            captured, mutated = internals.export_functional(_Replay(gm), example_inputs)
     except internals.CAPTURE_ERRORS as error:
         if internals.must_propagate(error):
             raise
         raise CaptureError(f"lowering to ATen failed: {first_line(error)}") from error
     if mutated:
         raise CaptureError(_writes(gm, captured, mutated))
-    _copy_placeholder_facts(gm, captured, example_inputs)
+    _copy_placeholder_facts(gm, captured, example_inputs, trains)
     _tidy(captured)
     captured.meta["model"] = _model_of(captured.graph)
     captured.meta["checkpointed"] = checkpointed
-    captured.meta["differentiable"] = torch.is_grad_enabled() and any(map(_needs_gradient, example_inputs))
+    captured.meta["differentiable"] = trains
+    captured.meta["grad_mode"] = torch.is_grad_enabled()
     return captured
 
 
@@ -83,19 +88,28 @@ def first_line(error: BaseException) -> str:
 
 
 def _refuse_what_would_go_wrong(gm: fx.GraphModule) -> None:
-    for module in gm.modules():
-        if not isinstance(module, fx.GraphModule):
-            continue
+    inside = _records_gradients(gm)  # of a graph inside of this one it is not known where it is called
+    for module in _graphs_of(gm):
+        modes = grad_modes(module.graph, torch.is_grad_enabled() if module is gm else inside)
         for node in module.graph.nodes:
             if node.op != "call_function":
                 continue
-            if internals.is_custom_autograd_function(node.target) and torch.is_grad_enabled():
+            if internals.is_custom_autograd_function(node.target) and modes[node]:
                 raise CaptureError(
-                    "a custom autograd.Function would lose its gradient: under torch.no_grad() it can fold"
+                    "a custom autograd.Function would lose its gradient: where none is recorded it can fold"
                 )
             if internals.is_functorch_transform(node.target):
                 # Lowering fails half way through these and leaves functorch's interpreter stack unbalanced.
                 raise CaptureError("the program uses torch.func transforms (vmap), as flex_attention's block masks do")
+
+
+def _graphs_of(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    return (module for module in gm.modules() if isinstance(module, fx.GraphModule))
+
+
+def _records_gradients(gm: fx.GraphModule) -> bool:
+    """Are gradients recorded anywhere in it? A program that is called without may switch them on."""
+    return any(any(grad_modes(one.graph, torch.is_grad_enabled()).values()) for one in _graphs_of(gm))
 
 
 # -------------------------------------------------------------------------------------- regions with a meaning
@@ -114,6 +128,7 @@ def _tag_checkpointed_regions(gm: fx.GraphModule) -> bool:
 class _Replay(fx.Interpreter):
     """Runs the Dynamo graph with the regions it only names made real: autocast entered, checkpointing inlined.
 
+    Of ``torch.inference_mode()`` what is kept is that no gradients are recorded in it, as by ``torch.no_grad()``.
     Entered, an autocast region is recorded and gives its ops their dtypes. The casts are not recorded, neither its own
     nor those of a region around the call: whoever compiles the captured graph applies them, once.
     """
@@ -139,6 +154,13 @@ class _Replay(fx.Interpreter):
         if internals.exits_autocast(target):
             self.autocasts.pop().close()
             return None
+        if internals.enters_inference_mode(target):
+            before = torch.is_grad_enabled()
+            internals.set_grad_enabled(not args[0])
+            return before
+        if internals.exits_inference_mode(target):
+            internals.set_grad_enabled(args[0])
+            return None
         if internals.is_checkpoint_region(target):
             body, *inputs = args
             return _Replay(body).run(*inputs)
@@ -148,7 +170,9 @@ class _Replay(fx.Interpreter):
 # --------------------------------------------------------------------------------------------------- afterwards
 
 
-def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+def _copy_placeholder_facts(
+    gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any], trains: bool
+) -> None:
     """What compilers look up on Dynamo's placeholders: without it parameters would count as changing inputs."""
     for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
         if key in gm.meta:
@@ -165,7 +189,7 @@ def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, exampl
             new.meta["is_static"] = internals.is_parameter_or_buffer(example)
             if new.meta["is_static"] and not isinstance(example, torch.nn.Parameter):
                 new.meta["triangle"] = read_triangle(tensor)
-            new.meta["needs_gradient"] = _needs_gradient(example)
+            new.meta["needs_gradient"] = trains and _has_gradient(example)
             if wrapped:
                 continue
             if "tensor_dict" in old.meta:
@@ -174,8 +198,8 @@ def _copy_placeholder_facts(gm: fx.GraphModule, captured: fx.GraphModule, exampl
                 new._dynamo_source = old._dynamo_source
 
 
-def _needs_gradient(example: Any) -> bool:
-    return torch.is_grad_enabled() and isinstance(example, torch.Tensor) and example.requires_grad
+def _has_gradient(example: Any) -> bool:
+    return isinstance(example, torch.Tensor) and example.requires_grad
 
 
 def _tidy(gm: fx.GraphModule) -> None:

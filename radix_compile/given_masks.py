@@ -33,7 +33,8 @@ def given_mask_value(node: fx.Node) -> Value:
     """What is known of such an input if :func:`rows_seen` accepts it."""
     tensor = node.meta["val"]
     visible = Given(node, -2, -1)
-    fact = Predicate(visible) if tensor.dtype == torch.bool else Masked(visible, bounded=True, strict=False)
+    is_bool = tensor.dtype == torch.bool
+    fact = Predicate(visible) if is_bool else Masked.of(visible, torch.finfo(tensor.dtype).min / 2, 0.0)
     if as_size(tensor.shape[0]) == 1:
         return Value(plain_axes(node), fact=fact)
     heads: Axis = plain_axis(as_size(tensor.shape[1]))

@@ -8,6 +8,7 @@ not, which rows may see nothing at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -113,6 +114,15 @@ def atoms_of(formula: Formula) -> Iterator[Formula]:
             yield from atoms_of(term)
     else:
         yield formula
+
+
+def ordered_by(formula: Formula) -> Iterator[fx.Node]:
+    """The integers of rows whose order, or whose steps from one to the next, it is about."""
+    for atom in atoms_of(formula):
+        if isinstance(atom, AtMost):
+            yield atom.source
+        elif isinstance(atom, Same) and atom.runs_of is not None:
+            yield atom.runs_of
 
 
 def is_known(formula: Formula) -> bool:
@@ -303,32 +313,49 @@ class Ones:
     formula: Formula
 
 
+ORDINARY = 1e4
+"""What no query-key product is larger than. It is not proved: a floor of a mask may be as near as that of float16."""
+
+FAR = 1e3
+"""Entries that are lower than another by so much have no weight in a softmax with it: exp(-1000) is zero in float64."""
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Query-key products, possibly scaled or soft-capped: of ordinary size, far from the mask's floor."""
+    """Query-key products, scaled or soft-capped perhaps, or what is added to them: at most ``size``, of either sign."""
+
+    size: float = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """Scores or a mask to add to them: hidden (see :func:`is_hidden`) wherever ``visible`` does not hold.
+    """Scores or a mask to add to them: hidden wherever ``visible`` does not hold.
 
-    ``bounded`` if the visible entries are of ordinary size; ``strict`` if hidden entries are minus infinity;
-    ``scaled`` if they are not, and have been divided since: they must not be again. ``centred`` if the largest entry of
-    each row has been subtracted, and the hidden entries are far below it, whatever is visible. ``zero`` if the visible
-    entries are.
+    ``floor`` is the highest that a hidden entry is, ``size`` the largest that a visible one is, of either sign
+    (infinite if that is not known). Hidden entries are lower by ``gap``, at least, than the largest visible one of
+    their row, if there is one. ``zero`` if the visible entries are.
     """
 
     visible: Formula
-    bounded: bool
-    strict: bool
-    scaled: bool = False
-    centred: bool = False
+    floor: float
+    size: float
+    gap: float
     zero: bool = False
+
+    @classmethod
+    def of(cls, visible: Formula, floor: float, size: float, zero: bool = False) -> Masked:
+        gap = math.inf if floor == -math.inf else -size - floor
+        return cls(visible, floor, size, gap, zero)
+
+    @property
+    def is_strict(self) -> bool:
+        """Are the hidden entries minus infinity?"""
+        return self.floor == -math.inf
 
     @property
     def is_certain(self) -> bool:
-        """Are the hidden entries far below the largest visible one of a row, if there is one?"""
-        return self.bounded or self.strict or self.centred
+        """Have the hidden entries of a row no weight in a softmax, if it has a visible one?"""
+        return self.gap >= FAR
 
 
 @dataclass(frozen=True, slots=True)

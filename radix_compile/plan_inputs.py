@@ -16,7 +16,7 @@ from radix_compile.ancestors import ancestors
 from radix_compile.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
 from radix_compile.column_reach import ReachCheck
 from radix_compile.given_masks import rows_seen
-from radix_compile.mask_facts import Blind
+from radix_compile.mask_facts import Blind, ordered_by
 from radix_compile.op_rules.flex import Blocks
 from radix_compile.passes.fold_graph import (
     Wanted,
@@ -48,6 +48,8 @@ class RowProgram:
 
     run: Callable[..., torch.Tensor]
     inputs: tuple[int, ...]
+    is_constant: bool = False
+    """Is it the same for all sequences?"""
     last: dict[tuple[int, ...], NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
     """What it was for the sizes of the call before, if it depends on no tensor: most often, position ids do not."""
 
@@ -65,10 +67,10 @@ class RowProgram:
         return rows
 
     def _computed(self, given: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
-        rows = self.run(*given).reshape(-1, shape[1])
-        if rows.shape[0] != shape[0]:  # a constant: one row for all sequences
-            rows = rows[:1].expand(shape)
-        result: NDArray[Any] = rows.numpy(force=True)
+        rows = self.run(*given)
+        if self.is_constant:  # perhaps a buffer for longer sequences, of which the columns in front are read
+            rows = rows.reshape(-1, rows.shape[-1])[:1, : shape[1]].expand(shape)
+        result: NDArray[Any] = rows.reshape(shape).numpy(force=True)
         return result
 
 
@@ -99,6 +101,7 @@ class PlanInputs:
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.
     ``listed`` what those of attention on the tree must say.
+    ``orders`` programs for integers that masks order or count by, which arithmetic on them must not wrap around.
     ``triangles`` the buffers that masks were read from, which must hold what they did.
     ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
     ``runs``  program for the numbers of sequences that are packed in a row.
@@ -126,6 +129,7 @@ class PlanInputs:
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
     listed: tuple[BlockCheck, ...] = ()
+    orders: tuple[RowProgram, ...] = ()
     triangles: TriangleCheck | None = None
     filled_up: bool = False
 
@@ -145,6 +149,8 @@ class PlanInputs:
         shape = (keys[0].shape[0], keys[0].shape[1])
         if self.triangles is not None and not self.triangles(args, shape[1]):
             raise RunsPlain("a mask that is kept in a buffer has changed since this was compiled")
+        if any(may_wrap(program(args, shape)) for program in self.orders):
+            raise RunsPlain("positions so large that integers may wrap around")
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
         if not all(check(args, shape) for check in self.listed):
             raise OffTheTree("flex_attention's table of blocks shows or hides others than its mask_mod")
@@ -213,6 +219,14 @@ def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
     return embedded + [key.numpy(force=True) for key in keys]
 
 
+def may_wrap(numbers: NDArray[Any]) -> bool:
+    """Are there integers so near the ends of their type that what is added to them (``LARGEST_OFFSET``) may wrap?"""
+    if numbers.dtype not in (np.int32, np.int64) or not numbers.size:  # in others, nothing is known of sums
+        return False
+    limit = np.iinfo(numbers.dtype).max // 2
+    return not -limit <= numbers.min() <= numbers.max() <= limit
+
+
 def sightless(visible: BoolArray, window: int | None) -> BoolArray:
     """The rows ``[B, S]`` for which none of the last ``window`` columns, their own included, is visible."""
     seen = np.cumsum(visible, axis=1)
@@ -272,6 +286,8 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
     place = {node: i for i, node in enumerate(placeholders)}
+    attended = [v.attends for n in captured.graph.nodes if n.op != "output" for v in values_of(n) if v.attends]
+    orders = dict.fromkeys(source for seen in attended for source in ordered_by(seen.visible))
     listed = tuple(
         BlockCheck(
             _places(tables, place),
@@ -296,6 +312,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
         listed=listed,
+        orders=tuple(_row_program(captured, source) for source in orders),
         triangles=_triangle_check(captured, place),
     )
 
@@ -345,4 +362,4 @@ def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[source])
-    return RowProgram(fx.GraphModule(captured, graph), tuple(inputs))
+    return RowProgram(fx.GraphModule(captured, graph), tuple(inputs), values_of(source)[0].is_constant)

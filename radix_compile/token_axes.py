@@ -214,6 +214,10 @@ def source_line(node: fx.Node) -> str:
     return f"{parts[1] if len(parts) > 1 else where}:{line}: {code}"
 
 
+Uses: TypeAlias = tuple[tuple[fx.Node, int, str], ...]
+"""How operands meet token axes: see ``Value.operands``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """What is known of one node's result.
@@ -226,9 +230,10 @@ class Value:
     ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
     ``attends``     for the result of causal attention, who sees whom.
     ``arrangement`` numbers about an order of rows; then there are no axes.
-    ``operands``    for a position-wise op, how each constant operand meets the token axes: ``(node, dim, how)`` with
-                    ``how`` "column" (one entry per column: gather), "first" (all entries equal: take one) or "count"
-                    (0, 1, 2, ...: count the entries there are).
+    ``operands``    how each operand without a token axis at ``dim`` meets one there: ``(node, dim, how)`` with ``how``
+                    "column" (a constant with one entry per column: gather), "first" (one whose entries are all equal:
+                    take one), "count" (0, 1, 2, ...: count the entries there are) or "pairs" (a value of rows, whose
+                    features turn out to be the columns that each row is compared with).
     """
 
     axes: Axes
@@ -239,7 +244,7 @@ class Value:
     identity: fx.Node | None = None
     attends: Weights | None = None
     arrangement: Arrangement | None = None
-    operands: tuple[tuple[fx.Node, int, str], ...] = field(default=(), compare=False)
+    operands: Uses = field(default=(), compare=False)
 
     @property
     def is_constant(self) -> bool:
@@ -357,13 +362,11 @@ def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
     raise Mixes("dimensions that line up mean different things: " + " and ".join(map(str, dict.fromkeys(varying))))
 
 
-def broadcast(
-    layout: Layout, operands: Iterable[Operand], exact: bool = False
-) -> tuple[Axes, tuple[tuple[fx.Node, int, str], ...]]:
+def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) -> tuple[Axes, Uses]:
     """Line the operands up from the right, as elementwise ops do.
 
-    Returns the axes of the result and how each constant meets them (see ``Value.operands``). With ``exact`` the op
-    does not broadcast (``cat``), so a uniform dimension must be gathered as well.
+    Returns the axes of the result, and ``Value.operands``. With ``exact`` the op does not broadcast (``cat``), so a
+    uniform dimension must be gathered as well.
 
     A constant's feature dimension that lines up with ``SEQ`` is a table with one entry per column. The column is part
     of the row key, so this is prefix-determined. One that lines up with ``BATCH`` would tell sequences apart: refused.
@@ -395,9 +398,10 @@ def broadcast(
                 along = "batch" if axis == (BATCH,) else "sorted"
                 raise Mixes(f"a table lines up with the {along} axis, so equal prefixes get different values")
             gather = axis == (SEQ,) and (exact or not uniform)
-            # A value with token axes elsewhere makes pairs here, and pairs have no compact form to prepare it for.
             if operand.value.is_constant:
                 uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))
+            elif not uniform:  # the result is of pairs, which have no compact form to prepare it for
+                uses.append((operand.node, dim + len(operand.axes), "pairs"))
     if repeats and count_tokens(tuple(result))[1] < 2:  # as above: of pairs nothing need be prepared
         raise Mixes("a table lines up with tokens and something else at once")
     return tuple(result), tuple(dict.fromkeys(uses))

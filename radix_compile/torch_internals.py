@@ -334,6 +334,23 @@ def exits_autocast(target: Any) -> bool:
     return target is torch.amp.autocast_mode._exit_autocast
 
 
+def enters_inference_mode(target: Any) -> bool:
+    return target is torch.autograd.grad_mode._enter_inference_mode
+
+
+def exits_inference_mode(target: Any) -> bool:
+    return target is torch.autograd.grad_mode._exit_inference_mode
+
+
+def set_grad_enabled(mode: bool) -> None:
+    """As a program would: the tracer records this call, and not those of the context managers' own."""
+    torch._C._set_grad_enabled(mode)
+
+
+def sets_grad_mode(target: Any) -> bool:
+    return target is torch._C._set_grad_enabled
+
+
 def tag_for_recompute(node: fx.Node, region: int) -> None:
     node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     node.meta["ac_graph_id"] = region
@@ -406,11 +423,15 @@ def _source_hash() -> str:
 
 
 def _cache_key(decompositions: Mapping[Any, Any] | None) -> contextlib.AbstractContextManager[Any]:
-    """Torch's compile caches look at the graph, not at what our ops decompose into or have for a gradient."""
+    """Torch's compile caches look at the graph, not at what our ops decompose into or have for a gradient.
+
+    Nor does inductor's look at whether a backward pass may write to what was saved for it.
+    """
     if not decompositions:
         return contextlib.nullcontext()
     names = ",".join(sorted(map(str, decompositions)))
-    tag = f"{torch.compiler.config.cache_key_tag}radix_compile {_source_hash()} {names}"
+    donates = torch._functorch.config.donated_buffer
+    tag = f"{torch.compiler.config.cache_key_tag}radix_compile {_source_hash()} {donates} {names}"
     patch: contextlib.AbstractContextManager[Any] = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
     return patch
 
@@ -421,6 +442,46 @@ def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
         patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(enable_autograd_cache=False)
         return patch
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def backward_may_run_again() -> Iterator[None]:
+    """What is compiled here may be asked for its gradients twice (``retain_graph=True``), as plain programs may.
+
+    AOTAutograd lets a backward pass write to what was saved for it, which spares a copy of the logits. It does without
+    if it compiles the pass when that first runs, and the graph is kept. A pass with symbols for sizes, as T', is
+    compiled ahead and raises. Here it is given copies instead if the graph is kept.
+    """
+    before = set(torch.autograd.Function.__subclasses__())
+    yield
+    for function in set(torch.autograd.Function.__subclasses__()) - before:
+        if getattr(function, "compiled_bw", None) is not None:
+            _copy_what_is_kept(function)
+
+
+def _copy_what_is_kept(function: Any) -> None:
+    donated = list(function.metadata.bw_donated_idxs or ())
+    if not donated:
+        return
+    run = function._backward_impl
+
+    def backward(ctx: Any, args: list[Any]) -> Any:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            for i in donated:
+                args[i] = _copied(args[i])
+        return run(ctx, args)
+
+    function._backward_impl = staticmethod(backward)
+    function.metadata.bw_donated_idxs.clear()  # or it raises
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """With the same strides, whatever they are, which the compiled code was made for."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0:
+        return tensor
+    flat = tensor.as_strided((last + 1,), (1,)).clone()
+    return flat.as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def graph_breaks() -> dict[str, int]:

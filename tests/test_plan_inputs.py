@@ -17,7 +17,7 @@ def test_what_depends_on_sizes_alone_is_computed_once_for_each() -> None:
         ran.append(length)
         return torch.arange(length)[None]
 
-    program = RowProgram(positions, (1,))
+    program = RowProgram(positions, (1,), is_constant=True)
     ids = torch.zeros(3, 5, dtype=torch.long)
     first = program((ids, 5), (3, 5))
     np.testing.assert_array_equal(first, np.tile(np.arange(5), (3, 1)))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from radix_compile.mask_facts import And, Diff, Formula, Masked, Weights, implies_causal
 from radix_compile.op_rules.contractions import attend
-from radix_compile.op_rules.masks import as_formula
+from radix_compile.op_rules.masks import as_formula, in_attention
 from radix_compile.op_rules.table import argument, rule
-from radix_compile.token_axes import SEQ, Axes, Layout, Mixes, Operand, Value, broadcast, feature, has_tokens, value_of
+from radix_compile.token_axes import (
+    SEQ,
+    Axes,
+    Layout,
+    Mixes,
+    Operand,
+    Uses,
+    Value,
+    broadcast,
+    feature,
+    has_tokens,
+    value_of,
+)
 
 aten = torch.ops.aten
 
@@ -33,7 +47,8 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
         feature(source.axes[-3], "groups heads along")
     heads, _ = broadcast(layout, [Operand(n, w, _leading(w, grouped)) for n, w in ((query, q), (key, k), (value, v))])
     leading = q.axes[:-2] if grouped else heads[:-2]
-    visible = _visible(node, layout, Operand(query, q, (*leading, (SEQ,), (SEQ,))))
+    scores = Operand(query, q, (*leading, (SEQ,), (SEQ,)))
+    visible, uses = _visible(node, layout, scores)
     if not implies_causal(visible, -2, -1):
         raise Mixes(
             "attention is bidirectional"
@@ -42,7 +57,8 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
         )
     mask = argument(node, "attn_mask")
     keys = (k, v) if mask is None else (k, v, value_of(mask))
-    return attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), *keys)
+    attended = attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), *keys)
+    return replace(attended, operands=uses)
 
 
 def _leading(value: Value, grouped: bool) -> Axes:
@@ -51,16 +67,17 @@ def _leading(value: Value, grouped: bool) -> Axes:
     return (*leading, (), ())
 
 
-def _visible(node: fx.Node, layout: Layout, scores: Operand) -> Formula:
+def _visible(node: fx.Node, layout: Layout, scores: Operand) -> tuple[Formula, Uses]:
+    """Which keys are seen, and how the mask meets the scores (``Value.operands``)."""
     mask = argument(node, "attn_mask")
     if argument(node, "is_causal"):
-        return Diff(-1, -2, 0)
+        return Diff(-1, -2, 0), ()
     if mask is None:
-        return And(())
+        return And(()), ()
     marks = value_of(mask)
-    broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
+    _, uses = broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
     if mask.meta["val"].dtype == torch.bool:
-        return as_formula(marks)
-    if isinstance(marks.fact, Masked) and marks.fact.is_certain:
-        return marks.fact.visible
+        return as_formula(marks), uses
+    if isinstance(marks.fact, Masked) and in_attention(marks.fact).is_certain:
+        return marks.fact.visible, uses
     raise Mixes("the attention mask is not understood")

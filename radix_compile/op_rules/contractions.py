@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Score, Weights, blind_rows, hides
-from radix_compile.op_rules.masks import ORDINARY, is_bounded
+from radix_compile.op_rules.masks import biased_scores
 from radix_compile.op_rules.table import argument, operand, rule
 from radix_compile.token_axes import (
     SEQ,
@@ -75,9 +75,8 @@ def baddbmm(node: fx.Node, layout: Layout) -> Value:
     if not result.is_pair:
         raise Mixes("adds to a product that is not one of queries and keys")
     axes, uses = broadcast(layout, [Operand(node, result, result.axes), operand(bias)])
-    ordinary = [1 / ORDINARY <= abs(argument(node, factor)) <= ORDINARY for factor in ("alpha", "beta")]
-    bounded = all(ordinary) and is_bounded(bias, node.meta["val"].dtype)
-    return Value(axes, fact=Score() if bounded else None, operands=(*result.operands, *uses))
+    fact = biased_scores(bias, argument(node, "beta"), argument(node, "alpha"), node.meta["val"].dtype)
+    return Value(axes, fact=fact, operands=(*result.operands, *uses))
 
 
 def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
@@ -110,12 +109,12 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
         placed = dict(zip(term, value.axes, strict=True))
         operands.append(Operand(tensor, value, tuple(placed.get(label, ()) for label in order)))
     axes, uses = broadcast(layout, operands)
-    if uses:
+    if any(how != "pairs" for _, _, how in uses):
         raise Mixes("a table lines up with tokens in an equation")
     over = [(label, axis) for label, axis in zip(summed, axes, strict=False) if has_tokens(axis)]
     kept = axes[len(summed) :]
     if not over:
-        value = Value(kept)
+        value = Value(kept, operands=uses)
         return value.with_fact(Score()) if value.is_pair else value
     (label, axis), *others = over
     by_fact = sorted(zip(tensors, terms, strict=True), key=lambda pair: not isinstance(value_of(pair[0]).fact, Weights))

@@ -19,7 +19,7 @@ from radix_compile.mask_facts import (
     stored,
 )
 from radix_compile.op_rules.elementwise import elementwise
-from radix_compile.op_rules.masks import as_formula, is_hidden
+from radix_compile.op_rules.masks import as_formula, counted, is_hidden
 from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import Layout, Value, feature, plain_axes, uniform_axes, value_of
 
@@ -33,7 +33,7 @@ def arange(node: fx.Node, layout: Layout) -> Value:
         step = argument(node, "step")
     # A narrower type might wrap around, here or in arithmetic on it.
     counts = isinstance(start, int) and step == 1 and node.meta["val"].dtype in (torch.int32, torch.int64)
-    return Value(plain_axes(node), fact=Index(-1, start) if counts else None)
+    return Value(plain_axes(node), fact=counted(node, Index(-1, start)) if counts else None)
 
 
 def _fill_value(node: fx.Node) -> float | None:
@@ -101,7 +101,7 @@ def _triangle_fact(value: Value, kept: Formula, dtype: torch.dtype) -> Fact | No
     if dtype == torch.bool:
         return Predicate(conjunction(kept, as_formula(value)))
     if isinstance(fact, Filled) and dtype.is_floating_point and is_hidden(fact, dtype):
-        return Masked(negation(kept), bounded=True, strict=fact.value == float("-inf"))
+        return Masked.of(negation(kept), fact.value, 0.0, zero=True)
     if isinstance(fact, Filled) and fact.value == 1:
         return Ones(kept)
     return None

@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from radix_compile.mask_facts import (
     FALSE,
     OPAQUE,
+    ORDINARY,
     TRUE,
     AtMost,
     Blind,
@@ -42,13 +43,16 @@ from radix_compile.mask_facts import (
 )
 from radix_compile.op_rules.bounds import bounds_of
 from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import SEQ, Value, value_of
+from radix_compile.token_axes import SEQ, Value, shape_of, value_of
 
 aten = torch.ops.aten
 FACTS: dict[OpOverload, Callable[[fx.Node], Fact | None]] = {}
 
-ORDINARY = 1e4
-"""A constant this small does not take a score out of the ordinary."""
+LONGEST = 2**30
+"""What no sequence is longer than whose length is a symbol: a mask of its columns would have 2**60 entries."""
+
+LARGEST_OFFSET = 2**30
+"""What may be added to an integer of a row in all, so that none wraps around that ``PlanInputs.orders`` lets pass."""
 
 
 def elementwise_fact(node: fx.Node) -> Fact | None:
@@ -93,19 +97,18 @@ def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
     return isinstance(fact, Filled) and fact.value <= torch.finfo(dtype).min / 2
 
 
-def is_bounded(value: Any, dtype: torch.dtype) -> bool:
-    """Is a tensor or number of ordinary size in that dtype? Where it is wide, so are whole numbers, and parts of them.
-
-    The lowest number of such a dtype is nearly 1e39, and no 64-bit integer is 1e19.
-    """
-    if isinstance(fact_of(value), Score):
-        return True
+def size_of(value: Any) -> float:
+    """What no entry of a tensor or number is larger than, of either sign; infinite if that is not known."""
+    fact = fact_of(value)
+    if isinstance(fact, Score):
+        return fact.size
     bounds = bounds_of(value)
-    return bounds is not None and max(map(abs, bounds)) <= (2.0**64 if _is_wide(dtype) else ORDINARY)
+    return math.inf if bounds is None else max(map(abs, bounds))
 
 
-def _is_wide(dtype: torch.dtype) -> bool:
-    return torch.finfo(dtype).max > 1e30
+def _score(size: float, dtype: torch.dtype) -> Score | None:
+    """Scores of that size, if the dtype holds them."""
+    return Score(size) if dtype.is_floating_point and size <= torch.finfo(dtype).max else None
 
 
 # ------------------------------------------------------------------------------------------- comparing two columns
@@ -140,13 +143,31 @@ def _as_shifted(fact: Fact | None) -> Shifted | None:
 
 
 def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
-    """An index or a row's integer plus a number, in a type in which that does not wrap around."""
+    """An index or a row's integer plus a number, in a type in which that does not wrap around.
+
+    Of the integers of rows nothing is known before the call, which looks at them (``PlanInputs.orders``).
+    """
     if isinstance(fact, Index | Distance):
-        return replace(fact, offset=fact.offset + amount)
+        return counted(node, replace(fact, offset=fact.offset + amount))
     shifted = _as_shifted(fact)
     if shifted is None or node.meta["val"].dtype not in (torch.int32, torch.int64):
         return None
-    return Shifted(shifted.source, shifted.dim, shifted.offset + amount)
+    offset = shifted.offset + amount
+    return Shifted(shifted.source, shifted.dim, offset) if abs(offset) <= LARGEST_OFFSET else None
+
+
+def counted(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
+    """The fact, if the integer type of the node holds all numbers that it says are there: else some wrap around."""
+    shape, limits = shape_of(node), torch.iinfo(node.meta["val"].dtype)
+
+    def last(dim: int) -> int:
+        return int(shape[dim]) - 1 if shape[dim].is_Integer else LONGEST
+
+    if isinstance(fact, Index):
+        low, high = fact.offset, fact.offset + last(fact.dim)
+    else:
+        low, high = fact.offset - last(fact.b), fact.offset + last(fact.a)
+    return fact if limits.min <= low <= high <= limits.max else None
 
 
 def _same_source(left: PerRow, right: PerRow) -> bool:
@@ -242,11 +263,39 @@ def _add(node: fx.Node) -> Fact | None:
         if isinstance(fact, Masked):
             if isinstance(other, Masked):
                 both = conjunction(fact.visible, other.visible)
-                strict, scaled = fact.strict and other.strict, fact.scaled or other.scaled
-                return Masked(both, fact.bounded and other.bounded, strict, scaled, zero=fact.zero and other.zero)
-            ordinary = fact.bounded and is_bounded(second if fact is left else first, dtype)
-            return replace(fact, bounded=ordinary, centred=False, zero=False)
-    return Score() if dtype.is_floating_point and is_bounded(first, dtype) and is_bounded(second, dtype) else None
+                floor = max(
+                    _floor_plus(fact, max(other.size, other.floor)), _floor_plus(other, max(fact.size, fact.floor))
+                )
+                return Masked.of(both, floor, fact.size + other.size, fact.zero and other.zero)
+            return _added(fact, size_of(second if fact is left else first))
+    return _score(size_of(first) + size_of(second), dtype)
+
+
+def _added(mask: Masked, size: float) -> Masked:
+    """A mask plus numbers of that size, which are finite whatever else they are."""
+    return Masked.of(mask.visible, _floor_plus(mask, size), mask.size + size)
+
+
+def _floor_plus(mask: Masked, size: float) -> float:
+    return -math.inf if mask.is_strict else mask.floor + size
+
+
+def in_attention(mask: Masked) -> Masked:
+    """A mask that is added to query-key products."""
+    return _added(mask, ORDINARY)
+
+
+def biased_scores(bias: fx.Node, beta: Any, alpha: Any, dtype: torch.dtype) -> Fact | None:
+    """``beta * bias + alpha * product`` of queries and keys."""
+    if not all(isinstance(one, int | float) and math.isfinite(one) for one in (alpha, beta)):
+        return None
+    products, fact = ORDINARY * abs(alpha), fact_of(bias)
+    if beta == 0:  # then the bias is not read
+        return _score(products, dtype)
+    if isinstance(fact, Masked):
+        scaled = _times(fact, beta, dtype)
+        return None if scaled is None else _added(scaled, products)
+    return _score(products + size_of(bias) * abs(beta), dtype)
 
 
 @_derives(aten.sub.Tensor)
@@ -255,38 +304,48 @@ def _sub(node: fx.Node) -> Fact | None:
     if isinstance(node.args[1], int) and isinstance(fact, Index | Distance | PerRow | Shifted):
         return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Index) and isinstance(other, Index) and fact.dim != other.dim:
-        return Distance(fact.dim, other.dim, fact.offset - other.offset) if argument(node, "alpha") == 1 else None
+        distance = Distance(fact.dim, other.dim, fact.offset - other.offset)
+        return counted(node, distance) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
-        # The floor was far below the largest visible entry, and now that is zero at most.
-        return (
-            replace(fact, bounded=False, centred=fact.is_certain, zero=False) if argument(node, "alpha") == 1 else None
-        )
+        # The largest visible entry of a row is zero now, and how far hidden ones are below it has not changed.
+        floor = -math.inf if fact.is_strict else -fact.gap
+        return Masked(fact.visible, floor, math.inf, fact.gap) if argument(node, "alpha") == 1 else None
     return None
 
 
 @_derives(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 def _scaled(node: fx.Node) -> Fact | None:
-    """Scores stay scores under a factor of ordinary size, zero weights stay zero under any."""
-    left, right = fact_of(node.args[0]), fact_of(node.args[1])
-    if isinstance(left, Score) and isinstance(right, Filled) and 1 / ORDINARY <= abs(right.value) <= ORDINARY:
-        return left
-    if isinstance(left, Masked) and isinstance(right, Filled):
-        divisor = right.value if node.target in (aten.div.Tensor, aten.div.Scalar) else 1 / (right.value or math.inf)
-        return _scaled_mask(left, divisor, node.meta["val"].dtype)
-    if isinstance(left, Weights) and isinstance(right, Filled) and math.isfinite(right.value) and right.value != 0:
-        return left
-    return None
+    """Scores stay scores under a factor, masks masks under one that is positive, zero weights stay zero under any."""
+    fact, factor = fact_of(node.args[0]), fact_of(node.args[1])
+    if not isinstance(factor, Filled) or not math.isfinite(factor.value) or factor.value == 0:
+        return None
+    divides, dtype = node.target in (aten.div.Tensor, aten.div.Scalar), node.meta["val"].dtype
+    by = 1 / factor.value if divides else factor.value
+    if isinstance(fact, Score):
+        return _score(fact.size * abs(by), dtype)
+    if isinstance(fact, Masked):
+        return _times(fact, by, dtype)
+    return fact if isinstance(fact, Weights) else None
 
 
-def _scaled_mask(mask: Masked, divisor: float, dtype: torch.dtype) -> Masked | None:
-    """Minus infinity stays it; a floor near the lowest number of a wide type stays far below any score, once."""
-    if mask.strict and 0 < divisor < math.inf:
-        return replace(mask, bounded=mask.bounded and 1 / ORDINARY <= divisor <= ORDINARY, centred=False)
-    return (
-        replace(mask, scaled=True, centred=False)
-        if _is_wide(dtype) and not mask.scaled and 1 <= divisor <= ORDINARY
-        else None
-    )
+def _times(mask: Masked, by: float, dtype: torch.dtype) -> Masked | None:
+    if by <= 0:
+        return None
+    scaled = _held(replace(mask, floor=mask.floor * by, size=mask.size * by, gap=mask.gap * by), dtype)
+    return scaled if scaled.is_certain or not mask.is_certain else None  # lifted off the floor, it is no mask
+
+
+def _held(mask: Masked, dtype: torch.dtype) -> Masked:
+    """A mask in a dtype in which large visible entries may be infinite (and hidden ones, which is no harm)."""
+    fits = not mask.size < math.inf or mask.size <= torch.finfo(dtype).max
+    return mask if fits else Masked.of(mask.visible, mask.floor, math.inf)
+
+
+def in_other_dtype(fact: Fact | None, dtype: torch.dtype) -> Fact | None:
+    """Of a floating point tensor, in another such dtype. A floor stays where it is: in a wider dtype it is none."""
+    if isinstance(fact, Masked):
+        return _held(fact, dtype)
+    return _score(fact.size, dtype) if isinstance(fact, Score) else fact
 
 
 @_derives(aten.max.other, aten.maximum.default)
@@ -294,14 +353,16 @@ def _maximum(node: fx.Node) -> Fact | None:
     """Nothing visible is as low as the floor, so raising everything to it keeps the mask."""
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     for fact, other in ((left, right), (right, left)):
-        if isinstance(fact, Masked) and fact.bounded and is_hidden(other, node.meta["val"].dtype):
-            return replace(fact, strict=False, centred=False)
+        if isinstance(fact, Masked) and is_hidden(other, node.meta["val"].dtype):
+            assert isinstance(other, Filled)
+            if other.value <= -fact.size:
+                return Masked.of(fact.visible, max(fact.floor, other.value), fact.size, fact.zero)
     return None
 
 
 @_derives(aten.tanh.default)
 def _tanh(node: fx.Node) -> Fact | None:
-    return Score()
+    return Score(1.0)
 
 
 def blanked(node: fx.Node) -> frozenset[Blind]:
@@ -321,16 +382,13 @@ def blanked(node: fx.Node) -> frozenset[Blind]:
 # ------------------------------------------------------------------------------------------------- applying masks
 
 
-def _masked(visible: Formula, source: Any, floor: Fact | None, dtype: torch.dtype) -> Fact:
+def _masked(visible: Formula, source: Any, floor: Fact | None) -> Fact:
     kept = fact_of(source)
-    if isinstance(kept, Masked):
-        visible, bounded, strict = conjunction(visible, kept.visible), kept.bounded, kept.strict
-    else:
-        bounded, strict = is_bounded(source, dtype), True
     assert isinstance(floor, Filled)
-    scaled = isinstance(kept, Masked) and kept.scaled
-    zero = kept.zero if isinstance(kept, Masked) else kept == Filled(0)
-    return Masked(visible, bounded, strict and floor.value == -math.inf, scaled, zero=zero)
+    if isinstance(kept, Masked):
+        both = conjunction(visible, kept.visible)
+        return Masked.of(both, max(floor.value, kept.floor), kept.size, kept.zero)
+    return Masked.of(visible, floor.value, size_of(source), zero=kept == Filled(0))
 
 
 @_derives(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
@@ -343,9 +401,9 @@ def _where(node: fx.Node) -> Fact | None:
     formula = as_formula(value_of(condition))
     kept, other = fact_of(first), fact_of(second)
     if is_hidden(other, dtype):
-        return _masked(formula, first, other, dtype)
+        return _masked(formula, first, other)
     if is_hidden(kept, dtype):
-        return _masked(negation(formula), second, kept, dtype)
+        return _masked(negation(formula), second, kept)
     return None
 
 
@@ -357,4 +415,4 @@ def _masked_fill(node: fx.Node) -> Fact | None:
     floor = fact_of(value)
     if not dtype.is_floating_point or not is_hidden(floor, dtype):
         return None
-    return _masked(negation(as_formula(value_of(mask))), source, floor, dtype)
+    return _masked(negation(as_formula(value_of(mask))), source, floor)

@@ -8,7 +8,18 @@ from torch import fx
 from radix_compile.mask_facts import Break, PerRow, Step
 from radix_compile.op_rules.sorting import ends_of_groups
 from radix_compile.op_rules.table import argument, rule, source_of
-from radix_compile.token_axes import BATCH, SEQ, Layout, Mixes, Value, has_tokens, plain_axis, shape_of, value_of
+from radix_compile.token_axes import (
+    BATCH,
+    SEQ,
+    Layout,
+    Mixes,
+    Value,
+    has_tokens,
+    plain_axes,
+    plain_axis,
+    shape_of,
+    value_of,
+)
 
 aten = torch.ops.aten
 
@@ -64,7 +75,9 @@ def diff(node: fx.Node, layout: Layout) -> Value:
     # The truth of positions, differences that wrap around or run over the batch are not steps of the positions.
     exact = isinstance(fact, PerRow) and fact.exact and fact.dim == dim - len(value.axes) == -1
     step = Step(fact.source) if isinstance(fact, PerRow) and exact and _counts(node) else None
-    return Value(value.axes, full_only=not value.is_constant, fact=step)
+    if value.is_constant:  # all entries may be equal, and the first step is one
+        return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]), fact=step)
+    return Value(value.axes, full_only=True, fact=step)
 
 
 def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from radix_compile.mask_facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, negation, remap, stored
+from radix_compile.op_rules.masks import in_other_dtype
 from radix_compile.op_rules.table import argument, operand, rule, source_of
 from radix_compile.token_axes import (
     SEQ,
@@ -71,9 +72,11 @@ def same_entries(node: fx.Node, layout: Layout) -> Value:
 def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | None:
     if isinstance(fact, Filled):
         return stored(fact, after)
-    if before == after or (before.is_floating_point and after.is_floating_point):
+    if before == after:
         return fact
-    if isinstance(fact, Masked) and fact.zero and after == torch.bool:
+    if before.is_floating_point and after.is_floating_point:
+        return in_other_dtype(fact, after)
+    if isinstance(fact, Masked) and fact.zero and after == torch.bool and fact.floor <= -torch.finfo(before).tiny:
         return Predicate(negation(fact.visible))
     if isinstance(fact, Predicate) and before == torch.bool:
         return Ones(fact.formula)

@@ -8,6 +8,7 @@ too (the op ``radix::tree_attention``).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from radix_compile.attention.bias import Bias
 from radix_compile.attention.masks import Visible, read_mask
 from radix_compile.attention.parts import Parts, TreeAttention, attention_steps, is_attention
 from radix_compile.attention.rows import NotCarried, Rows, are_side_by_side, narrow
+from radix_compile.grad_modes import grad_modes
 from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, is_known, terms_of
 from radix_compile.op_rules.flex import mask_of
 from radix_compile.op_rules.table import argument
@@ -37,12 +39,15 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
     wanted = gm.meta.get("fold_attention", True)
     apart, sighted, listed = (gm.meta.get(name, True) for name in ("apart", "sighted", "listed"))
     shown = runs = None
+    records = grad_modes(gm.graph, gm.meta["grad_mode"])
     for node in gm.graph.nodes:
         if is_attention(node):
             try:
                 if not wanted:
                     raise NotCarried("the option fold_attention is off")
                 node.meta["attention"] = found = _found(node, blind)
+                if gm.meta["differentiable"] and records[node] and _stops_gradient(node, found, records):
+                    raise NotCarried("a part of it has no gradient (detach, or torch.no_grad())")
                 if found.visible.runs is not None and not apart:
                     raise NotCarried("several sequences may be packed in a row")
                 if found.parts.blocks is not None and not listed:
@@ -94,6 +99,21 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     return TreeAttention(parts, visible, biases, needs_sight, *dtypes)
 
 
+def _stops_gradient(node: fx.Node, found: TreeAttention, records: Mapping[fx.Node, bool]) -> bool:
+    """Does a gradient stop between the attention's result and its queries, keys, values and sinks?"""
+    ends = set(found.inputs)
+    queue, behind = [node], {node}
+    while queue:
+        new = [arg for arg in queue.pop().all_input_nodes if arg not in ends and arg not in behind]
+        behind.update(new)
+        queue += new
+    between: set[fx.Node] = set()  # of those, what is computed from one of the ends
+    for one in node.graph.nodes:
+        if one in behind and any(arg in ends or arg in between for arg in one.all_input_nodes):
+            between.add(one)
+    return any(one.target is aten.detach.default or not records[one] for one in between)
+
+
 def _result(node: fx.Node) -> torch.Tensor:
     value = node.meta["val"]
     result: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
@@ -123,7 +143,7 @@ def _parts(node: fx.Node) -> Parts:
     elif mask is not None:
         fact = value_of(mask).fact
         assert isinstance(fact, Masked)
-        strict, given = fact.strict, (Bias(mask, node),)
+        strict, given = fact.is_strict, (Bias(mask, node),)
         masks, biases = (given, ()) if fact.zero else ((), given)
     _, size = Rows(query).heads()
     scale = 1 / math.sqrt(size) if scale is None else float(scale)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
+from radix_compile.grad_modes import grad_modes
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
 from radix_compile.op_rules.table import argument, source_of
 from radix_compile.provenance import trace_back
@@ -14,6 +17,8 @@ from radix_compile.token_axes import BATCH, SEQ, as_size, value_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix
+
+GradModes: TypeAlias = Mapping[fx.Node, bool]
 
 ROW_MAJOR = (aten.reshape.default, aten.view.default, aten.alias.default, aten.clone.default)
 """Ops after which the entries still follow each other as before."""
@@ -26,9 +31,10 @@ def fold_cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
     node. Needs ``fold_graph``: it looks for losses whose logits are scattered only to be read here.
     """
     replaced = 0
+    records = grad_modes(gm.graph, gm.meta["grad_mode"])
     for node in list(gm.graph.nodes):
         before, behind = node.prev, node.next
-        if _replace(gm, node):
+        if _replace(gm, node, records):
             trace_back(node.meta["origin"], "fold_cross_entropy", before.next, behind)
             replaced += 1
     if replaced:
@@ -38,13 +44,13 @@ def fold_cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _replace(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _replace(gm: fx.GraphModule, node: fx.Node, records: GradModes) -> bool:
     if node.target is aten.cross_entropy_loss.default:
-        return _replace_cross_entropy(node)
-    return node.target is aten.gather.default and _replace_log_probability(gm, node)
+        return _replace_cross_entropy(node, records)
+    return node.target is aten.gather.default and _replace_log_probability(gm, node, records)
 
 
-def _replace_cross_entropy(node: fx.Node) -> bool:
+def _replace_cross_entropy(node: fx.Node, records: GradModes) -> bool:
     logits, target = node.args[:2]
     assert isinstance(logits, fx.Node)
     assert isinstance(target, fx.Node)
@@ -53,10 +59,13 @@ def _replace_cross_entropy(node: fx.Node) -> bool:
     by_index = labels is not None and not labels.dtype.is_floating_point and labels.ndim == 1
     if scattered is None or not by_index or argument(node, "weight") is not None or argument(node, "label_smoothing"):
         return False
+    compact = _wider(source_of(scattered))
+    if not _has_its_gradient(node, compact, records):
+        return False
     call, dtype = node.graph.call_function, node.meta["val"].dtype
     with node.graph.inserting_before(node):
         ignored = call(aten.eq.Scalar, (target, argument(node, "ignore_index")))
-        nll = _token_nll(scattered, call(aten.masked_fill.Scalar, (target, ignored, 0)))
+        nll = _token_nll(compact, call(aten.masked_fill.Scalar, (target, ignored, 0)), scattered)
         loss = call(aten.masked_fill.Scalar, (nll, ignored, 0))
         reduction = argument(node, "reduction")
         if reduction:
@@ -67,7 +76,7 @@ def _replace_cross_entropy(node: fx.Node) -> bool:
     return True
 
 
-def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _replace_log_probability(gm: fx.GraphModule, node: fx.Node, records: GradModes) -> bool:
     """``gather(log_softmax(logits), -1, target)``, with one target for each row."""
     source, dim, index = node.args[:3]
     assert isinstance(source, fx.Node)
@@ -75,7 +84,7 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
     scattered = _scattered(source)
     if scattered is None:
         return False
-    softmax = _behind_views(scattered.args[0])  # type: ignore[arg-type]
+    softmax = _behind_views(source_of(scattered))
     if softmax.target is not aten.log_softmax.int or not _has_rows_in_order(softmax):
         return False
     axes, layout = value_of(source).axes, gm.meta["tokens"].layout
@@ -85,11 +94,27 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node) -> bool:
     over_features = argument(softmax, "dim") in (-1, len(value_of(softmax).axes) - 1) and vocabulary == axes[-1]
     if dim not in (-1, len(axes) - 1) or not one_each or not over_features:
         return False
+    compact = _wider(source_of(softmax))
+    if not _has_its_gradient(node, compact, records):
+        return False
     call, dtype = node.graph.call_function, node.meta["val"].dtype
+    computed_in = argument(softmax, "dtype")
     with node.graph.inserting_before(node):
-        nll = _token_nll(scattered, call(aten.reshape.default, (index, [-1])), logits=source_of(softmax))
+        if computed_in not in (None, torch.float32):
+            compact = _as(compact, computed_in, like=compact)
+        nll = _token_nll(compact, call(aten.reshape.default, (index, [-1])), scattered)
         _put(_as(call(aten.neg.default, (call(aten.view_as.default, (nll, index)),)), dtype), node)
     return True
+
+
+def _has_its_gradient(node: fx.Node, logits: fx.Node, records: GradModes) -> bool:
+    """Does a gradient of ``node`` reach the logits? One of what replaces it does, as far as gradients are recorded."""
+    between = []
+    one = source_of(node)
+    while one is not logits:
+        between.append(one)
+        one = source_of(one)
+    return not records[node] or all(records[one] for one in between)
 
 
 def _scattered(node: fx.Node) -> fx.Node | None:
@@ -112,18 +137,19 @@ def _behind_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _token_nll(scattered: fx.Node, target: fx.Node, logits: fx.Node | None = None) -> fx.Node:
-    """``[B * S]``, for a target ``[B * S]``."""
-    logits = logits or scattered.args[0]  # type: ignore[assignment]
-    assert isinstance(logits, fx.Node)
-    if _is_to_float32(logits):
-        logits = logits.args[0]  # type: ignore[assignment]
+def _token_nll(logits: fx.Node, target: fx.Node, scattered: fx.Node) -> fx.Node:
+    """``[B * S]``, for a target ``[B * S]``, with the plan that ``scattered`` was made with."""
     call = scattered.graph.call_function
     merged = "radix" in logits.meta and len(value_of(logits).axes) == 2
     if not merged:  # [1, T', V]
         logits = call(aten.squeeze.dim, (logits, 0))
     made = call(radix.token_nll.default, (logits, target, *scattered.args[1:6]))
     return call(operator.getitem, (made, 0))
+
+
+def _wider(logits: fx.Node) -> fx.Node:
+    """What they were cast from, if that makes no difference."""
+    return source_of(logits) if _is_to_float32(logits) else logits
 
 
 def _is_to_float32(node: fx.Node) -> bool:
@@ -136,5 +162,8 @@ def _put(result: fx.Node, node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _as(node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+def _as(node: fx.Node, dtype: torch.dtype, like: fx.Node | None = None) -> fx.Node:
+    cast = node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    if like is not None and "radix" in like.meta:
+        cast.meta["radix"] = like.meta["radix"]
+    return cast

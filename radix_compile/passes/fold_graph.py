@@ -22,6 +22,7 @@ from radix_compile.attention.bias import Bias
 from radix_compile.attention.masks import Visible
 from radix_compile.attention.parts import TreeAttention, biases_of, compact_attention
 from radix_compile.attention.rows import Rows
+from radix_compile.grad_modes import grad_modes
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.op_rules.flex import Blocks
@@ -116,8 +117,12 @@ class _Rewriter:
         self.graph = fx.Graph()
         self.full: dict[fx.Node, fx.Node] = {}
         self.compact: dict[fx.Node, fx.Node] = {}
-        self.columns: dict[tuple[fx.Node, int, str], fx.Node] = {}
-        self.biases: dict[tuple[Any, ...], fx.Node | None] = {(): None}
+        self.records = grad_modes(gm.graph, gm.meta["grad_mode"])
+        self.records_here = True
+        """Are gradients recorded where the node stands that is being rewritten? What is made where they are not has
+        none, and so cannot stand for the same where they are."""
+        self.columns: dict[tuple[fx.Node, int, str, bool], fx.Node] = {}
+        self.biases: dict[tuple[Any, ...], fx.Node | None] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
@@ -152,6 +157,7 @@ class _Rewriter:
 
     def _rewrite(self, node: fx.Node) -> None:
         last = next(iter(reversed(self.graph.nodes)))
+        self.records_here = self.records[node]
         self._make_forms(node)
         trace_back(node, "fold_graph", first=last.next)
 
@@ -178,7 +184,10 @@ class _Rewriter:
             return self.compact[source]  # flex_attention's first result, the only one that is read
         value = values_of(node)[0]
         if value.identity is not None:
-            return self.compact[value.identity]
+            source = self.compact[value.identity]
+            if self.records_here:
+                return source
+            return self._tagged(self.graph.call_function(aten.detach.default, (source,)), node, Form.COMPACT)
         uses: dict[fx.Node, list[tuple[int, str]]] = {}
         for operand, dim, how in value.operands:
             uses.setdefault(operand, []).append((dim, how))
@@ -215,7 +224,10 @@ class _Rewriter:
 
     def _bias(self, biases: tuple[Bias, ...]) -> fx.Node | None:
         """What is added to scores, ``[B or 1, H or 1, S or 1, S]``; bool if it only shows keys."""
-        key = tuple((bias.node, bias.factor, bias.hides, bias.shape(), bias.dtype) for bias in biases)
+        if not biases:
+            return None
+        said = tuple((bias.node, bias.factor, bias.hides, bias.shape(), bias.dtype) for bias in biases)
+        key = (said, self.records_here)
         if key not in self.biases:
             found = [self._one_bias(bias) for bias in biases]
             numbers = [one for bias, one in zip(biases, found, strict=True) if bias.hides is None]
@@ -260,7 +272,7 @@ class _Rewriter:
         """A constant of the call where it meets compact rows: by column, or one entry where all are equal."""
         result = self.full[node]
         for dim, how in uses:
-            key = (result, dim, how)
+            key = (result, dim, how, self.records_here)
             if key not in self.columns:
                 if how == "column":
                     arguments = (result, self.fold, self.scatter, self.batch, self.seq, dim)

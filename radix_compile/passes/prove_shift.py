@@ -19,7 +19,22 @@ from torch import fx
 
 from radix_compile.attention.bias import Bias
 from radix_compile.attention.parts import biases_of
-from radix_compile.mask_facts import Blind, PerRow, Predicate, Same, Weights, atoms_of, hides, is_known, terms_of
+from radix_compile.mask_facts import (
+    AtMost,
+    Blind,
+    Formula,
+    Given,
+    Masked,
+    PerRow,
+    Predicate,
+    RowTrue,
+    Same,
+    Weights,
+    atoms_of,
+    hides,
+    is_known,
+    terms_of,
+)
 from radix_compile.passes.choose_cuts import is_row
 from radix_compile.passes.fold_graph import Wanted
 from radix_compile.token_axes import Uniform, refuse, value_of, values_of
@@ -95,18 +110,21 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
             if wanted.is_compact(node):
                 return node
             continue
-        if wanted.is_compact(node) and any(map(_is_by_column, biases_of(node))):
+        if wanted.is_compact(node) and any(_is_by_column(bias, runs) for bias in biases_of(node)):
             return node
         values = values_of(node)
         along_sequence = any(value.full_only and value.attends is None for value in values)
         moves_nothing = node.target is aten.index.Tensor  # by indices that count: the entries stay where they are
-        tables = [(table, dim) for value in values for table, dim, how in value.operands if how == "column"]
-        tables = [(table, dim) for table, dim in tables if not _is_uniform(table, dim)]
+        uses = [use for value in values for use in value.operands]
+        tables = [table for table, dim, how in uses if how == "column" and not _is_uniform(table, dim)]
+        pairs = [rows for rows, _, how in uses if how == "pairs"]
         counts = not numbers.isdisjoint(node.all_input_nodes) and not _tells_apart(node, numbers, runs)
-        if (along_sequence and not moves_nothing) or counts or not all(_compares_columns(table) for table, _ in tables):
+        seen = [value.attends.visible for value in values if value.attends is not None]
+        tells = any(_tells_column(atom, runs) for formula in seen for atom in atoms_of(formula))
+        relative = all(_compares_columns(one, runs) for one in (*tables, *pairs))
+        if (along_sequence and not moves_nothing) or counts or tells or not relative:
             return node
-        attends = any(value.attends is not None for value in values)
-        if is_row(node) and not attends and (tables or not masks.isdisjoint(node.all_input_nodes)):
+        if is_row(node) and not seen and (tables or not masks.isdisjoint(node.all_input_nodes)):
             masks.add(node)
             if wanted.is_compact(node):
                 return node
@@ -142,15 +160,41 @@ def _tells_apart(node: fx.Node, numbers: set[fx.Node], runs: fx.Node | None) -> 
     return all(isinstance(atom, Same) and atom.source is runs for atom in read)
 
 
-def _is_by_column(bias: Bias) -> bool:
-    """Is it a table, and not one that compares columns with each other?"""
-    return value_of(bias.node).is_constant and not _compares_columns(bias.node)
+def _is_by_column(bias: Bias, runs: fx.Node | None) -> bool:
+    """Is it a table, or of rows with an entry for each column, and does not only compare columns with each other?"""
+    value = value_of(bias.node)
+    return (value.is_constant or (value.is_row and bias.shape()[2])) and not _compares_columns(bias.node, runs)
 
 
 def _is_uniform(table: fx.Node, dim: int) -> bool:
     return all(isinstance(atom, Uniform) for atom in value_of(table).axes[dim])
 
 
-def _compares_columns(table: fx.Node) -> bool:
-    fact = value_of(table).fact
-    return isinstance(fact, Predicate) and is_known(fact.formula)
+def _compares_columns(node: fx.Node, runs: fx.Node | None) -> bool:
+    """Does each entry depend on a difference of columns, and on the rows there, alone?"""
+    match value_of(node).fact:
+        case Predicate(formula):
+            return _compares(formula, runs)
+        case Masked(visible, zero=True):
+            return _compares(visible, runs)
+        case _:
+            return False
+
+
+def _compares(formula: Formula, runs: fx.Node | None) -> bool:
+    """Does the predicate hold for two rows wherever they are, if these and their distance are the same?"""
+    return is_known(formula) and not any(_tells_column(atom, runs) for atom in atoms_of(formula))
+
+
+def _tells_column(atom: Formula, runs: fx.Node | None) -> bool:
+    """Does it look up a tensor that is the same for all sequences, whose entries so tell columns apart?
+
+    If they tell where sequences start, and no more is asked of them, paths start there.
+    """
+    match atom:
+        case Same(source) if source is runs:
+            return False
+        case Same(source) | AtMost(source) | RowTrue(source):
+            return value_of(source).is_constant
+        case _:
+            return isinstance(atom, Given)

@@ -14,7 +14,7 @@ from radix_compile.attention.parts import Parts, is_attention
 from radix_compile.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
 from radix_compile.attention.rows import SAME_ORDER, NotCarried, Rows
 from radix_compile.cost import flops
-from radix_compile.mask_facts import Filled, Formula, Masked, RowMax, is_known, terms_of
+from radix_compile.mask_facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.op_rules.flex import FLEX, arguments_of, mask_of
 from radix_compile.op_rules.masks import fact_of, is_hidden
 from radix_compile.op_rules.table import argument
@@ -169,7 +169,7 @@ class _Scores:
 
     def _add(self, node: fx.Node, scores: fx.Node, factor: float = 1.0) -> None:
         bias = Bias(node, scores, self.outer * factor)
-        if _is_mask(node):
+        if _is_mask(node) and self._is_said(fact_of(node)):
             self.masks.append(bias)
         elif self.capped:
             raise NotCarried("it adds a bias under a soft cap")
@@ -184,11 +184,13 @@ class _Scores:
         else:
             self.outer *= by
 
+    def _is_said(self, fact: Fact | None) -> bool:
+        """Is all that a mask hides hidden by the weights?"""
+        return isinstance(fact, Masked) and all(term in self.said and is_known(term) for term in terms_of(fact.visible))
+
     def _expect_said(self, node: fx.Node) -> None:
         fact = fact_of(node)
-        if isinstance(fact, Masked) and not all(
-            term in self.said and is_known(term) for term in terms_of(fact.visible)
-        ):
+        if isinstance(fact, Masked) and not self._is_said(fact):
             raise NotCarried("not all that its masks hide stays hidden")
         if not isinstance(fact, Masked) and node.target is not aten.add.Tensor:
             raise NotCarried("what its masks hide is not understood")

@@ -336,7 +336,7 @@ FULL: dict[str, tuple[Attend, str]] = {
         "not all that its masks hide",
     ),
     "a floor that is lifted": (
-        lambda q, k, v: written(q, k, v, scores=torch.where(within(3), q @ k.mT, torch.finfo(q.dtype).min) / 2 / 2),
+        lambda q, k, v: written(q, k, v, scores=torch.where(within(3), q @ k.mT, torch.finfo(q.dtype).min) * 1e-306),
         "not all that its masks hide",
     ),
     "sinks that are scaled": (lambda q, k, v: with_sinks(q, k, v, SINKS, factor=0.5), "is done to its sinks"),

@@ -87,7 +87,7 @@ class Recorder:
     def finish(self, *results: fx.Node) -> fx.GraphModule:
         self.graph.output(results)
         gm = fx.GraphModule({}, self.graph)
-        gm.meta["differentiable"] = True
+        gm.meta.update(differentiable=True, grad_mode=True)
         return gm
 
     # ------------------------------------------------------------------------------- values to start from
