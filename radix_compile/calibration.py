@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +16,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.cost_model import Timed
-
-log = logging.getLogger(__name__)
+from radix_compile.measurements_file import Graph, locked, read, warn_once, write
 
 RUNS = 3
 """Each program runs once to warm up, then so often, in turn with the others; its fastest run counts."""
@@ -27,13 +24,19 @@ ENOUGH = 2.0
 """Seconds for all runs of a turn, after which there is no other."""
 
 
-def calibration_file() -> Path:
+def calibration_file() -> Path | None:
     """Where measurements are kept: ``$RADIX_COMPILE_CACHE``, or the user's cache directory, ``calibration.json``.
 
-    The file may be read, edited and deleted at any time.
+    None if the user has no home directory. The file may be read, edited and deleted at any time; ``measurements_file``
+    says what is in it.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("RADIX_COMPILE_CACHE") or Path(base) / "radix_compile") / "calibration.json"
+    if folder := os.environ.get("RADIX_COMPILE_CACHE"):
+        return Path(folder) / "calibration.json"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither $HOME nor an entry in the list of users
+        return None
+    return base / "radix_compile" / "calibration.json"
 
 
 def fingerprint(captured: fx.GraphModule, device: torch.device, compiled_by: tuple[Any, ...]) -> str:
@@ -53,38 +56,47 @@ def _device(device: torch.device) -> str:
 
 
 class Measurements:
-    """Those of one graph, in a file that it shares with others. One that cannot be read or written is left alone."""
+    """Those of one graph, in a file that it shares with others, or nowhere if that is None.
 
-    def __init__(self, file: Path, key: str, about: Mapping[str, Any]) -> None:
-        self.file, self.key, self.about = file, key, dict(about)
+    No call fails because of the file. One that cannot be read or written is left alone. What is of another form than
+    it should be counts as not there, and is gone after the next save. Either is a warning, once.
+    """
+
+    def __init__(self, file: Path | None, key: str, about: Mapping[str, object]) -> None:
+        self.file, self.key = file, key
+        self.about = {name: str(value) for name, value in about.items()}
 
     def load(self) -> list[Timed]:
-        found = _read(self.file).get(self.key, {}).get("timed", [])
-        return [Timed(one["rows"], {name: _points(points) for name, points in one["seconds"].items()}) for one in found]
+        """The calls that were timed, as far as they are kept."""
+        try:
+            return self._timed({} if self.file is None else read(self.file))
+        except (OSError, ValueError) as error:
+            self._not_kept(error)
+            return []
 
     def save(self, timed: list[Timed]) -> None:
-        """Replaces the file as a whole: another process that reads it meanwhile sees the one or the other."""
-        sizes = [{"rows": one.rows, "seconds": dict(one.points)} for one in timed]
-        everything = _read(self.file) | {self.key: {**self.about, "timed": sizes}}
+        """Adds calls that were timed, in place of those of the same size and programs.
+
+        The file is replaced as a whole: another process that reads it meanwhile sees the one or the other.
+        """
         try:
+            if self.file is None:
+                raise FileNotFoundError("there is no home directory; set RADIX_COMPILE_CACHE to a directory")
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as made:
-                json.dump(everything, made, indent=1)
-            Path(made.name).replace(self.file)
-        except OSError as error:
-            log.warning("measurements are not kept: %s", error)
+            with locked(self.file):
+                graphs = read(self.file)
+                both = {(one.rows, frozenset(one.points)): one for one in self._timed(graphs) + timed}
+                write(self.file, graphs | {self.key: Graph(self.about, list(both.values()))})
+        except (OSError, ValueError) as error:
+            self._not_kept(error)
 
+    def _timed(self, graphs: Mapping[str, Graph]) -> list[Timed]:
+        return graphs[self.key].timed if self.key in graphs else []
 
-def _points(points: list[list[float]]) -> tuple[tuple[float, float], ...]:
-    return tuple((float(flops), float(seconds)) for flops, seconds in points)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    def _not_kept(self, error: OSError | ValueError) -> None:
+        reason = getattr(error, "strerror", None) or error  # without names of temporary files, which are never the same
+        place = "" if self.file is None else f" in {str(self.file)!r}"
+        warn_once(f"measurements are not kept{place}: {reason}")
 
 
 def time_programs(runs: Mapping[Any, Callable[[], object]], device: torch.device) -> dict[Any, float]:

@@ -56,7 +56,9 @@ class Options:
         limit = self.threshold
         _expect("threshold", limit, limit is None or _is_share(limit), "a number from 0 to 1, or None")
         _expect("calibrate", self.calibrate, isinstance(self.calibrate, bool), "True or False")
-        _expect("calibration", self.calibration, isinstance(self.calibration, str | Path | None), "a path or None")
+        path = self.calibration
+        _expect("calibration", path, isinstance(path, str | Path | None), "a path or None")
+        _expect("calibration", path, "\0" not in str(path), "a path without NUL characters, or None")
         _expect("min_tokens", self.min_tokens, _is_count(self.min_tokens, 0), "an integer, zero or more")
         multiple = self.pad_multiple_of
         _expect("pad_multiple_of", multiple, multiple is None or _is_count(multiple, 1), "a positive integer or None")

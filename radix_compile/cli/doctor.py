@@ -52,7 +52,7 @@ def _checks(device: str) -> Iterator[Check]:
         yield Check(package, _version(package))
     yield _device(device)
     yield _triton(device)
-    yield Check("measurements", str(calibration_file()))
+    yield Check("measurements", str(calibration_file() or "not kept: no home directory"))
     found = "radix" in torch._dynamo.list_backends(exclude_tags=())
     yield Check('backend="radix"', "found" if found else "not found: install the package (pip install -e .)", found)
     yield from _known_bad(device)
