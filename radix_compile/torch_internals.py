@@ -292,6 +292,11 @@ def size_symbols(graph: fx.Graph) -> dict[sympy.Symbol, tuple[int, int, int]]:
     return found
 
 
+def hints_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """The sizes of inputs that are symbols, in this call."""
+    return {symbol: hint for symbol, (*_, hint) in size_symbols(graph).items()}
+
+
 def source_name(placeholder: fx.Node) -> str:
     """What the user calls an input of the graph that Dynamo captured: ``L['ids']``, ``L['cache'].layers[0].keys``."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -477,9 +482,9 @@ def _copy_what_is_kept(function: Any) -> None:
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """With the same strides, whatever they are, which the compiled code was made for."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() == 0:
         return tensor
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     flat = tensor.as_strided((last + 1,), (1,)).clone()
     return flat.as_strided(tensor.shape, tensor.stride(), 0)
 

@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from radix_compile.attention.parts import compact_attention
+from radix_compile.memory import views_to_keep
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.elementwise import elementwise
 from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
 from radix_compile.token_axes import Layout, Token, values_of
+from radix_compile.torch_internals import hints_of
 
 aten = torch.ops.aten
 
@@ -30,12 +32,15 @@ def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
     Position-wise work on rows is compact, and so is attention that runs on the tree. Two things next to it are not:
     what is computed from the row keys by cheap ops alone (masks, positions) runs in the form in which it is wanted, and
     views of a full value stay full, so that the fold happens where the tensor is thinnest. (Views of a compact value
-    run in either form, where they are wanted: ``fold_graph``.)
+    run in either form, where they are wanted: ``fold_graph``. So do those that outputs share memory by.)
     """
     layout = gm.meta["tokens"].layout
     for node in gm.graph.nodes:
         if node.op != "output":
             node.meta["home"] = _home(node, layout)
+    for node, _ in views_to_keep(gm.graph, hints_of(gm.graph)):
+        if home(node) is Form.COMPACT:
+            node.meta["home"] = Form.EITHER
     return gm
 
 

@@ -25,11 +25,13 @@ from radix_compile.attention.rows import Rows
 from radix_compile.grad_modes import grad_modes
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
+from radix_compile.memory import numbers, order_in_memory, reads_layout, views_to_keep
 from radix_compile.op_rules.flex import Blocks
-from radix_compile.op_rules.table import SHAPE_ARGUMENT
-from radix_compile.passes.choose_cuts import Form, has_compact_form, home, thin_source
+from radix_compile.op_rules.table import SHAPE_ARGUMENT, is_tensor
+from radix_compile.passes.choose_cuts import Form, has_compact_form, home, is_row, thin_source
 from radix_compile.provenance import trace_back
 from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
+from radix_compile.torch_internals import hints_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix
@@ -121,6 +123,11 @@ class _Rewriter:
         self.records_here = True
         """Are gradients recorded where the node stands that is being rewritten? What is made where they are not has
         none, and so cannot stand for the same where they are."""
+        self.hints = hints_of(gm.graph)
+        self.moved: set[fx.Node] = set()
+        """Captured nodes whose full form does not lie in memory as they do, or may not."""
+        self.placed: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.bases = {base for _, base in views_to_keep(gm.graph, self.hints)}
         self.columns: dict[tuple[fx.Node, int, str, bool], fx.Node] = {}
         self.biases: dict[tuple[Any, ...], fx.Node | None] = {}
 
@@ -130,7 +137,7 @@ class _Rewriter:
         self._add_plan_inputs()
         for node in self.gm.graph.nodes:
             if node.op == "output":
-                self.graph.node_copy(node, self.full.__getitem__)
+                self.graph.node_copy(node, self._in_place)
             else:
                 self._rewrite(node)
         return fx.GraphModule(self.gm, self.graph)
@@ -164,14 +171,22 @@ class _Rewriter:
     def _make_forms(self, node: fx.Node) -> None:
         forms, runs = self.wanted.forms.get(node, set()), self.wanted.runs.get(node, set())
         if Form.FULL in runs:
-            self.full[node] = _relaxed(self.graph.node_copy(node, self.full.__getitem__))
+            read = self._in_place if reads_layout(node) else self.full.__getitem__
+            self.full[node] = _relaxed(self.graph.node_copy(node, read))
             self.full[node].meta |= {"form": Form.FULL, "origin": node}
+            if read != self._in_place and not self.moved.isdisjoint(node.all_input_nodes):
+                self.moved.add(node)
         if Form.COMPACT in runs:
             self.compact[node] = self._run_compact(node)
         if Form.COMPACT in forms and node not in self.compact:
             self.compact[node] = self._fold(node)
         if Form.FULL in forms and node not in self.full:
             self.full[node] = self._scatter(node)
+            if not self._lies_as_captured(node):
+                self.moved.add(node)
+        if node in self.bases and node in self.moved:
+            self.full[node] = self._in_place(node)
+            self.moved.discard(node)
 
     # ------------------------------------------------------------------------------------------- compact ops
 
@@ -188,6 +203,7 @@ class _Rewriter:
             if self.records_here:
                 return source
             return self._tagged(self.graph.call_function(aten.detach.default, (source,)), node, Form.COMPACT)
+        by_layout = reads_layout(node)
         uses: dict[fx.Node, list[tuple[int, str]]] = {}
         for operand, dim, how in value.operands:
             uses.setdefault(operand, []).append((dim, how))
@@ -195,7 +211,9 @@ class _Rewriter:
         def compact_input(arg: fx.Node) -> fx.Node:
             if any(how == "count" for _, how in uses.get(arg, ())):
                 return self._count(arg, value.arrangement)
-            return self.compact[arg] if has_compact_form(arg) else self._constant(arg, uses.get(arg, []))
+            if not has_compact_form(arg):
+                return self._constant(arg, uses.get(arg, []))
+            return self._laid_out(self.compact[arg], arg) if by_layout and is_row(arg) else self.compact[arg]
 
         copy = self.graph.node_copy(node, compact_input)
         if node.target in SHAPE_ARGUMENT:
@@ -322,6 +340,41 @@ class _Rewriter:
         arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim, False)
         made = self.graph.call_function(radix.scatter_rows.default, arguments)
         return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
+
+    def _lies_as_captured(self, node: fx.Node) -> bool:
+        """Does a scattered value, ``[B, S, features]`` in memory, lie there as the captured one?"""
+        axes = value_of(node).axes
+        split = apart(axes)
+        front = [split.index((BATCH,)), split.index((SEQ,))]
+        order = [*front, *(dim for dim in range(len(split)) if dim not in front)]
+        sizes = [self.layout.axis_size(axis).subs(self.hints) for axis in split]
+        shape, strides = (numbers(of, self.hints) for of in (node.meta["val"].shape, node.meta["val"].stride()))
+        if shape is None or strides is None or not all(size.is_Integer for size in sizes):
+            return False
+        scattered = torch.empty([int(sizes[dim]) for dim in order], device="meta")
+        scattered = scattered.permute([order.index(dim) for dim in range(len(order))]).reshape(shape)
+        return all(size == 1 or a == b for size, a, b in zip(shape, scattered.stride(), strides, strict=True))
+
+    def _in_place(self, node: fx.Node) -> fx.Node:
+        """The full form, in memory as the captured value: for what looks at that, as callers may do at outputs."""
+        if node not in self.moved:
+            return self.full[node]
+        key = (node, self.records_here)
+        if key not in self.placed:
+            self.placed[key] = self._tagged(self._laid_out(self.full[node], node), node, Form.FULL)
+        return self.placed[key]
+
+    def _laid_out(self, made: fx.Node, captured: fx.Node) -> fx.Node:
+        """With the dimensions in memory in the order of the captured tensor's. If they are already, it does nothing."""
+        if not is_tensor(captured):
+            return made
+        order = order_in_memory(captured, self.hints)
+        back = [order.index(dim) for dim in range(len(order))]
+        call = self.graph.call_function
+        if order == back == sorted(order):
+            return call(aten.contiguous.default, (made,))
+        made = call(aten.contiguous.default, (call(aten.permute.default, (made, order)),))
+        return call(aten.permute.default, (made, back))
 
     def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:
         if len(before) == len(after):

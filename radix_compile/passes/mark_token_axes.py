@@ -40,7 +40,7 @@ from radix_compile.token_axes import (
     shape_of,
     values_of,
 )
-from radix_compile.torch_internals import same_size, size_symbols
+from radix_compile.torch_internals import hints_of, same_size
 
 aten = torch.ops.aten
 
@@ -92,7 +92,7 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
         if any(node.meta.get("needs_gradient") for node in keys):
             raise CannotFold("the embedded input has a gradient, which every row needs its own of: pass input_ids")
     layout = Layout(*shape_of(ids)[:2])  # after the line above, which may have found two symbols to be one
-    reaches = Reaches(layout, {symbol: hint for symbol, (*_, hint) in size_symbols(gm.graph).items()}, reach_rule_for)
+    reaches = Reaches(layout, hints_of(gm.graph), reach_rule_for)
     tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
     gm.meta["tokens"] = tokens
     for node in gm.graph.nodes:

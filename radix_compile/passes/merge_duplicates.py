@@ -9,14 +9,17 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from radix_compile.memory import outputs_of, root
+
 
 def merge_duplicates(gm: fx.GraphModule) -> fx.GraphModule:
     """Keep the first of each group of equal deterministic ops.
 
     Not across ops with an effect (``_set_grad_enabled`` opens a region in which a value has no gradient), nor between
-    different regions of activation checkpointing.
+    different regions of activation checkpointing. Two outputs that are equal stay two: the caller may write to one.
     """
     first: dict[Hashable, fx.Node] = {}
+    returned = {root(node) for node in outputs_of(gm.graph)}
     region = 0
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
@@ -26,7 +29,8 @@ def merge_duplicates(gm: fx.GraphModule) -> fx.GraphModule:
         elif torch.Tag.nondeterministic_seeded not in node.target.tags:
             key = (region, node.meta.get("ac_graph_id"), node.target, _key(node.args), _key(node.kwargs))
             kept = first.setdefault(key, node)
-            if kept is not node:
+            if kept is not node and not returned.issuperset((kept, node)):
+                returned.update({kept} if node in returned else ())
                 node.replace_all_uses_with(kept)
                 gm.graph.erase_node(node)
     return gm
