@@ -211,7 +211,8 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
     compiled_by = inner, options.mode, options.inner_options, options.padding, options.fold_attention
     key = fingerprint(captured, ids.device, compiled_by)
     about = {"torch": torch.__version__, "device": ids.device.type, "inner": inner}
-    return Measurements(Path(options.calibration or calibration_file()), key, about)
+    file = Path(options.calibration) if options.calibration else calibration_file()
+    return Measurements(file, key, about)
 
 
 def _of_few_sizes(options: Options, captured: fx.GraphModule) -> Options:
@@ -244,7 +245,7 @@ def _compile_folded(
     inputs = [*internals.taken_apart(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)
     try:
-        with internals.cache_unless(captured.meta["checkpointed"]):
+        with internals.cache_unless(captured.meta["checkpointed"]), internals.backward_may_run_again():
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             program = internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
