@@ -79,12 +79,13 @@ def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
         raise Mixes("reduces scores over more than their keys, or without keepdim")
     weights = _weights(value, dim)
     axes = (*value.axes[:dim], (), *value.axes[dim + 1 :])
-    largest = attend(axes, weights, value).with_fact(RowMax(source))
+    which = attend(axes, weights, value)
+    largest = which.with_fact(RowMax(source))
     if node.target is aten.amax.default:
         return largest
     if any(user.args[1] == 1 and user.users for user in node.users):  # its number is where it is in the sequence
         raise Mixes("asks which of the keys has the largest score")
-    return largest, largest
+    return largest, which
 
 
 @rule(aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default)

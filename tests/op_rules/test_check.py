@@ -50,7 +50,7 @@ def test_a_wrong_rule_and_a_missing_one_are_told_apart(
     assert main(["aten.flip", "aten.roll.default"]) == 1
     printed = capsys.readouterr().out
     assert "wrong    aten.flip.default-" in printed
-    assert "not refused" in printed
+    assert "is claimed to be determined by the paths of rows, and is not" in printed
     assert "wrong    aten.roll" not in printed
 
     monkeypatch.setattr(sweep, "cases", lambda: iter(()))
@@ -60,13 +60,16 @@ def test_a_wrong_rule_and_a_missing_one_are_told_apart(
 
 
 def test_a_causal_rule_that_reads_ahead_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only exchanging later rows can show it: the op runs in full form, and folded and plain agree."""
+    """Folded and plain agree, since the op runs in full form: claims show it, and exchanging later rows."""
 
     def causal(node: fx.Node, layout: object) -> Value:
         return Value(value_of(node.args[0]).axes, full_only=True)  # type: ignore[arg-type]
 
     monkeypatch.setitem(RULES, aten.roll.default, causal)
     sample = sweep.Sample(lambda t, op: t(op, t.x, [-1], [1]), "full")
+    with pytest.raises(AssertionError, match="claimed to be determined"):
+        sweep.check(sweep.Case(aten.roll.default, 0, sample))
+    monkeypatch.setattr(sweep, "check_claims", lambda *args: None)
     with pytest.raises(AssertionError, match="not close"):
         sweep.check(sweep.Case(aten.roll.default, 0, sample))
 

@@ -2,8 +2,11 @@
 
 A position-wise rule says that rows of equal path have equal results, whatever the other rows are; so the op is run on
 the rows of the nodes alone, which leaves rows out, brings together rows of different sequences and repeats them for
-others, and the result has to be that of the plain run, gradients too. A causal rule says that later rows do not
-matter; so they are exchanged. All in float64, on sizes that collide on purpose (see ``recorder``).
+others, and the result has to be that of the plain run, gradients and strides too. A causal rule says that later rows do
+not matter; so they are exchanged. What a rule says besides (what is uniform, which formula a mask is, ...) is held
+against the numbers (``claims``). All in float64, on sizes that collide on purpose (see ``recorder``), and in variants:
+on uniform tables, rows with columns in them, buffers longer than the sequence, floors of float16, integers that wrap
+around, and in regions without gradients.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from radix_compile.op_rules import rule_for
+from radix_compile.op_rules.check.claims import check_claims
 from radix_compile.op_rules.check.recorder import SEQ as COLUMNS
-from radix_compile.op_rules.check.recorder import Recorder, sample_inputs, shuffle_later
+from radix_compile.op_rules.check.recorder import Recorder, Variant, sample_inputs, shuffle_later
 from radix_compile.op_rules.check.samples import NEVER_FOLDS, NEVER_REFUSED, NO_RULE, POINTWISE, SAMPLES, Sample
 from radix_compile.op_rules.table import RULES
 from radix_compile.passes.choose_cuts import Form
+from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.pipeline import run_pipeline
-from radix_compile.plan_inputs import plan_inputs
+from radix_compile.plan_inputs import OffTheTree, plan_inputs
 from radix_compile.token_axes import SEQ, value_of, values_of
 
 aten = torch.ops.aten
@@ -87,35 +92,58 @@ def named(name: str) -> OpOverload | None:
 
 
 def check(case: Case) -> None:
-    """Raise :class:`RuleError` if the rule, or what the rewrite makes of it, is wrong for the sample."""
+    """Raise :class:`RuleError` if the rule, or what the rewrite makes of it, is wrong for the sample.
+
+    A sample that folds is also built in every :class:`Variant`, in which it may fold or not.
+    """
     graph, node = recorded(case)
-    folded = run_pipeline(graph)
+    _expect_as_plain(graph, node if case.sample.verdict == "compact" else None)
     check_verdict(node, case.sample)
-    if case.sample.verdict == "compact":
+    if case.sample.verdict == "full":
+        _expect_causal(case)
+    for variant in Variant:
+        if variant is not Variant.AS_WRITTEN and case.sample.verdict != "refused":
+            graph, _ = recorded(case, variant)
+            _expect_as_plain(graph)
+
+
+def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> None:
+    """Claims, results, strides and gradients. ``compact`` is a node that has to run compact, or be read so."""
+    folded = run_pipeline(graph)
+    if compact is not None:
         runs = graph.meta["wanted"].runs
-        users = [user for user in node.users if Form.COMPACT in runs.get(user, ())]
-        _expect(Form.COMPACT in runs[node] or bool(users), "the op under test never ran compact")
+        users = [user for user in compact.users if Form.COMPACT in runs.get(user, ())]
+        _expect(Form.COMPACT in runs[compact] or bool(users), "the op under test never ran compact")
     inputs = sample_inputs()
+    check_claims(graph, list(inputs.values()), list(shuffle_later(inputs, 0).values()))
     for tensor in inputs.values():
         tensor.requires_grad_(tensor.is_floating_point())
     args = tuple(inputs.values())
-    planned = plan_inputs(graph)
-    plan = planned.plan(args)
+    try:
+        planned = plan_inputs(graph)
+        plan = planned.plan(args)
+    except OffTheTree:
+        graph.meta.update(sighted=False, apart=False)
+        folded = run_pipeline(graph, first=fold_attention)
+        planned = plan_inputs(graph)
+        plan = planned.plan(args)
     _expect(plan.compact_tokens < args[0].numel(), "nothing is shared in the sample")
     torch.manual_seed(0)
     ours = folded(*args, *planned.arrays(plan, args, torch.device("cpu")))
     torch.manual_seed(0)
     _expect_same(ours, graph(*args), args)
-    if case.sample.verdict == "full":
-        _expect_causal(case)
 
 
-def recorded(case: Case) -> tuple[fx.GraphModule, fx.Node]:
+def recorded(case: Case, variant: Variant = Variant.AS_WRITTEN) -> tuple[fx.GraphModule, fx.Node]:
     """The sample's graph and the node under test; its result is also added to itself, in compact form if it may be."""
-    t = Recorder(sample_inputs())
+    t = Recorder(sample_inputs(), variant)
+    before: list[fx.Node] = []
+    if variant is Variant.UNIFORM:
+        with t.without_gradients():
+            before = [case.sample.build(t, case.op)]
     result = case.sample.build(t, case.op)
     node = [node for node in t.graph.nodes if _is_op(node.target, case.op)][-1]
-    return t.finish(result, t(aten.add.Tensor, result, result), t.x), node
+    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *before), node
 
 
 def _is_op(target: object, op: Op) -> bool:
@@ -154,7 +182,9 @@ def check_verdict(node: fx.Node, sample: Sample) -> None:
 
 def _expect_same(ours: tuple[Tensor, ...], plain: tuple[Tensor, ...], args: tuple[Tensor, ...]) -> None:
     for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, equal_nan=True)
+        steps = zip(one.shape, one.stride(), other.stride(), strict=True)
+        _expect(all(size == 1 or a == b for size, a, b in steps), "a result does not lie in memory as the plain one")
     weights = [args[0].cos() if one.shape == args[0].shape else one.detach().cos() for one in plain]
     sums = [
         torch.stack([(r * w).sum() for r, w in zip(results, weights, strict=True) if r.requires_grad]).sum()
@@ -163,7 +193,7 @@ def _expect_same(ours: tuple[Tensor, ...], plain: tuple[Tensor, ...], args: tupl
     floats = [tensor for tensor in args if tensor.requires_grad]
     for one, other in zip(*(torch.autograd.grad(total, floats, allow_unused=True) for total in sums), strict=True):
         if one is not None or other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 def _expect_causal(case: Case) -> None:

@@ -6,7 +6,10 @@ that goes by a size instead of by the structure of the program is caught by that
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +46,8 @@ def sample_inputs() -> dict[str, Tensor]:
         "columns": floats(SEQ, 1),
         "square": floats(SEQ, SEQ),
         "sequences": floats(BATCH, 1, 1),
+        "long_columns": floats(2 * SEQ + 1, 1),
+        "long_row": (torch.arange(BATCH * SEQ)[None] % 5 != 1).long(),  # the first rows of it are not alike
     }
 
 
@@ -51,6 +56,15 @@ def shuffle_later(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
     ids = inputs["ids"].clone()
     ids[:, column:] = (ids[:, column:] + 7) % VOCABULARY
     return {**inputs, "ids": ids}
+
+
+class Variant(Enum):
+    """What samples are built of besides what they say: the same shapes, of which other things are true."""
+
+    AS_WRITTEN = "weights and tables of random numbers, masks of int64 columns with floors of float64"
+    UNIFORM = "weights and tables of equal numbers, and everything first in a region without gradients"
+    TABLES = "rows with a number for each column, tables and padding cut from longer buffers"
+    FLOORS = "masks of int32 columns that wrap around, with floors of float16 and large biases"
 
 
 class Recorder:
@@ -66,14 +80,32 @@ class Recorder:
     columns: fx.Node
     square: fx.Node
     sequences: fx.Node
+    long_columns: fx.Node
+    long_row: fx.Node
 
-    def __init__(self, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, inputs: dict[str, Tensor], variant: Variant = Variant.AS_WRITTEN) -> None:
+        self.variant = variant
         self.graph = fx.Graph()
         self.mode = FakeTensorMode()
         for name, tensor in inputs.items():
             node = self.graph.placeholder(name)
             node.meta["val"] = self.mode.from_tensor(tensor)
             setattr(self, name, node)
+        if variant is Variant.UNIFORM:
+            for name in ("weight", "bias", "columns", "square", "sequences"):
+                setattr(self, name, self(aten.full.default, inputs[name].shape, 0.5, dtype=torch.float64))
+        if variant is Variant.TABLES:
+            self.columns = self(aten.slice.Tensor, self.long_columns, 0, 0, SEQ)
+            shown = self(aten.slice.Tensor, self.long_row, 1, 0, SEQ)
+            self.padding = self(aten.mul.Tensor, self.padding, shown)
+
+    @contextlib.contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """What is recorded here has none; what samples start from was there before."""
+        _ = self.x, self.heads, self.scores
+        self.graph.call_function(torch._C._set_grad_enabled, (False,))
+        yield
+        self.graph.call_function(torch._C._set_grad_enabled, (True,))
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(op, args, kwargs)
@@ -95,7 +127,8 @@ class Recorder:
     @cached_property
     def x(self) -> fx.Node:
         """``[B, S, D]``, one vector for each row."""
-        return self(aten.embedding.default, self.table, self.ids)
+        looked_up = self(aten.embedding.default, self.table, self.ids)
+        return self(aten.add.Tensor, looked_up, self.columns) if self.variant is Variant.TABLES else looked_up
 
     @cached_property
     def wide(self) -> fx.Node:
@@ -120,8 +153,11 @@ class Recorder:
         return self.key_minus_query_at_most(0)
 
     def key_minus_query_at_most(self, bound: int) -> fx.Node:
-        query = self(aten.unsqueeze.default, self(aten.arange.default, SEQ), 1)
-        key = self(aten.unsqueeze.default, self(aten.arange.default, SEQ), 0)
+        options = {"dtype": torch.int32} if self.variant is Variant.FLOORS else {}
+        query = self(aten.unsqueeze.default, self(aten.arange.default, SEQ, **options), 1)
+        key = self(aten.unsqueeze.default, self(aten.arange.default, SEQ, **options), 0)
+        if self.variant is Variant.FLOORS:  # the last ones become the lowest
+            query, key = (self(aten.add.Tensor, one, 2**31 - 3) for one in (query, key))
         return self(aten.le.Tensor, self(aten.add.Tensor, key, -bound), query)
 
     @cached_property
@@ -143,7 +179,12 @@ class Recorder:
         return self(aten.softmax.int, self.masked(self.causal), -1)
 
     def masked(self, visible: fx.Node, floor: float = float("-inf")) -> fx.Node:
-        return self(aten.where.ScalarOther, visible, self.scores, floor)
+        if self.variant is not Variant.FLOORS:
+            return self(aten.where.ScalarOther, visible, self.scores, floor)
+        zero, lowest = (self(aten.full.default, [], n, dtype=torch.float16) for n in (0.0, -65504.0))
+        scores = self(aten.add.Tensor, self.scores, self(aten.where.self, visible, zero, lowest))
+        large = self(aten.mul.Tensor, self(aten.arange.default, SEQ, dtype=torch.float64), 3e4)
+        return self(aten.add.Tensor, scores, large)
 
     @cached_property
     def full_weights(self) -> fx.Node:

@@ -10,6 +10,7 @@ from radix_compile.op_rules.check.samples.patterns import (
     MERGED,
     additive,
     attention,
+    biased_by_mask,
     columns_weights,
     grouped_attention,
     grouped_over_sequences,
@@ -89,6 +90,7 @@ CONTRACTIONS: dict[OpOverload | str, list[Sample]] = {
         pair(lambda t, op: t(op, t.square, t.x, t(aten.transpose.int, t.x, 1, 2))),
         pair(lambda t, op: t(op, t.x, t.x, t(aten.transpose.int, t.x, 1, 2), beta=0.5, alpha=2)),
         pair(lambda t, op: t(op, t(aten.repeat.default, heads_bias(t), [BATCH, 1, 1]), *merged_heads(t))),
+        pair(biased_by_mask),
         refused(
             "table lines up with tokens and something else",
             lambda t, op: t(op, t(aten.repeat_interleave.self_int, heads_bias(t), BATCH, 0), *merged_heads(t)),

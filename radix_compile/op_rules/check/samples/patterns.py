@@ -284,6 +284,29 @@ def first_column_less_one(t: Recorder, node: fx.Node) -> fx.Node:
     return t(aten.sub.Tensor, t(aten.slice.Tensor, node, 1, 0, 1), 1)
 
 
+def first_steps(t: Recorder, op: Any) -> fx.Node:
+    """A table of the steps of a table, of which the first is one."""
+    table = t(aten.mT.default, t.columns)
+    steps = t(op, table, 1, 1, first_column_less_one(t, table))
+    return t(aten.add.Tensor, t.x, t(aten.mT.default, steps))
+
+
+def hidden_by_buffer(t: Recorder, op: Any) -> fx.Node:
+    """Attention to the keys that a buffer shows, which has more columns than there are."""
+    shown = t(aten.ne.Scalar, t(op, t.long_row, 1, 0, SEQ), 0)
+    mask = t(aten.__and__.Tensor, t.causal, shown)
+    return t(aten.matmul.default, t(aten.softmax.int, t.masked(mask, LOWEST), -1), t.heads)
+
+
+def biased_by_mask(t: Recorder, op: Any) -> fx.Node:
+    """Attention whose padding is hidden by what a product is added to."""
+    zeros = t(aten.zeros.default, [BATCH, SEQ, SEQ], dtype=torch.float64)
+    shown = t(aten.squeeze.dim, t.visible_keys, 1)
+    scores = t(op, t(aten.where.ScalarOther, shown, zeros, LOWEST), t.x, t(aten.transpose.int, t.x, 1, 2))
+    hidden = t(aten.where.ScalarOther, t.causal, scores, float("-inf"))
+    return t(aten.bmm.default, t(aten.softmax.int, hidden, -1), t.x)
+
+
 def column_numbers(t: Recorder, size: int, dim: int, rank: int) -> fx.Node:
     node = t(aten.arange.default, size)
     return t(aten.view.default, node, [size if d == dim else 1 for d in range(rank)])

@@ -10,10 +10,11 @@ from radix_compile.op_rules.check.samples.patterns import (
     encoder_layer,
     first_column_less_one,
     first_of,
+    first_steps,
     over_features,
     packed_by,
 )
-from radix_compile.op_rules.check.samples.sample import Sample, arranged, compact, full, refused
+from radix_compile.op_rules.check.samples.sample import Sample, arranged, compact, constant, full, refused
 
 aten = torch.ops.aten
 
@@ -34,6 +35,7 @@ SEQUENCE: dict[OpOverload | str, list[Sample]] = {
     aten.diff.default: [
         full(lambda t, op: packed_by(aten.cumsum.default)(t, op)),
         full(lambda t, op: t(op, t.positions, 1, 1, first_column_less_one(t, t.positions))),
+        constant(first_steps),
         refused("takes differences", over_features(1, 1)),
         refused("takes differences", lambda t, op: t(op, t.positions, 2, 1, first_column_less_one(t, t.positions))),
         refused("takes differences", lambda t, op: t(op, t.positions, 1, 1, first_column_less_one(t, t.ids))),

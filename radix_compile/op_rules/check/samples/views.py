@@ -12,6 +12,7 @@ from radix_compile.op_rules.check.samples.patterns import (
     UNARY,
     VIEW_REFUSED,
     first_of,
+    hidden_by_buffer,
     numbers,
     over_features,
     rolled,
@@ -77,6 +78,7 @@ VIEWS: dict[OpOverload | str, list[Sample]] = {
         compact(over_features(-1, 0, 9223372036854775807, 2)),
         compact(over_features(1, 0, 9223372036854775807)),
         constant(lambda t, op: t(aten.add.Tensor, t.x, t(op, t.square, 0, 0, 1))),
+        constant(hidden_by_buffer),
         pair(sinks()),
         refused(
             "slices the sequence",
