@@ -108,7 +108,7 @@ class PerCall:
         with torch.profiler.record_function(f"radix: {self.place}, {plan.tokens} -> {plan.compact_tokens} rows"):
             results = chosen.program(*args, *arrays)
         if chosen.verify is not None:
-            chosen.verify(results, args, arrays, lambda: self.plain(*wrapped))
+            chosen.verify(results, args, arrays, wrapped, chosen.program, self.plain)
         return results
 
     def _count(self, chosen: Folded, counts: Counts, plan: PrefixPlan, seconds: float) -> None:

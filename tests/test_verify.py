@@ -216,3 +216,69 @@ def test_random_numbers_are_not_compared() -> None:
 
     compiled(Random())(IDS)
     assert radix_compile.stats().folded_calls == 1
+
+
+class Writing(nn.Module):
+    """Two equal results, in another order in memory, and a table that is first read where no gradients are recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.up = nn.Embedding(97, 16), nn.Linear(16, 32)
+        self.positions = nn.Parameter(torch.randn(8, 16))
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        x = self.embedding(ids)
+        with torch.no_grad():
+            reference = self.up(x + self.positions)
+        y = self.up(x + self.positions) - reference.cos()
+        heads = y.view(*ids.shape, 4, 8).transpose(1, 2).contiguous() * 2
+        return y * 2, y * 2, heads, heads[:, 1]
+
+
+def test_gradients_and_memory_are_compared() -> None:
+    model = Writing()
+    ours, expected = compiled(model)(IDS), model(IDS)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert radix_compile.stats().folded_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong", "message"),
+    [
+        (
+            "fold_graph.grad_modes",
+            lambda graph, outside: dict.fromkeys(graph.nodes, True),
+            r"the gradient of L\['self'\]\S*positions\S* has none",
+        ),
+        ("merge_duplicates.outputs_of", lambda graph: [], "result 1 and result 0 share memory, unlike in plain"),
+        (
+            "fold_graph._Rewriter._lies_as_captured",
+            lambda self, node: True,
+            r"result 2 has the strides \(256, 8, 32, 1",
+        ),
+        (
+            "choose_cuts.views_to_keep",
+            lambda graph, hints: [],
+            "result 3 has the strides|result 3 and result 2 do not share memory",
+        ),
+    ],
+)
+def test_what_a_caller_would_notice_later_is_named(
+    where: str, wrong: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"radix_compile.passes.{where}", wrong)
+    with pytest.raises(radix_compile.WrongFold, match=message):
+        compiled(Writing())(IDS)
+
+
+def test_a_wrong_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where results are right: the sum of what the rows of a node want is what they have in common."""
+    monkeypatch.setattr("radix_compile.kernels.reference.sum_rows", mean_rows)
+    with pytest.raises(radix_compile.WrongFold, match=r"the gradient of L\['self'\]\S* differs by"):
+        compiled(Writing())(IDS)
+
+
+def mean_rows(full: Tensor, scatter: Tensor, fold: Tensor, *rest: Any) -> Tensor:
+    return radix.fold_rows(full, fold, scatter, *rest[-2:])
