@@ -65,31 +65,32 @@ def diff(node: fx.Node, layout: Layout) -> Value:
     prepend = argument(node, "prepend")
     if value.mixed is not None:
         return value
-    dim = argument(node, "dim") % len(value.axes)
-    first_step_is_one = _is_first_column_less_one(prepend, value, dim)
-    if argument(node, "n") != 1 or argument(node, "append") is not None or not first_step_is_one:
-        raise Mixes("takes differences along the sequence")
+    dim = argument(node, "dim") % max(len(value.axes), 1)
+    steps = argument(node, "n") == 1 and argument(node, "append") is None
+    steps = steps and _is_first_column_less_one(prepend, source, dim)
     fact = value.fact
-    if not value.is_constant:
-        _along_sequence(value, dim, "takes differences along")
     # The truth of positions, differences that wrap around or run over the batch are not steps of the positions.
     exact = isinstance(fact, PerRow) and fact.exact and fact.dim == dim - len(value.axes) == -1
-    step = Step(fact.source) if isinstance(fact, PerRow) and exact and _counts(node) else None
-    if value.is_constant:  # all entries may be equal, and the first step is one
+    step = Step(fact.source) if steps and isinstance(fact, PerRow) and exact and _counts(node) else None
+    if all(value_of(one).is_constant for one in node.all_input_nodes):
+        # Its entries may all be equal, and steps are not: the first may be one.
         return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]), fact=step)
+    if not steps:
+        raise Mixes("takes differences along the sequence")
+    _along_sequence(value, dim, "takes differences along")
     return Value(value.axes, full_only=True, fact=step)
 
 
-def _is_first_column_less_one(node: fx.Node | None, value: Value, dim: int) -> bool:
+def _is_first_column_less_one(node: fx.Node | None, source: fx.Node, dim: int) -> bool:
     """``x[:, :1] - 1`` of the same ``x``, in front of ``diff(x)``: the first step is one by construction."""
-    if node is None or node.target is not aten.sub.Tensor or node.args[1] != 1 or not isinstance(node.args[0], fx.Node):
+    if node is None or node.target is not aten.sub.Tensor or node.args[1] != 1 or argument(node, "alpha") != 1:
         return False
-    cut = node.args[0]
+    cut = source_of(node)
     if cut.target is not aten.slice.Tensor or (argument(cut, "start") or 0, argument(cut, "end")) != (0, 1):
         return False
-    origin = value_of(source_of(cut))
-    same = isinstance(value.fact, PerRow) and origin.fact == value.fact
-    return argument(cut, "dim") % len(value.axes) == dim and (same or origin.is_constant)
+    value, origin = value_of(source), value_of(source_of(cut))
+    same = source_of(cut) is source or (isinstance(value.fact, PerRow) and origin.fact == value.fact)
+    return same and argument(cut, "dim") % len(value.axes) == dim
 
 
 @rule(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default)
