@@ -23,7 +23,9 @@ from radix_compile.token_axes import (
 def register_rule(op: OpOverload, rule: str | Rule) -> None:
     """Say what an op does to the rows of a batch, so that folding does not stop at it.
 
-    It is taken at its word: a wrong rule gives wrong numbers. Rules count for what is compiled after this call.
+    It is taken at its word: a wrong rule gives wrong numbers. So does a gradient that is not linear in the one that comes
+    in, since rows of equal path are given the sum of what they would be given. Rules count for what is compiled after
+    this call.
 
     Args:
         op: an overload, such as ``torch.ops.mylib.fused_norm.default``; one that writes to its inputs cannot have a
