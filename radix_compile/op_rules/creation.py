@@ -18,7 +18,7 @@ from radix_compile.mask_facts import (
     negation,
     stored,
 )
-from radix_compile.op_rules.elementwise import elementwise
+from radix_compile.op_rules.elementwise import lined_up
 from radix_compile.op_rules.masks import as_formula, counted, is_hidden
 from radix_compile.op_rules.table import argument, rule, source_of
 from radix_compile.token_axes import Layout, Value, feature, plain_axes, uniform_axes, value_of
@@ -71,7 +71,8 @@ def fill(node: fx.Node, layout: Layout) -> Value:
 
 @rule(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
 def fill_like(node: fx.Node, layout: Layout) -> Value:
-    return elementwise(node, layout).with_fact(_filled(node))
+    axes, uses = lined_up(node, layout)
+    return Value(axes, fact=_filled(node), operands=uses)
 
 
 @rule(aten.tril.default, aten.triu.default)

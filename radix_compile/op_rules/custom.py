@@ -6,7 +6,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from radix_compile.arrays import describe
-from radix_compile.op_rules.elementwise import elementwise
+from radix_compile.op_rules.elementwise import lined_up
 from radix_compile.op_rules.table import RULES, Rule, tensor_inputs
 from radix_compile.token_axes import (
     Layout,
@@ -23,9 +23,9 @@ from radix_compile.token_axes import (
 def register_rule(op: OpOverload, rule: str | Rule) -> None:
     """Say what an op does to the rows of a batch, so that folding does not stop at it.
 
-    It is taken at its word: a wrong rule gives wrong numbers. So does a gradient that is not linear in the one that comes
-    in, since rows of equal path are given the sum of what they would be given. Rules count for what is compiled after
-    this call.
+    It is taken at its word: a wrong rule gives wrong numbers. So does an op whose gradient is not linear in the one
+    that comes in, since rows of equal path are given the sum of theirs. Rules count for what is compiled after this
+    call.
 
     Args:
         op: an overload, such as ``torch.ops.mylib.fused_norm.default``; one that writes to its inputs cannot have a
@@ -63,7 +63,8 @@ def register_rule(op: OpOverload, rule: str | Rule) -> None:
 
 
 def _pointwise(node: fx.Node, layout: Layout) -> Marks:
-    return _each(node, Value(elementwise(node, layout).axes, operands=elementwise(node, layout).operands))
+    axes, uses = lined_up(node, layout)
+    return _each(node, Value(axes, operands=uses))
 
 
 def _rowwise(node: fx.Node, layout: Layout) -> Marks:

@@ -7,7 +7,7 @@ from torch import fx
 
 from radix_compile.op_rules.masks import elementwise_fact
 from radix_compile.op_rules.table import operand, rule, tensor_inputs
-from radix_compile.token_axes import Layout, Value, broadcast
+from radix_compile.token_axes import Axes, Layout, Marks, Uses, Value, broadcast
 
 aten = torch.ops.aten
 
@@ -25,7 +25,15 @@ aten = torch.ops.aten
     aten.where.ScalarSelf,
     aten.where.Scalar,
 )
-def elementwise(node: fx.Node, layout: Layout) -> Value:
-    """Each entry of the result reads the entries that line up with it."""
-    axes, uses = broadcast(layout, [operand(arg) for arg in tensor_inputs(node)])
+def elementwise(node: fx.Node, layout: Layout) -> Marks:
+    """Each entry of the result, or of all results, reads the entries that line up with it."""
+    axes, uses = lined_up(node, layout)
+    results = node.meta["val"]
+    if isinstance(results, tuple | list):
+        return tuple(Value(axes, operands=uses) for _ in results)
     return Value(axes, fact=elementwise_fact(node), operands=uses)
+
+
+def lined_up(node: fx.Node, layout: Layout) -> tuple[Axes, Uses]:
+    """The axes of what is broadcast from all tensors of the op, and ``Value.operands``."""
+    return broadcast(layout, [operand(arg) for arg in tensor_inputs(node)])

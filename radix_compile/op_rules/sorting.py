@@ -75,7 +75,7 @@ def _inverse(node: fx.Node, order: Arrangement) -> Value:
 
 
 @rule(aten.floor_divide.default, arranged=True)
-def floor_divide(node: fx.Node, layout: Layout) -> Value:
+def floor_divide(node: fx.Node, layout: Layout) -> Marks:
     """The number of an entry, divided by how many entries a row has, is the number of its row."""
     order, divisor = value_of(source_of(node)).arrangement, node.args[1]
     if order is None:

@@ -183,6 +183,9 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         return source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
     try:
         marks = _apply_rule(node, tokens)
+        results = node.meta.get("val")
+        if isinstance(results, tuple | list) and not (isinstance(marks, tuple) and len(marks) == len(results)):
+            raise Mixes("its rule does not say what each of its results is")
         if isinstance(marks, tuple):
             return tuple(_checked(value, tokens.layout) for value in marks)
         return _checked(marks, tokens.layout)

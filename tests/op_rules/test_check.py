@@ -107,3 +107,41 @@ def test_random_and_writing_ops_exist_that_torch_tags_pointwise() -> None:
 @pytest.mark.parametrize("op", [aten.relu_.default, aten.add.out, aten.bernoulli.default, aten.rand_like.default])
 def test_no_rule(op: OpOverload) -> None:
     assert rule_for(op) is None
+
+
+def arguments(op: OpOverload, tensor: torch.Tensor) -> tuple[list[object], dict[str, object]]:
+    """The same tensor for every tensor of a pointwise op, and numbers for what else has no default."""
+    args: list[object] = []
+    named: dict[str, object] = {}
+    for argument in op._schema.arguments:
+        kind = str(argument.type)
+        if argument.has_default_value() and not kind.startswith("Tensor"):
+            continue
+        value: object = tensor.clone() if kind.startswith("Tensor") else 1
+        if argument.kwarg_only:
+            named[argument.name] = value
+        else:
+            args.append(value)
+    return args, named
+
+
+def test_ops_that_torch_tags_pointwise_are() -> None:
+    """They have no rows, and so no samples of their own: rows of their inputs, left out and repeated, are of results."""
+    rows = torch.tensor([2, 0, 2])
+    floats = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.1
+    seen = 0
+    for op in [op for op in overloads() if rule_for(op) is elementwise]:
+        for tensor in (floats, (10 * floats).long(), floats > 0.5):
+            args, named = arguments(op, tensor)
+            chosen = [one[rows] if isinstance(one, torch.Tensor) else one for one in args]
+            chosen_named = {name: one[rows] if isinstance(one, torch.Tensor) else one for name, one in named.items()}
+            try:
+                results, of_rows = op(*args, **named), op(*chosen, **chosen_named)
+            except (RuntimeError, TypeError):  # not for this dtype
+                continue
+            seen += 1
+            several = isinstance(results, tuple | list)
+            for one, other in zip(*((results, of_rows) if several else ((results,), (of_rows,))), strict=True):
+                torch.testing.assert_close(one[rows], other, rtol=0, atol=0, equal_nan=True, msg=str(op))
+            break
+    assert seen > 200

@@ -8,11 +8,13 @@ from torch._ops import OpOverload
 from radix_compile.op_rules.check.recorder import BATCH, SEQ
 from radix_compile.op_rules.check.samples.patterns import (
     UNARY,
+    first_of,
     logic,
     numbers,
     on_mixed,
     over_features,
     rolled,
+    second_of,
     truth,
 )
 from radix_compile.op_rules.check.samples.sample import Sample, compact, constant, pair, refused
@@ -73,6 +75,11 @@ POINTWISE: dict[OpOverload, list[Sample]] = {
         compact(lambda t, op: t(op, t.x, t(aten.ones.default, [BATCH, SEQ, 1], dtype=torch.float64))),
         pair(lambda t, op: t(op, t.x, t(aten.transpose.int, t.x, 1, 2))),
         refused("mean different things", on_mixed),
+    ],
+    aten.frexp.Tensor: [
+        compact(first_of()),
+        compact(second_of()),
+        refused("no rule", lambda t, op: t.item(t(op, rolled(t)), 0)),
     ],
     aten.silu.default: UNARY,
     aten.gelu.default: UNARY,
