@@ -67,27 +67,28 @@ def test_cuda_graphs() -> None:
     model = build("Qwen3", head_dim=16).cuda()
     options = {"threshold": 1.0, "strict": True, "mode": "reduce-overhead"}
     compiled = torch.compile(model, backend="radix", options=options)
-    counts = counters["inductor"]
-    counts.clear()
+    counters.clear()
     batches = [shared_batch(6, 50, shared, seed=shared).cuda() for shared in (46, 30, 1)]
     for ids in (*batches, *batches, *batches):  # warms up, records, and replays
         compare(model, compiled, ids, use_cache=False)
     assert radix_compile.stats().folded_calls == 9
-    assert counts["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_skips"] == 0
     plan = 10 + 6  # fold and scatter, begin and end, the six of tiles; and all sizes among them
-    recorded = counts["cudagraph_recorded_non_static_inputs"]
+    recorded = counters["inductor"]["cudagraph_recorded_non_static_inputs"]  # torch replaces the counter as it compiles
     assert 0 < recorded <= len(batches) * (1 + plan)
     radix_compile.reset_stats()
     one_less = batches[0].clone()
     one_less[1, 46] = one_less[0, 46]
     compare(model, compiled, one_less, use_cache=False)
     assert radix_compile.stats().compact_tokens == paths(one_less.cpu()) != paths(batches[0].cpu())
-    assert counts["cudagraph_recorded_non_static_inputs"] == recorded  # both have 72 nodes with those that fill up
+    assert (
+        counters["inductor"]["cudagraph_recorded_non_static_inputs"] == recorded
+    )  # both have 72 nodes with those that fill up
     for ids in (*batches, *batches, *batches):
         model.zero_grad()
         radix_compile.reset_stats()
         check_gradients(model, compiled, ids)
-    assert counts["cudagraph_skips"] == 0
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
