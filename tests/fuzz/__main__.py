@@ -18,18 +18,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first; the next has the next number")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that many")
     parser.add_argument("--compiled", type=float, default=0.1, help="the share that goes through torch.compile")
+    parser.add_argument("--inductor", type=float, default=0.0, help="the share that does so with inductor: slow")
+    parser.add_argument("--only", nargs="+", default=[], help="names of pieces that are to be most of the programs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     outcome, started = Outcome(), time.monotonic()
     for seed in range(arguments.seed, arguments.seed + arguments.count):
-        example = draw_example(seed, arguments.compiled)
+        example = draw_example(seed, arguments.compiled, arguments.inductor, tuple(arguments.only))
         try:
             check(example, outcome)
         except FAILURES:
             traceback.print_exc()
             print(f"\nfailed after {outcome.examples} examples\n\n{example}", flush=True)
             print(f"smaller:\n\n{minimised(example)}")
-            print(f"again: python -m tests.fuzz --count 1 --seed {seed} --compiled {arguments.compiled}")
+            shares = f"--compiled {arguments.compiled} --inductor {arguments.inductor}"
+            if arguments.only:
+                shares += f" --only {' '.join(arguments.only)}"
+            print(f"again: python -m tests.fuzz --count 1 --seed {seed} {shares}")
             return 1
         spent = time.monotonic() - started
         if outcome.examples % 100 == 0 or spent > arguments.seconds or outcome.examples == arguments.count:

@@ -3,76 +3,8 @@
 from __future__ import annotations
 
 from tests.fuzz.draw import Draw, Kind, piece
-
-CAUSAL = (
-    "keys <= queries",
-    "queries >= keys",
-    "~(keys > queries)",
-    "keys < queries + 1",
-    "keys - 1 < queries",
-    "torch.ones(S, S, dtype=torch.bool).tril()",
-    "~torch.ones(S, S, dtype=torch.bool).triu(1)",
-    "torch.ones(S, S).tril() == 1",
-    "torch.tril(torch.ones(S, S)) != 0",
-    "torch.full((S, S), True).tril()",
-    "queries - keys >= 0",
-    "keys - queries < 1",
-)
-NOT_CAUSAL = (
-    "keys <= queries + 1",
-    "keys >= queries",
-    "~(keys < queries)",
-    "torch.ones(S, S, dtype=torch.bool).tril(1)",
-    "torch.ones(S, S, dtype=torch.bool).triu()",
-    "(keys <= queries).mT",
-    "~(keys > queries + 1)",
-    "keys < queries + 2",
-    "(keys <= queries) | (keys == queries + 1)",
-    "(keys <= queries) | (ids[:, None, None, :] == ids[:, None, :, None])",
-    "(keys <= queries) | (keys > 1)",
-    "keys * 0 <= queries",
-    "keys != queries",
-    "torch.arange(1)[None, :] <= queries",
-    "keys <= S - 1 - queries",
-    "queries - keys > -2",
-    "keys - queries >= 0",
-    "(queries - keys) * 2 >= -1",
-)
-INDICES = "queries, keys = torch.arange(S)[:, None], torch.arange(S)[None, :]"
-LOWEST = "torch.finfo(x.dtype).min"
-
-
-def window(d: Draw) -> str:
-    width = d.number(1, d.sizes.S)
-    return d.one_of(
-        f"(keys > queries - {width})",
-        f"(queries < keys + {width})",
-        f"~(keys <= queries - {width})",
-        f"(queries - keys < {width})",
-    )
-
-
-def seen_keys(d: Draw) -> str:
-    """Keys that are no padding."""
-    return d.one_of(
-        "(padding != 0)[:, None, None, :]", "padding[:, None, None, :].bool()", "(padding[:, None, None] != 0)"
-    )
-
-
-def causal_mask(d: Draw) -> tuple[str, bool]:
-    """A mask, ``[S, S]`` or ``[B, 1, S, S]``, of earlier rows and the row itself; and may a row see none at all?"""
-    mask, blind = f"({d.one_of(*CAUSAL)})", False
-    if d.chance(0.3):
-        mask += f" & {window(d)}"
-    if d.chance(0.2) and not d.padded:
-        name = d.one_of("ids", *(name for name in ("kinds",) if d.has(name)))
-        mask += f" & ({name}[:, None, None, :] == {name}[:, None, :, None])"
-    elif d.has("padding") and (d.padded or d.chance(0.6)):
-        mask += f" & {seen_keys(d)}"
-        blind = True
-        if d.chance(0.25) and not d.padded:
-            mask, blind = f"{mask} | (keys == queries)", False
-    return mask, blind
+from tests.fuzz.formulas import formula_mask
+from tests.fuzz.masks import INDICES, LOWEST, NOT_CAUSAL, causal_mask, window
 
 
 def projections(d: Draw) -> tuple[list[str], bool]:
@@ -119,8 +51,8 @@ def together(d: Draw) -> str:
 
 
 def floor(d: Draw, blind: bool) -> str:
-    """What hides a score. A row without a single key would be NaN with minus infinity, of which nothing is proved."""
-    return LOWEST if blind else d.one_of(LOWEST, "-math.inf", 'float("-inf")')
+    """What hides a score. A row without a single key is NaN with minus infinity, and what is computed from it."""
+    return LOWEST if blind and d.chance(0.5 if d.relative else 0.75) else d.one_of(LOWEST, "-math.inf", 'float("-inf")')
 
 
 def can_be_negated(mask: str) -> bool:
@@ -135,7 +67,9 @@ def fused(d: Draw, mask: str, blind: bool) -> str:
     hide = floor(d, blind)
     ways = ["mask", f"torch.where(mask, 0.0, {hide})"]
     if can_be_negated(mask):
-        ways += ["~mask.logical_not()", f"torch.zeros(S, S).masked_fill(~mask, {hide})"]
+        ways += ["~mask.logical_not()", f"torch.where(mask.logical_not(), {hide}, 0.0)"]
+        ways += [f"torch.zeros(S, S).masked_fill(~mask, {hide})"] * (blind is False)
+        ways += [f"(1.0 - mask.double()) * {LOWEST}", f"(~mask).double() * {LOWEST}"]
     applied = d.one_of(*ways)
     more = ", enable_gqa=True" if grouped else d.one_of("", ", scale=0.3")
     lines += [INDICES, f"mask = {mask}", f"y = F.scaled_dot_product_attention(q, k, v, {applied}{more})"]
@@ -219,52 +153,6 @@ def masked_by_the_caller(d: Draw) -> str:
     return "\n".join([*lines, way, together(d)])
 
 
-@piece(Kind.CAUSAL)
-def with_sinks(d: Draw) -> str:
-    """A softmax with weights that go to no key."""
-    mask, blind = causal_mask(d)
-    lines, grouped = projections(d)
-    if grouped:
-        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
-    sink = d.one_of("w(H, 1, 1).expand(B, H, S, 1)", "x.mean(-1)[:, None, :, None].expand(B, H, S, 1)")
-    lines += [
-        INDICES,
-        f"scores = torch.where({mask}, {scores(d)}, {floor(d, blind)})",
-        *d.one_of([], [], ["scores = scores - scores.amax(-1, keepdim=True)"]),
-        f"scores = torch.cat([scores, {sink}], -1)",
-        *d.one_of([], [], [f"scores = scores {d.one_of('* 0.5', '/ 3')}"]),
-        *d.one_of([], ["scores = scores - scores.amax(-1, keepdim=True)"]),
-        *d.one_of([], ["scores = scores - scores.max(-1, keepdim=True).values"]),
-        "y = scores.softmax(-1)[..., :S] @ v",
-    ]
-    return "\n".join([*lines, together(d)])
-
-
-@piece(Kind.CAUSAL)
-def biased_by_distance(d: Draw) -> str:
-    """ALiBi: a slope for each head, times columns or places."""
-    mask, blind = causal_mask(d)
-    lines, grouped = projections(d)
-    if grouped:
-        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
-    slopes = d.one_of("0.5 ** torch.arange(1, H + 1)", "1 / torch.arange(1, H + 1)", "w(H)")
-    lines += [INDICES, f"slopes = ({slopes})[:, None, None]"]
-    distances = ["slopes * (keys - queries)", "slopes * torch.arange(S)", "slopes * (1 - queries)"]
-    distances += ["torch.log(queries - keys + 1.0)", "(queries - keys < 3)", "(10 * (queries - keys)).to(torch.int8)"]
-    distances += ["w(H, S, S)", "(ids[:, None, :, None] == ids[:, None, None, :])"]
-    if d.has("padding"):
-        distances.append("slopes * ((padding.long().cumsum(-1) - 1) * padding)[:, None, None, :]")
-    lines.append(f"bias = {d.one_of(*distances)}")
-    if d.chance(0.4):
-        merged = "q.reshape(B * H, S, E), k.reshape(B * H, S, E).mT"
-        lines.append(f"scores = torch.baddbmm((bias + q.new_zeros(B, H, 1, S)).reshape(B * H, -1, S), {merged})")
-        lines.append("scores = scores.view(B, H, S, S)")
-    else:
-        lines.append("scores = q @ k.mT + bias")
-    lines.append(f"y = torch.where({mask}, scores, {floor(d, blind)}).softmax(-1) @ v")
-    return "\n".join([*lines, together(d)])
-
-
 @piece(Kind.CAUSAL, when=lambda d: d.has("positions") and not d.padded)
 def packed_documents(d: Draw) -> str:
     """Attention inside runs of the positions."""
@@ -340,34 +228,9 @@ def nearly_masked(d: Draw) -> str:
 # ------------------------------------------------------------------------------------------------------------- any
 
 
-def random_mask(d: Draw, depth: int = 2) -> str:
-    """Any formula over query and key columns."""
-    if depth and d.chance(0.7):
-        joined = d.one_of("({} & {})", "({} & {})", "({} | {})")
-        return joined.format(random_mask(d, depth - 1), random_mask(d, depth - 1))
-    atoms = [
-        f"(keys {d.one_of('<', '<=', '>', '>=')} queries + {d.number(-2, 2)})",
-        f"(queries {d.one_of('<', '<=', '>', '>=')} keys - {d.number(-2, 2)})",
-        d.one_of("(keys <= queries)", "(keys == queries)", "torch.ones(S, S, dtype=torch.bool)"),
-        f"(ids {d.one_of('!=', '==', '>')} {d.token()})[:, None, None, :]",
-        f"(keys {d.one_of('<', '==', '>=')} {d.number(0, d.sizes.S)})",
-        f"torch.ones(S, S, dtype=torch.bool).{d.one_of('tril', 'triu')}({d.number(-1, 1)})",
-        "(ids[:, None, None, :] == ids[:, None, :, None])",
-        *([seen_keys(d), "(padding[:, None, :, None] != 0)", "(padding == 0)[:, None, None, :]"] * d.has("padding")),
-        *(["(positions[:, None, None, :] <= positions[:, None, :, None])"] * d.has("positions")),
-        *(["(columns[:, None, None, :] <= columns[:, None, :, None])"] * d.has("columns")),
-        "(z.mean(-1) > 0)[:, None, None, :]",
-    ]
-    atom = d.one_of(*atoms)
-    return f"~{atom}" if d.chance(0.2) else atom
-
-
-@piece(Kind.ANY)
-def randomly_masked(d: Draw) -> str:
-    mask = random_mask(d)
-    if d.chance(0.5):
-        mask = f"{mask} & (keys <= queries)"
-    return d.one_of(fused, by_hand)(d, mask, True)
+@piece(Kind.CAUSAL)
+def masked_by_a_formula(d: Draw) -> str:
+    return d.one_of(fused, by_hand)(d, *formula_mask(d))
 
 
 @piece(Kind.ANY)

@@ -12,46 +12,93 @@ from tests.fuzz.draw import Sizes
 
 Rows = list[list[int]]
 
-KEYS = ("positions", "padding", "kinds", "columns", "given")
-"""The inputs that a program may have next to ``ids``: ``[B, S]``, ``[1, S]`` for ``columns``.
+KEYS = ("positions", "padding", "kinds", "columns", "given", "documents", "far", "lengths", "prefix", "table")
+"""The inputs that a program may have next to ``ids``: ``[B, S]``, and of other shapes
 
-``given`` is a mask of ``[B, 1, S, S]`` or ``[1, 1, S, S]``, mostly causal.
+``columns``  ``[1, S]``
+``given``    ``[B, 1, S, S]`` or ``[1, 1, S, S]``: a mask, mostly causal
+``lengths``  ``[B]``: how many tokens are no padding
+``prefix``   ``[B]`` or ``[B, 1]``: how many may look ahead
+``table``    ``[1, N]``, of at least ``S``: as kept in a buffer
+
+``documents`` are numbers of sequences that are packed in a row, ``far`` positions near the largest of 32 bits.
 """
+
+SHARES = {"padding": 0.5, "positions": 0.3, "documents": 0.25, "kinds": 0.25, "columns": 0.2, "given": 0.3}
 
 
 def draw_inputs(random: Random) -> tuple[str, ...]:
-    return tuple(name for name in KEYS if random.random() < (0.5 if name == "padding" else 0.3))
+    return tuple(name for name in KEYS if random.random() < SHARES.get(name, 0.12))
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is the same about the masks of all batches of a program: is there one for all sequences, and of floats?"""
+    """What is the same about the inputs of all batches of a program.
+
+    Is there one mask for all sequences, and is it of floats? Has the ``prefix`` two dimensions? By how much is the
+    ``table`` longer than the sequence, or is it as long as the batch?
+    """
 
     one_for_all: bool = False
     floats: bool = False
+    prefix_dims: int = 1
+    longer: int = 0
+    as_batch: bool = False
+
+    def table_size(self, sizes: Sizes) -> int:
+        return sizes.B * sizes.S if self.as_batch else sizes.S + self.longer
+
+
+def draw_given(random: Random) -> Given:
+    longer = random.choice([0, 0, 1, 2, random.randint(1, 9)])
+    shares = random.random() < 1 / 3, random.random() < 1 / 2
+    return Given(*shares, random.choice([1, 2]), longer, random.random() < 0.3)
 
 
 def draw_batch(
-    random: Random, sizes: Sizes, inputs: tuple[str, ...], mask: torch.dtype, given: Given, packed: bool = False
+    random: Random,
+    sizes: Sizes,
+    inputs: tuple[str, ...],
+    mask: torch.dtype,
+    given: Given,
+    packed: bool = False,
+    padded: bool = False,
 ) -> dict[str, Tensor]:
     """``ids`` and the given inputs; ``mask`` is the type of the padding mask.
 
-    What is not random in them is a function of each sequence from its start, so that equal prefixes stay equal.
+    What is not random in them is a function of each sequence from its start, so that equal prefixes stay equal. With
+    ``padded``, padding is mostly on the left, and positions are counted from it.
     """
-    rows, starts = _packed(random, sizes) if packed else (_tree(random, sizes, whole=random.random() < 0.3), [])
-    hidden = _pad(random, rows, sizes.S)
+    on_the_left = random.random() < (0.7 if padded else 0.3)
+    rows = _tree(random, sizes, whole=random.random() < 0.3)
+    starts, numbers = [], []
+    if packed:
+        rows, starts, numbers = _packed(random, sizes, short=padded or random.random() < 0.2)
+    hide = random.choice([None, None, random.randrange(1, 4)])
+    hidden = _pad(rows, sizes.S, hide, on_the_left)
     ids = torch.tensor(rows)
     padding = (~torch.tensor(hidden)).to(mask)
+    positions = _positions(random, ids, padding, padded)
+    documents = _documents(random, ids)
+    if packed and random.random() < 0.8:
+        positions = torch.tensor(_filled(starts, sizes.S, on_the_left))
+    if packed and random.random() < 0.8:
+        documents = torch.tensor(_filled(numbers, sizes.S, on_the_left))
+    many = torch.arange(given.table_size(sizes))[None, :]
+    prefix = torch.tensor([random.randint(0, sizes.S) for _ in range(sizes.B)])
     batch = {
         "ids": ids,
-        "positions": _positions(random, ids, padding),
+        "positions": positions,
         "padding": padding,
         "kinds": ids.remainder(2) if random.random() < 0.5 else ids.cumsum(1).remainder(2),
         "columns": torch.arange(sizes.S)[None, :].remainder(random.randint(1, sizes.S)),
         "given": _mask(random, ids, given),
+        "documents": documents,
+        "far": _far(random, positions),
+        "lengths": padding.long().sum(1),
+        "prefix": prefix if given.prefix_dims == 1 else prefix[:, None],
+        "table": _table(random, many),
     }
-    if packed and random.random() < 0.8:
-        batch["positions"] = torch.tensor(starts)
     return {name: batch[name] for name in ("ids", *inputs)}
 
 
@@ -66,24 +113,35 @@ def _tree(random: Random, sizes: Sizes, whole: bool) -> Rows:
     return rows
 
 
-def _packed(random: Random, sizes: Sizes) -> tuple[Rows, Rows]:
-    """Rows full of sequences of a tree, cut where a row ends, and their positions."""
-    rows: Rows = [[] for _ in range(sizes.B)]
-    positions: Rows = [[] for _ in range(sizes.B)]
+def _packed(random: Random, sizes: Sizes, short: bool) -> tuple[Rows, Rows, Rows]:
+    """Rows full of sequences of a tree, cut where a row ends, their positions, and their numbers.
+
+    ``short`` if some rows end before that.
+    """
+    rows, positions, numbers = ([[] for _ in range(sizes.B)] for _ in range(3))
     sequences = _tree(random, replace(sizes, B=sizes.B * sizes.S, S=random.randint(2, 6)), whole=False)
-    for row, columns in zip(rows, positions, strict=True):
-        while len(row) < sizes.S:
-            sequence = sequences.pop()[: sizes.S - len(row)]
+    used: Rows = []
+    number_of = random.choice([lambda count: count, lambda count: count + 1, lambda count: count % 2 + 1])
+    for row, columns, counts in zip(rows, positions, numbers, strict=True):
+        length = random.randint(2, sizes.S) if short else sizes.S
+        while len(row) < length:
+            used.append(random.choice(used) if used and random.random() < 0.3 else sequences.pop())
+            sequence = used[-1][: length - len(row)]
             first = random.choice([0, 0, 0, 0, len(row)])
+            counts += [number_of(len(set(counts)))] * len(sequence)
             row += sequence
             columns += [min(first + place, sizes.S - 1) for place in range(len(sequence))]
-    return rows, positions
+    return rows, positions, numbers
 
 
-def _pad(random: Random, rows: Rows, length: int) -> list[list[bool]]:
-    """Pad with token 0, mostly on the right; returns which entries the padding mask hides, maybe tokens too."""
-    hide = random.choice([None, None, random.randrange(1, 4)])
-    on_the_left = random.random() < 0.3
+def _filled(rows: Rows, length: int, on_the_left: bool) -> Rows:
+    """Filled up with zeros, as :func:`_pad` does."""
+    more = [[0] * (length - len(row)) for row in rows]
+    return [zeros + row if on_the_left else row + zeros for zeros, row in zip(more, rows, strict=True)]
+
+
+def _pad(rows: Rows, length: int, hide: int | None, on_the_left: bool) -> list[list[bool]]:
+    """Pad with token 0; returns which entries the padding mask hides, maybe a token too."""
     hidden = []
     for row in rows:
         count = length - len(row)
@@ -91,6 +149,25 @@ def _pad(random: Random, rows: Rows, length: int) -> list[list[bool]]:
         row[:] = [0] * count + row if on_the_left else row + [0] * count
         hidden.append([True] * count + mask if on_the_left else mask + [True] * count)
     return hidden
+
+
+def _far(random: Random, positions: Tensor) -> Tensor:
+    """Positions up to the largest number of 32 bits, or a little over it and on with the smallest."""
+    last = 2**31 - 1 - int(positions.max()) + random.choice([-2, -1, 0, 0, 2])
+    return (random.choice([positions, torch.arange(positions.shape[1]).expand_as(positions)]) + last).int()
+
+
+def _table(random: Random, columns: Tensor) -> Tensor:
+    """Numbers of columns, ones with holes, or anything that is the same for all sequences."""
+    some = columns.remainder(random.randint(2, 5))
+    return random.choice([columns, columns.flip(1), some, (some != 1).long(), (some != 0).long()]).contiguous()
+
+
+def _documents(random: Random, ids: Tensor) -> Tensor:
+    """Numbers of sequences: counted where a token stands, of few tokens, or just anything."""
+    anything = [[random.randint(0, 2) for _ in row] for row in ids.tolist()]
+    counted = (ids == 1).cumsum(1)
+    return random.choice([counted, counted, ids.clamp(max=2), torch.tensor(anything)]).contiguous()
 
 
 def _mask(random: Random, ids: Tensor, given: Given) -> Tensor:
@@ -103,11 +180,11 @@ def _mask(random: Random, ids: Tensor, given: Given) -> Tensor:
     return torch.where(seen, 0.0, floor) if given.floats else seen
 
 
-def _positions(random: Random, ids: Tensor, padding: Tensor) -> Tensor:
+def _positions(random: Random, ids: Tensor, padding: Tensor, padded: bool) -> Tensor:
     """From 0 to ``S - 1``: columns, tokens so far, columns of packed documents, or just anything."""
     shape = ids.shape
     columns = torch.arange(shape[1]).expand(shape)
-    match random.choice(["columns", "tokens", "documents", "anything"]):
+    match random.choice(["columns", "tokens", "documents", "anything", *["tokens"] * 6 * padded]):
         case "columns":
             positions = columns
         case "tokens":

@@ -12,6 +12,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+OTHER_SHAPES = ("columns", "given", "lengths", "prefix", "table")
+"""The inputs that have not one entry for each row."""
+
 
 class Kind(Enum):
     """What a piece does to rows, and so what becomes of what follows it."""
@@ -69,6 +72,8 @@ class Draw:
     ``fixed``   if the program is for this number of sequences or columns alone.
     ``padded``  if every causal mask is to hide the padding.
     ``packed``  if attention is mostly to stay within sequences of which there are several in a row.
+    ``relative``  if rows are to depend on what is in front of them, but mostly not on their column.
+    ``only``    names of pieces that are to be most of it, if any.
     """
 
     random: Random
@@ -78,6 +83,8 @@ class Draw:
     fixed: bool = False
     padded: bool = False
     packed: bool = False
+    relative: bool = False
+    only: tuple[str, ...] = ()
 
     def write(self, piece: Piece) -> str:
         """The piece's text, with a new parameter for every ``w(shape)`` in it."""
@@ -110,12 +117,14 @@ class Draw:
 
     def keys(self) -> str:
         """An integer input with one entry for each row."""
-        return self.one_of("ids", *(name for name in self.inputs if name not in ("columns", "given")))
+        return self.one_of("ids", *(name for name in self.inputs if name not in ("far", *OTHER_SHAPES)))
 
     def column_numbers(self) -> str:
-        """``[S]``, ``[1, S]`` or ``[B, S]``."""
-        if self.packed and self.chance(0.9):
-            return "positions"
+        """``[S]``, ``[1, S]`` or ``[B, S]``, and mostly the same wherever a sequence starts."""
+        if (self.packed or self.relative) and self.chance(0.95):
+            return "positions" if self.has("positions") else "(ids % S)"
+        if self.padded and self.chance(0.5):
+            return "(padding.long().cumsum(-1) - 1).clamp(min=0)"
         return self.one_of("torch.arange(S)", *(name for name in ("columns", "positions") if self.has(name)))
 
 
@@ -142,3 +151,10 @@ def piece(
         return write
 
     return register
+
+
+ACTIVATIONS = ("F.gelu({})", "torch.tanh({})", "F.silu({})", "F.relu({})", "torch.sin({})", "torch.sigmoid({})")
+
+
+def activated(d: Draw, text: str) -> str:
+    return d.one_of(*ACTIVATIONS).format(text)

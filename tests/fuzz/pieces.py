@@ -7,16 +7,10 @@ those of any kind nothing is promised, they may fold or not.
 
 from __future__ import annotations
 
-from tests.fuzz import attentions, scans  # noqa: F401 - importing them registers their pieces
-from tests.fuzz.draw import PIECES, Draw, Kind, Piece, piece
+from tests.fuzz import attentions, biases, experts, regions, roulette, scans  # noqa: F401 - importing them registers their pieces
+from tests.fuzz.draw import PIECES, Draw, Kind, Piece, activated, piece
 
 __all__ = ["PIECES", "Piece"]
-
-ACTIVATIONS = ("F.gelu({})", "torch.tanh({})", "F.silu({})", "F.relu({})", "torch.sin({})", "torch.sigmoid({})")
-
-
-def activated(d: Draw, text: str) -> str:
-    return d.one_of(*ACTIVATIONS).format(text)
 
 
 # --------------------------------------------------------------------------------------------------- position-wise
@@ -93,6 +87,19 @@ def rotary(d: Draw) -> str:
 
 
 @piece(Kind.POSITION_WISE)
+def seen_as_another_type(d: Draw) -> str:
+    """Pairs of features as complex numbers, and numbers as their bits."""
+    column = d.column_numbers()
+    return d.one_of(
+        "h = torch.view_as_complex(x.reshape(B, S, D // 2, 2).contiguous())\n"
+        f"turn = torch.polar(torch.ones(()), {column}[..., None] / (1.0 + torch.arange(D // 2)))\n"
+        "y = torch.view_as_real(h * turn).flatten(2)",
+        "y = x + x.detach().view(torch.int64).bitwise_and(-256).view(torch.float64)",
+        "y = x + ids.view(torch.int32).view(B, S, 2).sum(-1, keepdim=True)",
+    )
+
+
+@piece(Kind.POSITION_WISE)
 def learned_columns(d: Draw) -> str:
     return "y = x + " + d.one_of(
         f"F.embedding({d.column_numbers()}, w(S, D))",
@@ -165,55 +172,6 @@ def with_earlier(d: Draw) -> str:
     return "y = " + d.one_of(
         "x * torch.sigmoid(z)", "x + z", "torch.where(z > 0.1, x, w(D))", "x * (x * z).sum(-1, keepdim=True)"
     )
-
-
-@piece(Kind.POSITION_WISE)
-def table_of_experts(d: Draw) -> str:
-    """A router that looks up the weights of each row's experts."""
-    experts = d.number(2, 4)
-    return "\n".join(
-        [
-            f"share, chosen = F.linear(x, w({experts}, D)).softmax(-1).topk({d.number(1, 2)}, -1)",
-            f"y = (x[:, :, None, None, :] @ w({experts}, D, D)[chosen]).squeeze(3)",
-            "y = (y * share[..., None]).sum(2)",
-        ]
-    )
-
-
-def _router(d: Draw, experts: int, slots: int) -> list[str]:
-    return [
-        "rows = x.reshape(B * S, D)",
-        f"share, chosen = F.linear(rows, w({experts}, D)).softmax(-1).topk({slots}, -1)",
-        "expert, order = chosen.reshape(-1).sort()",
-        f"rows = rows[order // {slots}]",
-    ]
-
-
-def _product_by_expert(d: Draw, experts: int) -> str:
-    grouped = (
-        f"ends = torch.histc(expert.float(), {experts}, 0, {experts - 1}).cumsum(0, dtype=torch.int32)\n"
-        f"rows = torch.ops.transformers.grouped_mm_fallback(rows, w({experts}, D, D), ends)"
-    )
-    return d.one_of(grouped, grouped, "rows = " + activated(d, "rows @ w(D, D)"))
-
-
-def _put_back(d: Draw, slots: int) -> list[str]:
-    inverse = d.one_of(
-        "place = order.argsort()",
-        f"place = torch.empty_like(order).index_put((order,), torch.arange(B * S * {slots}))",
-        f"place = torch.empty_like(order)\nplace[order] = torch.arange(B * S * {slots})",
-    )
-    return [
-        inverse,
-        f"y = (rows[place].reshape(B * S, {slots}, D) * share[..., None]).sum(1).reshape(B, S, D)",
-    ]
-
-
-@piece(Kind.POSITION_WISE)
-def sorted_experts(d: Draw) -> str:
-    """A router that brings together the rows of each expert, and puts them back."""
-    experts, slots = d.number(2, 4), d.number(1, 2)
-    return "\n".join([*_router(d, experts, slots), _product_by_expert(d, experts), *_put_back(d, slots)])
 
 
 @piece(Kind.POSITION_WISE)
@@ -341,76 +299,7 @@ def sequences_and_columns_swapped(d: Draw) -> str:
     return "y = " + d.one_of("x + x.transpose(0, 1)", "x * ids.T[..., None]", "x + x.mean(0)[:, None]")
 
 
-@piece(Kind.MIXING)
-def order_as_numbers(d: Draw) -> str:
-    """A router whose rows do not come back to where they were, or that uses the order for something else."""
-    slots = d.number(1, 2)
-    start, back = _router(d, 3, slots), _put_back(d, slots)
-    summed = f".reshape(B, S, {slots}, D).sum(2)"
-    return "\n".join(
-        d.one_of(
-            [*start, f"y = rows{summed}"],
-            [*start, "rows = rows.cumsum(0) / (B * S)", *back],
-            [*start, "rows = rows * order[:, None]", *back],
-            [*start, "rows = rows - rows.mean(0)", *back],
-            [*start, "rows = rows.flip(0)", *back],
-            [*start, f"y = rows[order]{summed}"],
-            [*start, back[0], f"y = rows[place] * place[:, None]\ny = y{summed} / (B * S)"],
-            [*start, f"rows = rows + torch.arange(B * S * {slots})[:, None]", *back],
-        )
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- any
-
-
-VIEWS = (
-    (3, "x", "y"),
-    (3, "x.transpose(0, 1)", "y.transpose(0, 1)"),
-    (3, "x.transpose(1, 2)", "y.transpose(1, 2)"),
-    (3, "x.permute(2, 0, 1)", "y.permute(1, 2, 0)"),
-    (4, "x.reshape(B, S, H, E)", "y.reshape(B, S, D)"),
-    (4, "x.reshape(B, S, H, E).transpose(1, 2)", "y.transpose(1, 2).reshape(B, S, D)"),
-    (4, "x.reshape(B, S, H, E).permute(2, 0, 1, 3)", "y.permute(1, 2, 0, 3).reshape(B, S, D)"),
-    (2, "x.reshape(B * S, D)", "y.reshape(B, S, D)"),
-    (3, "x.reshape(B * S, H, E)", "y.reshape(B, S, D)"),
-    (2, "x.reshape(B * S * H, E)", "y.reshape(B, S, D)"),
-    (3, "x.reshape(B, S * H, E)", "y.reshape(B, S, D)"),
-    (2, "x.reshape(B, S * D)", "y.reshape(B, S, D)"),
-    (2, "x.transpose(1, 2).reshape(B * D, S)", "y.reshape(B, D, S).transpose(1, 2)"),
-    (3, "x.reshape(S, B, D)", "y.reshape(B, S, D)"),
-    (4, "x.reshape(B, H, S, E)", "y.reshape(B, S, D)"),
-    (3, "x.reshape(B, D, S)", "y.reshape(B, S, D)"),
-    (3, "x.reshape(D, B, S)", "y.reshape(B, S, D)"),
-)
-# Nothing that jumps where two entries are equal: those of equal rows are, but for rounding.
-ALONG = (
-    "y.softmax({dim})",
-    "y.cumsum({dim}) / y.shape[{dim}]",
-    "y.flip({dim})",
-    "y.roll(1, {dim})",
-    "y.sort({dim}).values",
-    "y - y.mean({dim}, keepdim=True)",
-    "y / (1 + y.abs().amax({dim}, keepdim=True))",
-    "y * y.norm(dim={dim}, keepdim=True)",
-    "y + y.logsumexp({dim}, keepdim=True)",
-    "y + y.max({dim}, keepdim=True).values",
-    "y * torch.arange(y.shape[{dim}]).reshape(-1, *[1] * (y.ndim - 1 - {dim}))",
-    "torch.cat(y.split(1, {dim})[::-1], {dim})",
-    "torch.stack(y.unbind({dim}), {dim})",
-    "y.narrow({dim}, 0, 1).expand(y.shape) + y",
-    "torch.sigmoid(y).cumprod({dim})",
-    "y.index_select({dim}, torch.arange(y.shape[{dim}]))",
-    "y * torch.sigmoid(y - y.amin({dim}, keepdim=True))",
-)
-
-
-@piece(Kind.ANY)
-def roulette(d: Draw) -> str:
-    """Something along one dimension of some view: the numbers are the judge."""
-    rank, there, back = d.one_of(*VIEWS)
-    some = d.one_of(*ALONG).format(dim=d.number(0, rank - 1))
-    return f"y = {there}\ny = {some}\ny = {back if d.chance(0.9) else 'y.reshape(B, S, D)'}"
 
 
 @piece(Kind.ANY)

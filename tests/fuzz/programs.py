@@ -16,14 +16,23 @@ import transformers.integrations.moe  # noqa: F401 - importing it registers torc
 from torch import Tensor, nn
 
 from tests.fuzz.draw import Draw, Kind, Piece, Sizes
+from tests.fuzz.heads import draw_head
+from tests.fuzz.outputs import draw_outputs
 from tests.fuzz.pieces import PIECES
 
 Forward = Callable[..., tuple[Tensor, ...]]
 
 _NUMBERS = itertools.count()
 
-PACKED = ("packed_documents",)
-"""The causal pieces that keep sequences apart of which there are several in a row."""
+PACKED = ("packed_documents", "masked_by_a_formula", "boosted", "hidden_by_a_number", "added_by_baddbmm")
+"""The causal pieces that mostly keep sequences apart of which there are several in a row."""
+
+
+PADDED = (*PACKED[1:], "fused_masked", "written_out", "with_sinks", "attention_cut_off")
+"""The causal pieces that mostly hide padding, and nothing else by column."""
+
+BY_COLUMN = ("learned_columns", "made_in_the_program", "masked_by_a_made_table", "counted_indices", "the_same_twice")
+"""Pieces after which a row depends on its column, so that nothing is shared between columns."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Program:
-    """Block 0 makes the first hidden state from the ids. What the head makes is returned, and what nothing reads."""
+    """Block 0 makes the first hidden state from the ids.
+
+    What the head makes is returned, or the ``outputs``, and what nothing reads. ``padded`` if padding is hidden.
+    """
 
     sizes: Sizes
     inputs: tuple[str, ...]
@@ -47,6 +59,8 @@ class Program:
     shapes: dict[str, tuple[int, ...]]
     seed: int
     fixed: bool
+    outputs: str = ""
+    padded: bool = False
 
     def text(self) -> str:
         """``forward``, as it is run."""
@@ -58,6 +72,9 @@ class Program:
         if self.head:
             lines += ["", "# head", f"x = h{len(self.blocks) - 1}", *self.head.split("\n")]
             results.insert(0, "y")
+        if self.outputs:
+            lines += ["", "# outputs", f"y = h{len(self.blocks) - 1}", *self.outputs.split("\n")]
+            results = ["*results", *results[:-1]]
         lines += ["", f"return ({', '.join(results)},)"]
         body = "\n".join(f"    {line}" if line else "" for line in lines)
         return f"def forward(self, {', '.join(('ids', *self.inputs))}):\n{body}\n"
@@ -66,7 +83,9 @@ class Program:
         sizes = self.sizes
         shapes = {name: shape for name, shape in self.shapes.items() if f"self.{name}" in self.text()}
         weights = "\n".join(f"# self.{name}: {list(shape)}" for name, shape in shapes.items())
-        numbers = f"# B, S = {sizes.B}, {sizes.S}\nH, E, D, V = {sizes.H}, {sizes.E}, {sizes.D}, {sizes.V}"
+        numbers = (
+            f"# B, S = {sizes.B}, {sizes.S}\nH, E, D, V, K = {sizes.H}, {sizes.E}, {sizes.D}, {sizes.V}, {sizes.K}"
+        )
         return f"{numbers}\n{weights}\n\n{self.text()}"
 
     def forward(self) -> Forward:
@@ -74,7 +93,7 @@ class Program:
         text, name = self.text(), f"<program {next(_NUMBERS)}>"
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)  # for the source lines of refusals
         names: dict[str, Any] = {"torch": torch, "F": F, "math": math, "H": self.sizes.H, "E": self.sizes.E}
-        names |= {"D": self.sizes.D, "V": self.sizes.V}
+        names |= {"D": self.sizes.D, "V": self.sizes.V, "K": self.sizes.K}
         exec(compile(text, name, "exec"), names)
         forward: Forward = names["forward"]
         return forward
@@ -87,6 +106,11 @@ class Program:
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
             made[name] = nn.Parameter(values / math.sqrt(shape[-1]))
         return made
+
+    def is_narrow(self) -> bool:
+        """Is something computed in single precision, which is not only compared or a mask?"""
+        text = self.text().replace("mask = mask.float()", "")
+        return "torch.float32)" in text or ".float()" in text
 
     def without(self, number: int) -> Program:
         """The program with that block left out: what read its result reads its source's instead."""
@@ -105,6 +129,8 @@ class Program:
             yield self.without(number)
         if self.head:
             yield replace(self, head="")
+        if self.outputs:
+            yield replace(self, outputs="")
 
 
 def _assignments(block: Block) -> list[str]:
@@ -114,26 +140,37 @@ def _assignments(block: Block) -> list[str]:
     return [f"x, z = h{block.source}, h{block.other}" if reads_other else f"x = h{block.source}"]
 
 
-def draw_program(random: Random, sizes: Sizes, inputs: tuple[str, ...], packed: bool = False) -> Program:
-    """An embedding, some pieces, and perhaps a loss."""
-    d = Draw(random, sizes, inputs, packed=packed)
+def draw_program(
+    random: Random, sizes: Sizes, inputs: tuple[str, ...], packed: bool = False, only: tuple[str, ...] = ()
+) -> Program:
+    """An embedding, some pieces, and perhaps a loss. Of attention and what mixes, ``only`` pieces of these names."""
+    d = Draw(random, sizes, inputs, packed=packed, only=only)
     seed = random.randrange(2**31)
-    d.padded = not packed and d.has("padding") and d.chance(0.3)
+    d.padded = d.has("padding") and d.chance(0.05 if packed else 0.4)
+    d.relative = (packed or d.padded) and d.chance(0.8)
     kinds = {Kind.POSITION_WISE: 5, Kind.CAUSAL: 4}
     if not d.padded and not packed and d.chance(0.6):
         kinds |= {Kind.MIXING: 2, Kind.ANY: 2}
     blocks = [_embedding(d)]
-    for _ in range(d.number(2, 6)):
-        blocks.append(_block(d, draw_piece(d, kinds), len(blocks)))
-    head = d.write(Piece("head", Kind.ANY, _head, lambda d: True)) if d.chance(0.2) else ""
-    return Program(sizes, inputs, tuple(blocks), head, d.shapes, seed, d.fixed)
+    for place in range(d.number(1, 3 if d.relative else 4)):
+        first = {Kind.CAUSAL: 1} if (packed or d.relative) and not place else kinds
+        blocks.append(_block(d, draw_piece(d, first), len(blocks)))
+    end = d.random.random()
+    head = d.write(Piece("head", Kind.ANY, draw_head, lambda d: True)) if end < 0.2 else ""
+    outputs = d.write(Piece("outputs", Kind.ANY, draw_outputs, lambda d: True)) if end > 0.7 else ""
+    return Program(sizes, inputs, tuple(blocks), head, d.shapes, seed, d.fixed, outputs, d.padded)
 
 
 def draw_piece(d: Draw, kinds: dict[Kind, int]) -> Piece:
     kind = d.random.choices([*kinds], [*kinds.values()])[0]
+    wanted = [piece for piece in PIECES if piece.name in d.only and piece.when(d)]
+    if wanted and (kind is not Kind.POSITION_WISE or d.chance(0.5)):
+        return d.one_of(*wanted)
     possible = [piece for piece in PIECES if piece.kind is kind and piece.when(d)]
-    packed = [piece for piece in possible if piece.name in PACKED]
-    return d.one_of(*(packed if d.packed and packed and d.chance(0.95) else possible))
+    if d.relative:
+        possible = [piece for piece in possible if piece.name not in BY_COLUMN]
+    apart = [piece for piece in possible if piece.name in (PACKED if d.packed else PADDED)]
+    return d.one_of(*(apart if (d.packed or d.relative) and apart and d.chance(0.95) else possible))
 
 
 def program_of(d: Draw, *pieces: Piece) -> Program:
@@ -156,23 +193,3 @@ def _block(d: Draw, piece: Piece, number: int) -> Block:
     text += d.one_of("", "", "\ny = x + y", "\ny = x + y", "\ny = F.layer_norm(x + y, (D,))")
     source = number - 1 if d.chance(0.85) else d.random.randrange(number)
     return Block(f"{piece.kind.value}: {piece.name}", text, source, d.random.randrange(number))
-
-
-def _head(d: Draw) -> str:
-    """Something over the vocabulary: logits, log-probabilities, a loss; or the last row of each sequence."""
-    logits = "logits = F.linear(x, w(V, D))\n"
-    reduction = d.one_of("'sum'", "'none'", "'mean'")
-    shifted = "logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1)"
-    return d.one_of(
-        f"{logits}y = logits",
-        f"{logits}y = F.cross_entropy({shifted})",
-        f"{logits}y = F.cross_entropy({shifted}, reduction={reduction}, ignore_index=0)",
-        f"{logits}y = F.cross_entropy(logits.reshape(-1, V), ids.roll(-1, 1).reshape(-1), label_smoothing=0.1)",
-        f"{logits}y = F.cross_entropy(logits.flatten(0, 1), ids.reshape(-1).roll(-1))",
-        f"{logits}y = logits.log_softmax(-1).gather(-1, ids.roll(-1, 1)[..., None]).squeeze(-1)",
-        f"{logits}y = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])",
-        f"{logits}y = F.nll_loss(logits.log_softmax(-1).flatten(0, 1), ids.flatten())",
-        "y = x[torch.arange(B), (ids != 0).sum(1) - 1]",
-        "y = (x * (ids != 0)[..., None]).sum(1)",
-        "y = x[:, -1]",
-    )

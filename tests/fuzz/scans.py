@@ -59,6 +59,44 @@ def convolved(d: Draw) -> str:
 
 
 @piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
+def short_convolution(d: Draw) -> str:
+    """By hand: padded on the left, taken apart in windows, or shifted copies."""
+    taps = d.number(2, 4)
+    padded = f"F.pad(x, (0, 0, {taps - 1}, 0))"
+    return "y = " + d.one_of(
+        f"({padded}.unfold(1, {taps}, 1) * w(D, {taps})).sum(-1)",
+        f"torch.einsum('bsdt,edt->bse', {padded}.unfold(1, {taps}, 1), w(D, D, {taps}))",
+        f"F.conv1d({padded}.mT, w(D, 1, {taps}), groups=D).mT",
+        f"F.silu(F.conv1d(F.pad(x.mT, ({taps - 1}, 0)), w(D, D, {taps}))).mT",
+        f"sum({padded}[:, i : i + S] * t for i, t in enumerate(w({taps}, D)))",
+        f"sum(F.pad(x, (0, 0, i, 0))[:, :S] * 0.5**i for i in range({taps}))",
+        f"torch.stack([{padded}[:, i : i + S] for i in range({taps})], -1).mean(-1)",
+        "torch.cat([x[:, :1], x[:, 1:] - x[:, :-1]], 1)",
+        "torch.diff(x, dim=1, prepend=torch.zeros(B, 1, D))",
+    )
+
+
+@piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
+def means_so_far(d: Draw) -> str:
+    counts = d.one_of(
+        "torch.arange(1, S + 1)[:, None]",
+        "torch.ones(S).cumsum(0)[:, None]",
+        "torch.ones_like(x).cumsum(1)",
+        "(1 + (ids != 0).cumsum(1))[..., None]",
+    )
+    return d.one_of(
+        f"y = x.cumsum(1) / {counts}",
+        f"y = x - x.cumsum(1) / {counts}",
+        "y = (torch.ones(S, S).tril() / torch.arange(1, S + 1)[:, None]) @ x",
+        "y = torch.softmax(torch.zeros(S, S).masked_fill(torch.ones(S, S).triu(1) == 1, -math.inf), -1) @ x",
+        "y = x.cummax(1).values",
+        "y = x.logcumsumexp(1)",
+        "state, rows = torch.zeros(B, D), []\nfor i in range(S):\n    state = 0.5 * state + x[:, i]\n"
+        "    rows.append(state)\ny = torch.stack(rows, 1)",
+    )
+
+
+@piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
 def linear_attention(d: Draw) -> str:
     scores = d.one_of("(x @ x.mT).tril()", "x @ x.mT * torch.ones(S, S).tril()", "(x @ x.mT).sigmoid().tril()")
     return f"y = ({scores}) @ {d.one_of('x', 'z')} / S"

@@ -10,7 +10,7 @@ from radix_compile.token_axes import Value, value_of
 from tests.fuzz.check import FAILURES, Outcome, check, draw_example
 
 
-@pytest.mark.parametrize("first", range(0, 160, 40))
+@pytest.mark.parametrize("first", range(0, 240, 40))
 def test_examples(first: int) -> None:
     outcome = Outcome()
     for seed in range(first, first + 40):

@@ -1,0 +1,114 @@
+"""Mixtures of experts: rows sorted by expert, weights looked up, all experts at once, and some that mix rows."""
+
+from __future__ import annotations
+
+from tests.fuzz.draw import Draw, Kind, activated, piece
+
+
+@piece(Kind.POSITION_WISE)
+def table_of_experts(d: Draw) -> str:
+    """A router that looks up the weights of each row's experts."""
+    experts = d.number(2, 4)
+    return "\n".join(
+        [
+            f"share, chosen = F.linear(x, w({experts}, D)).softmax(-1).topk({d.number(1, 2)}, -1)",
+            f"y = (x[:, :, None, None, :] @ w({experts}, D, D)[chosen]).squeeze(3)",
+            "y = (y * share[..., None]).sum(2)",
+        ]
+    )
+
+
+def _router(d: Draw, experts: int, slots: int) -> list[str]:
+    return [
+        "rows = x.reshape(B * S, D)",
+        f"share, chosen = F.linear(rows, w({experts}, D)).softmax(-1).topk({slots}, -1)",
+        "expert, order = chosen.reshape(-1).sort()",
+        f"rows = rows[order // {slots}]",
+    ]
+
+
+def _product_by_expert(d: Draw, experts: int) -> str:
+    grouped = (
+        f"ends = torch.histc(expert.float(), {experts}, 0, {experts - 1}).cumsum(0, dtype=torch.int32)\n"
+        f"rows = torch.ops.transformers.grouped_mm_fallback(rows, w({experts}, D, D), ends)"
+    )
+    return d.one_of(grouped, grouped, "rows = " + activated(d, "rows @ w(D, D)"))
+
+
+def _put_back(d: Draw, slots: int) -> list[str]:
+    inverse = d.one_of(
+        "place = order.argsort()",
+        f"place = torch.empty_like(order).index_put((order,), torch.arange(B * S * {slots}))",
+        f"place = torch.empty_like(order)\nplace[order] = torch.arange(B * S * {slots})",
+    )
+    return [
+        inverse,
+        f"y = (rows[place].reshape(B * S, {slots}, D) * share[..., None]).sum(1).reshape(B, S, D)",
+    ]
+
+
+@piece(Kind.POSITION_WISE)
+def sorted_experts(d: Draw) -> str:
+    """A router that brings together the rows of each expert, and puts them back."""
+    experts, slots = d.number(2, 4), d.number(1, 2)
+    return "\n".join([*_router(d, experts, slots), _product_by_expert(d, experts), *_put_back(d, slots)])
+
+
+@piece(Kind.POSITION_WISE)
+def all_experts(d: Draw) -> str:
+    """Every expert for every row, with weights that are mostly zero, or one after the other."""
+    experts, slots = d.number(2, 4), d.number(1, 2)
+    lines = [f"share, chosen = F.linear(x, w({experts}, D)).softmax(-1).topk({slots}, -1)"]
+    dense = f"share = torch.zeros(B, S, {experts}).scatter(-1, chosen, share)"
+    alone = f"share = (F.one_hot(chosen, {experts}) * share[..., None]).sum(2)"
+    lines.append(d.one_of(dense, alone))
+    each = f"torch.einsum('bsd,ned->bsne', x, w({experts}, D, D))"
+    hit = "share[..., i : i + 1] * F.linear(x, t[i])\n"
+    ways = [
+        f"y = ({activated(d, each)} * share[..., None]).sum(2)",
+        f"y = torch.einsum('bsne,bsn->bse', {each}, share)",
+        f"y = (torch.stack([F.linear(x, t) for t in w({experts}, D, D)], 2) * share[..., None]).sum(2)",
+        f"t = w({experts}, D, D)\ny = torch.zeros_like(x)\nfor i in range({experts}):\n    y = y + {hit}",
+        f"t = w({experts}, D, D)\nrows = x.reshape(1, B * S, D).expand({experts}, B * S, D)\n"
+        f"y = (torch.bmm(rows, t) * share.reshape(B * S, {experts}).T[..., None]).sum(0).view(B, S, D)",
+    ]
+    return "\n".join([*lines, d.one_of(*ways).rstrip("\n")])
+
+
+@piece(Kind.MIXING)
+def limited_experts(d: Draw) -> str:
+    """An expert takes so many rows, and no more; or rows are weighed by what all of them chose."""
+    experts = d.number(2, 3)
+    return "\n".join(
+        [
+            f"logits = F.linear(x.reshape(B * S, D), w({experts}, D))",
+            f"taken = F.one_hot(logits.argmax(-1), {experts})",
+            "y = x * "
+            + d.one_of(
+                "(taken.cumsum(0) <= S).mul(taken).sum(-1).view(B, S, 1)",
+                "(taken.double().mean(0) * logits.softmax(-1)).sum(-1).view(B, S, 1)",
+                "logits.softmax(0).sum(-1).view(B, S, 1)",
+                "torch.zeros(B * S).index_fill(0, logits[:, 0].topk(S).indices, 1.0).view(B, S, 1)",
+            ),
+        ]
+    )
+
+
+@piece(Kind.MIXING)
+def order_as_numbers(d: Draw) -> str:
+    """A router whose rows do not come back to where they were, or that uses the order for something else."""
+    slots = d.number(1, 2)
+    start, back = _router(d, 3, slots), _put_back(d, slots)
+    summed = f".reshape(B, S, {slots}, D).sum(2)"
+    return "\n".join(
+        d.one_of(
+            [*start, f"y = rows{summed}"],
+            [*start, "rows = rows.cumsum(0) / (B * S)", *back],
+            [*start, "rows = rows * order[:, None]", *back],
+            [*start, "rows = rows - rows.mean(0)", *back],
+            [*start, "rows = rows.flip(0)", *back],
+            [*start, f"y = rows[order]{summed}"],
+            [*start, back[0], f"y = rows[place] * place[:, None]\ny = y{summed} / (B * S)"],
+            [*start, f"rows = rows + torch.arange(B * S * {slots})[:, None]", *back],
+        )
+    )

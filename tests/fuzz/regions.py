@@ -1,0 +1,171 @@
+"""Regions without a gradient and with one, parts that are cut off from it, and tables made in the program."""
+
+from __future__ import annotations
+
+from tests.fuzz.attentions import projections, together
+from tests.fuzz.draw import Draw, Kind, piece
+from tests.fuzz.masks import INDICES, LOWEST, causal_mask
+
+WITHOUT = ("with torch.no_grad():", "with torch.no_grad():", "with torch.set_grad_enabled(False):")
+WITH = ("with torch.enable_grad():", "with torch.set_grad_enabled(True):")
+
+
+def inside(region: str, *lines: str) -> list[str]:
+    return [region, *(f"    {line}" for line in lines)]
+
+
+def _row_by_row(d: Draw) -> tuple[list[str], str]:
+    """Lines first, and something that is computed from ``x``."""
+    return d.one_of(
+        (["t = w(D, D)"], "F.linear(x, t)"),
+        (["t = w(D, D)"], "torch.tanh(F.linear(x, t))"),
+        (["t = w(D)"], "x * t"),
+        (["t = w(S, D)"], "x + t"),
+        (["t = w(S, D)"], "x * t.sigmoid()"),
+        (["t = w(S, D)"], "F.embedding(torch.arange(S), t) * x"),
+        (["t = w(K, D)"], "F.embedding(ids, t) + x"),
+        (["t = w(K, D)"], "x * t[ids]"),
+        (["t = w(1, D)"], "F.layer_norm(x, (D,), t[0])"),
+        ([], "x.softmax(-1)"),
+        ([], "torch.sin(x)"),
+        ([], "x.cumsum(1) / S"),
+        ([], "torch.arange(S)[:, None] * x / S"),
+    )
+
+
+@piece(Kind.POSITION_WISE)
+def the_same_twice(d: Draw) -> str:
+    """Once in a region without a gradient, and once outside of it."""
+    first, value = _row_by_row(d)
+    quiet, loud = inside(d.one_of(*WITHOUT), f"a = {value}"), [f"b = {value}"]
+    if d.chance(0.3):
+        loud = inside(d.one_of(*WITH), *loud)
+    if d.chance(0.2):
+        quiet = inside(d.one_of(*WITH), *inside(d.one_of(*WITHOUT), f"a = {value}"))
+    if d.chance(0.2):
+        quiet = [*quiet, *inside(d.one_of(*WITHOUT), "c = torch.sin(x)"), "a = a + c + torch.sin(x)"]
+    order = [*quiet, *loud] if d.chance(0.7) else [*loud, *quiet]
+    joined = d.one_of("a * b", "a + 2 * b", "b - a", "b / (1 + a.abs())", "torch.where(a > 0, b, -b)", "b + 0 * a")
+    return "\n".join([*first, *order, f"y = {joined}"])
+
+
+@piece(Kind.POSITION_WISE)
+def cut_off(d: Draw) -> str:
+    first, value = _row_by_row(d)
+    ways = [
+        ["y = a.detach() * a"],
+        ["y = a + (a.round() - a).detach()"],
+        ["y = a.detach() + x"],
+        ["y = x.detach() + a"],
+        [*inside(d.one_of(*WITHOUT), "b = a.abs().amax(-1, keepdim=True)"), "y = a / (1 + b)"],
+        [*inside(d.one_of(*WITHOUT), "b = a.log_softmax(-1)"), "y = x + b.gather(-1, ids[..., None] % D)"],
+        [*inside(d.one_of(*WITHOUT), "b = a.softmax(-1)"), "y = (a.log_softmax(-1) - b.log()) * b"],
+        [*inside(d.one_of(*WITHOUT), "b = a.log_softmax(-1)"), "y = a.log_softmax(-1) + b.exp()"],
+        [*inside(d.one_of(*WITH), "b = a * 2"), "y = a * 2 + b"],
+    ]
+    return "\n".join([*first, f"a = {value}", *d.one_of(*ways)])
+
+
+@piece(Kind.CAUSAL)
+def attention_cut_off(d: Draw) -> str:
+    """Of some parts of attention there is no gradient."""
+    mask, _ = causal_mask(d)
+    lines, grouped = projections(d)
+    if grouped:
+        lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
+    hidden = f"torch.where(mask, q @ {{}}.mT, {LOWEST}).softmax(-1)"
+    whole = "F.scaled_dot_product_attention({}, {}, {}, mask)"
+    no_grad = d.one_of(*WITHOUT)
+    ways = [
+        [f"y = {hidden.format('k')}.detach() @ v"],
+        [f"y = {hidden.format('k.detach()')} @ v"],
+        [f"y = {hidden.format('k')} @ v.detach()"],
+        [*inside(no_grad, f"weights = {hidden.format('k')}"), "y = weights @ v"],
+        [*inside(no_grad, f"weights = {hidden.format('k')}"), f"y = {hidden.format('k')} @ v + weights @ v"],
+        [*inside(no_grad, f"a = {hidden.format('k')} @ v"), f"y = a * ({hidden.format('k')} @ v)"],
+        [f"y = {whole.format('q', 'k.detach()', 'v')}"],
+        [f"y = {whole.format('q.detach()', 'k', 'v')}"],
+        [f"y = {whole.format('q', 'k', 'v.detach()')} + {whole.format('q', 'k', 'v')}"],
+        [*inside(no_grad, f"a = {whole.format('q', 'k', 'v')}"), f"y = a + {whole.format('q', 'k', 'v')}"],
+        [*inside(no_grad, f"y = {whole.format('q', 'k', 'v')}")],
+    ]
+    return "\n".join([*lines, INDICES, f"mask = {mask}", *d.one_of(*ways), together(d)])
+
+
+UNIFORM = ("torch.ones({})", "torch.zeros({})", "torch.full(({},), 0.5)", "torch.ones({}, dtype=torch.int64)")
+
+
+def made_table(d: Draw) -> str:
+    """``[S]``: numbers made of equal ones, which only some ops leave equal."""
+    same, shorter, one = (d.one_of(*UNIFORM) for _ in range(3))
+    whole, less = same.format("S"), shorter.format("S - 1")
+    return d.one_of(
+        *[f"{whole}.cumsum(0)", f"({whole} + 1).cumprod(0)", f"{whole}.roll(1)", f"{whole}.flip(0)"],
+        f"torch.diff({whole}, prepend={one.format('1')})",
+        f"torch.diff({whole}, append={one.format('1')})",
+        f"torch.diff({whole}, prepend={whole}[:1] - 1)",
+        f"torch.diff({whole}[None], prepend={whole}[None, :1] - 1)[0]",
+        "torch.diff(torch.arange(S), prepend=torch.zeros(1, dtype=torch.int64))",
+        "torch.diff(torch.arange(S) // 2, prepend=torch.arange(1))",
+        f"F.pad({less}, (1, 0))",
+        f"F.pad({less}, (0, 1), value=3)",
+        f"F.pad({whole}, (1, 0))[:S]",
+        f"F.pad({whole}, (1, -1))",
+        f"torch.cat([{one.format('1')}, {less}])",
+        f"torch.cat([{less}, {one.format('1')}])",
+        f"torch.stack([{whole}, 2 * {whole}], -1).flatten()[:S]",
+        "torch.ones(S, S).tril().sum(-1)",
+        "torch.ones(S, S).triu(1).sum(0)",
+        f"{whole}.double().softmax(0)",
+        f"{whole}.double().logcumsumexp(0)",
+        f"{whole}.index_fill(0, torch.zeros(1, dtype=torch.int64), 3)",
+        f"{whole}.scatter(0, torch.zeros(1, dtype=torch.int64), 3)",
+        f"{whole}.cummax(0).indices",
+        f"torch.where(torch.arange(S) == 0, 2.0, {whole})",
+        f"torch.eye(S).sum(0) * {whole}",
+        "torch.eye(S)[0]",
+        "torch.linspace(0, 1, S)",
+        f"{whole}[None].expand(S, S).cumsum(0)[:, 0]",
+        f"{whole}.repeat(2).cumsum(0)[:S]",
+    )
+
+
+@piece(Kind.POSITION_WISE)
+def made_in_the_program(d: Draw) -> str:
+    table = made_table(d)
+    over = d.one_of("[:, None]", "[:, None].expand(S, D)", "[None, :, None]", "[:, None].expand(B, S, 1)")
+    spread = d.one_of(
+        *["torch.ones_like(ids).cumsum(-1)[..., None]", "torch.zeros_like(ids).add(1).cumsum(1)[..., None]"],
+        *["torch.ones(B, S).cumsum(1)[..., None]", "torch.ones(B, S).cumsum(0)[..., None]"],
+        "torch.ones(B).cumsum(0)[:, None, None]",
+        "F.pad(torch.zeros(B, S - 1), (1, 0), value=1.0)[..., None]",
+        "torch.ones(B, S, D).cumsum(1)",
+        "torch.cat([torch.zeros(B, 1), torch.ones(B, S - 1)], 1)[..., None]",
+        "torch.zeros(B, S, 1).roll(1, 1)",
+    )
+    number = f"({table}){over}" if d.chance(0.8) else spread
+    lines = [f"t = {number}", d.one_of("y = x * t / S", "y = x + t", "y = F.linear(x + t, w(D, D))")]
+    if d.chance(0.2):
+        lines = [*inside(d.one_of(*WITHOUT), f"t = {number} * w(D)"), "y = x * t + t"]
+    return "\n".join(lines)
+
+
+@piece(Kind.CAUSAL)
+def masked_by_a_made_table(d: Draw) -> str:
+    """Attention within stretches that are told apart by a table of columns."""
+    mask, _ = causal_mask(d)
+    table = made_table(d)
+    lines, grouped = projections(d)
+    more = ", enable_gqa=True" if grouped else ""
+    term = d.one_of(
+        "(t[None] == t[:, None])",
+        "(t[None] <= t[:, None])",
+        "(t[None] != 0)",
+        "(t[:, None] > 1)",
+        "(keys <= t[:, None])",
+    )
+    terms = [f"({mask})", term]
+    d.random.shuffle(terms)
+    whole = f"{' & '.join(terms)} | (keys == queries)"
+    lines += [INDICES, f"t = {table}", f"y = F.scaled_dot_product_attention(q, k, v, {whole}{more})"]
+    return "\n".join([*lines, together(d)])

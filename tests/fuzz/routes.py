@@ -1,0 +1,143 @@
+"""The ways to a folded program: the passes, run one after the other, and ``torch.compile``."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import radix_compile
+from radix_compile import backend
+from radix_compile.capture import capture
+from radix_compile.passes.fold_attention import fold_attention
+from radix_compile.passes.lower_index_ops import lower_index_ops
+from radix_compile.passes.mark_token_axes import CannotFold
+from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
+from radix_compile.pipeline import run_pass, run_pipeline
+from radix_compile.plan_inputs import PlanInputs, plan_inputs
+from radix_compile.report import report_on
+from radix_compile.row_contents import RunsPlain
+from tests.fuzz.compare import assert_same, assert_same_writes
+from tests.fuzz.examples import Batch, Call, Example, Module, Outcome
+
+FALLBACKS = ("cannot compile the folded program", "lowering to ATen failed")
+"""Warnings of the backend that it ran plain where it should not have had to."""
+
+EAGERLY = "torch.compile runs it eagerly"
+"""A warning that the inner backend cannot even compile the plain program."""
+
+
+def _compare(ours: tuple[Tensor, ...], call: Call, plain: Module, kept: Tensor | None = None, **more: bool) -> None:
+    """Everything that can be seen of a call. Last the writes, after which ``ours`` are of no use."""
+    weights, error = list(plain.parameters()), plain.error
+    assert_same(ours, call.wanted, weights, kept, error=error, **more)
+    if kept is None or kept.all():
+        assert_same_writes(ours, plain(**call.batch), [*weights, *call.batch.values()], error)
+
+
+# ---------------------------------------------------------------------------------------------- through the passes
+
+
+def captured(module: Module, batch: Batch) -> fx.GraphModule:
+    """The graph that the passes start from: as if Dynamo had found one op in the program, the program."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def whole(*args: Any) -> tuple[Tensor, ...]:
+        weights = SimpleNamespace(**dict(zip(names, args[len(batch) :], strict=True)))
+        return module.run(weights, *args[: len(batch)])
+
+    args = [*batch.values(), *module.parameters()]
+    graph = fx.Graph()
+    graph.output(graph.call_function(whole, tuple(graph.placeholder(f"input_{i}") for i in range(len(args)))))
+    with tracing(TracingContext(FakeTensorMode(static_shapes=True))):
+        return capture(fx.GraphModule({}, graph), args)
+
+
+def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Outcome) -> None:
+    source = captured(plain, example.batches[0])
+    try:
+        programs = [_folded(source, example, run_pipeline(source))]
+    except CannotFold as verdict:
+        if not verdict.expected:
+            raise
+        outcome.add(refused=1)
+        return
+    outcome.add(folded=report_on(source).folded, refused=bool(source.meta["tokens"].refusals))
+    outcome.add(skipped_padding="padding" in source.meta)
+    if not programs[0][1].keys:  # nothing runs compact
+        return
+    if programs[0][1].may_leave_the_tree:
+        source.meta.update(sighted=False, apart=False, listed=False)
+        programs.append(_folded(source, example, run_pipeline(source, first=fold_attention)))
+    for call in calls:
+        for folded, inputs in programs:
+            _check_call(folded, inputs, plain, call, outcome)
+
+
+def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call: Call, outcome: Outcome) -> None:
+    args = [*call.batch.values(), *plain.parameters()]
+    try:
+        plan = inputs.plan(args)
+    except RunsPlain:
+        return
+    if not plan.compact_tokens:
+        return
+    outcome.add(tokens=plan.tokens, compact_tokens=plan.compact_tokens)
+    kept = torch.from_numpy(plan.scatter >= 0).view(call.batch["ids"].shape)
+    if len(kept) == len(kept.mT):  # results whose axes are swapped have the left out rows there, as zeros
+        kept = kept & kept.mT
+    arrays = inputs.arrays(plan, args, torch.device("cpu"))
+    _compare(folded(*args, *arrays), call, plain, kept=kept)
+
+
+def _folded(source: fx.GraphModule, example: Example, folded: fx.GraphModule) -> tuple[fx.GraphModule, PlanInputs]:
+    """What the passes made of a program, finished, and how to plan its calls."""
+    source.meta.pop("padding", None)
+    plan_inputs(source)  # raises what the backend would raise before it looks at padding
+    if example.skip:
+        with contextlib.suppress(PaddingIsRead):
+            skip_padding(folded)
+    run_pass(lower_index_ops, folded)
+    return folded, plan_inputs(source)  # what is skipped is part of it
+
+
+# --------------------------------------------------------------------------------------------- through torch.compile
+
+
+def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: Outcome) -> None:
+    torch._dynamo.reset()
+    before = radix_compile.stats()
+    options = {"inner": example.route, "threshold": 1.0}
+    compiled = torch.compile(plain, backend="radix", options=options, dynamic=example.dynamic or None)
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(backend, "LEAST_SHARE", 0.0):
+        warnings.simplefilter("always")
+        for call in calls:
+            _compare(compiled(**call.batch), call, plain, twice=True)
+    messages = [str(warning.message) for warning in caught]
+    if not any(EAGERLY in message for message in messages):
+        assert not [message for message in messages if any(fallback in message for fallback in FALLBACKS)], messages
+    after = radix_compile.stats()
+    folded = after.folded_calls - before.folded_calls
+    outcome.add(folded=folded > 0, refused=folded == 0)
+    outcome.add(tokens=after.tokens - before.tokens, compact_tokens=after.compact_tokens - before.compact_tokens)
+
+
+def fails_by_itself(example: Example, plain: Module, calls: list[Call]) -> bool:
+    """Does the inner backend fail without us?"""
+    if example.route == "passes":
+        return False
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, backend=example.route, dynamic=example.dynamic or None)
+    try:
+        for call in calls:
+            _compare(compiled(**call.batch), call, plain, twice=True)
+    except (AssertionError, RuntimeError):
+        return True
+    return False
