@@ -239,8 +239,9 @@ def _compile_folded(
     ids = captured.meta["tokens"].keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
     rows = ids.shape[0] * ids.shape[1]
-    multiple = as_multiple(options.pad_multiple_of)
-    most = -(-internals.upper_bound(rows) // multiple) * multiple
+    bound = internals.upper_bound(rows)
+    multiple = min(as_multiple(options.pad_multiple_of), bound)
+    most = -(-bound // multiple) * multiple
     arrays = internals.unbacked_plan_inputs(rows, most, ids.device, plan.tree is not None, plan.tiles, plan.lists)
     inputs = [*internals.taken_apart(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)

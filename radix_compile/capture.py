@@ -39,6 +39,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
+    _refuse_unknown_sizes(gm, example_inputs)
     trains = _records_gradients(gm) and any(map(_has_gradient, example_inputs))
     if trains and any(_has_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
         raise CaptureError("a weight with a gradient is made of several tensors: it folds under torch.no_grad()")
@@ -110,6 +111,17 @@ def _graphs_of(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def _records_gradients(gm: fx.GraphModule) -> bool:
     """Are gradients recorded anywhere in it? A program that is called without may switch them on."""
     return any(any(grad_modes(one.graph, torch.is_grad_enabled()).values()) for one in _graphs_of(gm))
+
+
+def _refuse_unknown_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    fakes = internals.fake_inputs(example_inputs)
+    for node, fake in zip(gm.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        dim = internals.unknown_dim(fake)
+        if dim is not None:
+            which = f"dimension {dim} of {internals.source_name(node)}"
+            raise CaptureError(
+                f"{which} is an unbacked symbol (mark_unbacked), of which nothing is known when compiling"
+            )
 
 
 # -------------------------------------------------------------------------------------- regions with a meaning

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from radix_compile.op_rules.flex import FLEX
 from radix_compile.op_rules.sorting import GROUPED_PRODUCTS
 from radix_compile.op_rules.table import argument
+from radix_compile.torch_internals import size_hint
 
 aten = torch.ops.aten
 _PRODUCTS = {
@@ -28,15 +29,15 @@ def flops(node: fx.Node) -> int:
     """Multiplications and additions of a matrix product or an attention; 0 for anything else.
 
     Attention counts all pairs of query and key, masked or not, as it runs without knowledge of the mask. Symbolic sizes
-    count with their hints.
+    count with their hints, those that depend on the data as 1.
     """
     if node.op != "call_function":
         return 0
     if node.target in (aten.scaled_dot_product_attention.default, FLEX):
         query, key, value = (one.meta["val"] for one in _attended(node))
-        return 2 * _numel(query) * _hint(key.shape[-2]) + 2 * _numel(query) // _hint(query.shape[-1]) * _hint(
-            key.shape[-2]
-        ) * _hint(value.shape[-1])
+        return 2 * _numel(query) * size_hint(key.shape[-2]) + 2 * _numel(query) // size_hint(
+            query.shape[-1]
+        ) * size_hint(key.shape[-2]) * size_hint(value.shape[-1])
     if node.target is aten.einsum.default:
         return _equation_flops(node)
     if isinstance(node.target, OpOverload) and node.target.name() in GROUPED_PRODUCTS:
@@ -47,7 +48,7 @@ def flops(node: fx.Node) -> int:
     else:
         return 0
     contracted = weight.shape[dim] if weight.ndim > 1 else weight.shape[0]
-    return 2 * _numel(node.meta["val"]) * _hint(contracted)
+    return 2 * _numel(node.meta["val"]) * size_hint(contracted)
 
 
 def _attended(node: fx.Node) -> Iterable[fx.Node]:
@@ -62,16 +63,12 @@ def _equation_flops(node: fx.Node) -> int:
     sizes: dict[str, int] = {}
     for term, tensor in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type]
         shape = tensor.meta["val"].shape
-        sizes.update(zip(term, map(_hint, shape), strict=False))  # an ellipsis is not counted
+        sizes.update(zip(term, map(size_hint, shape), strict=False))  # an ellipsis is not counted
     return 2 * math.prod(sizes.values())
 
 
 def _numel(tensor: torch.Tensor) -> int:
     count = 1
     for size in tensor.shape:
-        count *= _hint(size)
+        count *= size_hint(size)
     return count
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)

@@ -367,11 +367,15 @@ class RowMax:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Attention weights: exactly zero wherever ``visible`` does not hold (rows that see no key excepted)."""
+    """Attention weights: exactly zero wherever ``visible`` does not hold (rows that see no key excepted).
+
+    ``undefined`` if those of rows that see no key are not numbers (a softmax of minus infinity alone).
+    """
 
     visible: Formula
     query: int
     key: int
+    undefined: bool = False
 
 
 Fact = (
@@ -409,7 +413,7 @@ def _remap(fact: Fact | None, to: Callable[[int], int]) -> Fact | None:
         case Masked(visible):
             return replace(fact, visible=_remap_formula(visible, to))
         case Weights(visible, query, key):
-            return Weights(_remap_formula(visible, to), to(query), to(key))
+            return replace(fact, visible=_remap_formula(visible, to), query=to(query), key=to(key))
         case Step() | Break() | RowMax():
             return None
         case _:

@@ -22,13 +22,15 @@ class Options:
                          was measured on disk. False: predict from what is there, else fold at a threshold of 0.95.
     ``calibration``      the file of measurements, if not the one in the user's cache directory.
     ``min_tokens``       run calls with fewer rows (sequences times columns) plain.
-    ``pad_multiple_of``  pad the number of compact rows up to a multiple of this, and lists whose length varies to
-                         powers of two. None: neither, but for CUDA graphs, which are recorded for sizes.
+    ``pad_multiple_of``  pad the number of compact rows up to a multiple of this, or of the number of rows if that is
+                         less, and lists whose length varies to powers of two. None: neither, but for CUDA graphs,
+                         which are recorded for sizes.
     ``padding``          "exact": every row of the output is the row of the plain model. "skip": rows that the attention
                          mask hides are left out and come back as zeros, if it is proved that no other row reads them.
     ``fold_attention``   run attention on the prefix tree where that can be. False: in full form, as RadixMLP has it.
     ``verify``           check every graph after every pass, and compare the first, second, fourth, ... folded call to
-                         the plain program: a wrong result is a ``WrongFold`` that names the op it began at.
+                         the plain program: results, strides, which results share memory, and gradients, for which both
+                         run once more. A wrong one is a ``WrongFold`` that names the op it began at, or the gradient.
     ``strict``           raise, with the reasons, when a graph cannot be folded at all.
     ``mode``             passed on to the inner backend (inductor's ``reduce-overhead``, ``max-autotune``, ...).
     ``inner_options``    passed on to the inner backend as its ``options``.

@@ -141,7 +141,8 @@ class PlanInputs:
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, apart: bool = False) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
 
-        If ``apart``, sequences share nothing, as if each of them began with a token of its own.
+        If ``apart``, sequences share nothing, as if each of them began with a token of its own. A multiple above the
+        number of rows counts as that number.
         """
         if self.scans is not None and not self.scans(args):
             raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
@@ -184,6 +185,8 @@ class PlanInputs:
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
         options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
+        if pad_multiple_of is not None:
+            pad_multiple_of = min(pad_multiple_of, max(shape[0] * shape[1], 1))  # more would be more work than plain
         return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
 
     def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx._utils import lazy_format_graph_code
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -209,14 +209,15 @@ def unbacked_plan_inputs(
 
 
 class _FakeRun(fx.Interpreter):
-    """A run with fake tensors, in which a number read from one (``item``) stays the symbol of the capture."""
+    """A run with fake tensors, in which numbers and sizes that depend on the data stay the symbols of the capture."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.number if self.number is not None else super().call_function(target, args, kwargs)
+        return self.known if self.known is not None else super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         captured = n.meta.get("val")
-        self.number = captured if isinstance(captured, torch.types.py_sym_types) else None
+        binds = n.meta.get("unbacked_bindings") or isinstance(captured, torch.types.py_sym_types)
+        self.known = captured if binds else None
         return super().run_node(n)
 
 
@@ -258,8 +259,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """The size in the call that is compiled for."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size in the call that is compiled for; 1 if it depends on the data, so that nothing is known of it."""
+    if isinstance(size, int):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)
+
+
+def unknown_dim(value: Any) -> int | None:
+    """The first dimension of a tensor whose size is a symbol without a hint (``mark_unbacked``), if there is one."""
+    sizes: Sequence[Any] = value.shape if isinstance(value, torch.Tensor) else ()
+    return next((dim for dim, size in enumerate(sizes) if not isinstance(size, int) and size.node.hint is None), None)
 
 
 def upper_bound(size: int | torch.SymInt) -> int:
@@ -272,10 +281,15 @@ def upper_bound(size: int | torch.SymInt) -> int:
 
 
 def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Are two sizes equal in this call? If they are symbols, it becomes a guard that they are in every call."""
+    """Are two sizes equal in this call? If they are symbols, it becomes a guard that they are in every call.
+
+    Sizes that depend on the data are if that is known without a guard.
+    """
     if isinstance(one, int) and isinstance(other, int):
         return one == other
     hints = [size if isinstance(size, int) else size.node.hint for size in (one, other)]
+    if None in hints:
+        return statically_known_true(one == other)
     return hints[0] == hints[1] and bool(one == other)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext
 from torch._inductor.graph import GraphLowering
@@ -110,6 +111,28 @@ def test_equal_sizes_of_two_symbols_become_a_guard() -> None:
     assert len(compiled) == 1
 
 
+def test_sizes_without_a_hint() -> None:
+    """A program with one among its inputs is refused, so it has to be told; inside it counts as 1, without a guard."""
+    seen: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        fakes = [fake for fake in internals.fake_inputs(inputs) if isinstance(fake, torch.Tensor)]
+        (unknown,) = [fake for fake in fakes if internals.unknown_dim(fake) is not None]
+        (known,) = [fake for fake in fakes if internals.unknown_dim(fake) is None]
+        assert internals.unknown_dim(unknown) == 1
+        assert internals.size_hint(unknown.shape[1]) == internals.size_hint(2 * unknown.shape[1]) == 1
+        assert internals.size_hint(known.shape[0]) == 6
+        assert internals.same_size(unknown.shape[1], unknown.shape[1])
+        assert not internals.same_size(unknown.shape[1], known.shape[0])
+        seen.append(True)
+        return gm.forward
+
+    marked = torch.ones(4, 6)
+    mark_unbacked(marked, 1)
+    torch.compile(lambda x, y: x.sum() + y.sum(), backend=backend, dynamic=True)(marked, torch.ones(6))
+    assert seen
+
+
 def test_dynamos_own_control_flow_is_not_stopped() -> None:
     assert internals.must_propagate(TensorifyScalarRestartAnalysis())
     assert not internals.must_propagate(RuntimeError())
@@ -175,11 +198,40 @@ def test_caches_tell_decompositions_apart() -> None:
     gm = fx.symbolic_trace(nn.ReLU())
     for decompositions in (None, one, other, one):
         internals.compile_with(inner, gm, [torch.ones(2)], None, {}, decompositions)
+    with torch._functorch.config.patch(donated_buffer=False):  # inductor's key does not tell that apart, either
+        internals.compile_with(inner, gm, [torch.ones(2)], None, {}, one)
     before = torch.compiler.config.cache_key_tag
     assert keys[0] == before
     assert keys[1] == keys[3] != keys[2]
+    assert keys[4] not in keys[:4]
     assert before not in keys[1:]
     assert "radix_compile" in keys[1]
+
+
+def test_what_is_kept_is_copied_with_its_strides() -> None:
+    stored = torch.arange(24.0).view(2, 3, 4)
+    for one in (stored, stored.mT, stored[1, :, 1:3], stored[:1, :, :1].expand(5, 3, 4), stored[0, 0, 3], stored[:0]):
+        copied = internals._copied(one)
+        assert torch.equal(copied, one)
+        assert copied.stride() == one.stride()
+        assert one.numel() == 0 or copied.untyped_storage().data_ptr() != one.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("donates", [True, False])
+def test_a_backward_pass_that_writes_to_what_it_reads(donates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads copies if it is to run again. Without them the user is told not to keep the graph."""
+    copied, original = [], internals._copied
+    monkeypatch.setattr(internals, "_copied", lambda tensor: copied.append(tensor) or original(tensor))
+    model = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4))
+    weights = list(model.parameters())
+    run = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    with torch._functorch.config.patch(donated_buffer=donates):
+        loss = run(shared_batch(4, 6, 2)).sin().sum()
+        first, second, last = (torch.autograd.grad(loss, weights, retain_graph=keep) for keep in (True, True, False))
+    assert bool(copied) is donates
+    assert len(copied) == 2 * len({one.data_ptr() for one in copied})  # twice each, and not the last time
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first, last))
 
 
 def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:

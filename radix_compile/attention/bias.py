@@ -11,8 +11,8 @@ from torch import fx
 from radix_compile.ancestors import ancestors
 from radix_compile.attention.rows import NotCarried, sizes_of
 from radix_compile.cost import flops
-from radix_compile.mask_facts import TRUE, Formula, Masked, negation
-from radix_compile.op_rules.masks import as_formula
+from radix_compile.mask_facts import ORDINARY, TRUE, Filled, Formula, Masked, negation
+from radix_compile.op_rules.masks import as_formula, fact_of, size_of
 from radix_compile.token_axes import BATCH, as_size, value_of
 
 
@@ -62,6 +62,20 @@ class Bias:
         if heads not in (1, int(sympy.prod(sizes))):
             raise NotCarried("it adds a bias for groups of heads")
         return batched, heads, as_size(query) != 1
+
+    def may_be_large(self) -> bool:
+        """Are there numbers in it far from any score, and not known for the floor of a mask?
+
+        The gradient of attention on the tree starts from the logarithm of a sum of exponentials, which has no digits
+        left for a row in which all scores are such numbers.
+        """
+        if self.hides is not None or isinstance(value_of(self.node).fact, Masked):
+            return False  # it is known which rows see a key whose score is an ordinary one
+        if size_of(self.node) <= ORDINARY:
+            return False
+        numbers = [arg for node in ancestors(self.node) for arg in node.args if isinstance(arg, int | float)]
+        numbers += [fact.value for node in ancestors(self.node) if isinstance(fact := fact_of(node), Filled)]
+        return any(abs(number) > ORDINARY for number in numbers)
 
     def check(self) -> None:
         """Raises :class:`NotCarried` if it has no such shape, has a gradient, or is computed from rows at some cost."""

@@ -132,7 +132,7 @@ def _weights(value: Value, dim: int) -> Weights:
     query = next((other for other, axis in enumerate(value.axes) if other != dim and SEQ in axis), None)
     if query is None or not implies_causal(fact.visible, query - rank, dim - rank):
         raise Mixes("the attention mask lets a token see later ones (or is not understood)")
-    return Weights(fact.visible, query - rank, dim - rank)
+    return Weights(fact.visible, query - rank, dim - rank, undefined=fact.is_strict and not is_longer(axis))
 
 
 @rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)

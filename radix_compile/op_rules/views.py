@@ -231,7 +231,9 @@ def select(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "takes one entry of")
-    return Value((*value.axes[:dim], *value.axes[dim + 1 :]))
+    rank = len(value.axes)
+    dims = {other: other - (other > dim) for other in range(rank) if other != dim}
+    return Value((*value.axes[:dim], *value.axes[dim + 1 :]), fact=_moved(value.fact, rank, rank - 1, dims))
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)

@@ -19,6 +19,9 @@ from radix_compile.torch_internals import hints_of
 
 aten = torch.ops.aten
 
+PARTS = (aten.slice.Tensor, aten.select.int)
+"""Ops, next to views, that compute nothing."""
+
 
 class Form(Enum):
     FULL = "full"
@@ -77,7 +80,7 @@ def _is_cheap(node: fx.Node) -> bool:
         return True
     if any(value.full_only for value in values_of(node)):
         return all(value.attends is None for value in values_of(node))
-    return is_view(node) or node.target is aten.slice.Tensor or rule_for(node.target) is elementwise
+    return is_view(node) or node.target in PARTS or rule_for(node.target) is elementwise
 
 
 def home(node: fx.Node) -> Form:

@@ -228,7 +228,10 @@ class _Rewriter:
         rows = [self._by_head(row, attention.dtype) for row in (parts.query, parts.key, parts.value)]
         plan = self.fold, self.scatter, *self.tree
         sinks = None if parts.sinks is None else self.full[parts.sinks]
-        carried = sinks, self._bias(attention.biases), parts.scale, visible.window, parts.softcap
+        bias = self._bias(attention.biases)
+        if bias is not None and self.gm.meta["differentiable"]:  # it has no gradient, and the op has none for it
+            bias = self.graph.call_function(aten.detach.default, (bias,))
+        carried = sinks, bias, parts.scale, visible.window, parts.softcap
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
         made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
         result = self.graph.call_function(operator.getitem, (made, 0))

@@ -60,7 +60,15 @@ def prove_shift(captured: fx.GraphModule) -> Starts:
     captured.meta["column"] = None if reader is None else refuse(reader, "")
     tokens = captured.meta["tokens"]
     by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
-    return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)
+    if reader is not None or by_column:
+        return Starts()
+    return Starts(None if _padding_spreads(captured) else hidden_padding(captured), runs)
+
+
+def _padding_spreads(captured: fx.GraphModule) -> bool:
+    """Are rows that see no key no numbers? A weight of zero does not hide them then: what sees padding is none, too."""
+    blind = {one for node in captured.graph.nodes if node.op != "output" for v in values_of(node) for one in v.blind}
+    return bool(blind) and any(seen.undefined for seen in _attentions(captured))
 
 
 def hidden_padding(captured: fx.GraphModule) -> Blind | None:

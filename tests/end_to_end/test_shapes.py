@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
 
 import radix_compile
@@ -105,7 +106,10 @@ def test_the_options_that_choose_between_the_programs(options: dict[str, float])
     assert stats.folded_calls == folds
 
 
-def test_pad_multiple_of() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("multiple", "padded"), [(16, 32), (40, 40), (10**12, 48)])
+def test_pad_multiple_of(multiple: int, padded: int, dynamic: bool) -> None:
+    """Of 48 rows, which is where padding ends."""
     model = MLP()
     seen: list[int] = []
 
@@ -116,10 +120,47 @@ def test_pad_multiple_of() -> None:
 
         return run
 
-    compiled = torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0, pad_multiple_of=16))
-    compare(model, compiled, shared_batch(4, 12, 6))
-    assert seen == [32]
+    backend = radix_compile.RadixBackend(inner=inner, threshold=1.0, pad_multiple_of=multiple)
+    compare(model, torch.compile(model, backend=backend, dynamic=dynamic), shared_batch(4, 12, 6))
+    assert seen == [padded]
     assert radix_compile.stats().compact_tokens == 30
+
+
+@pytest.mark.parametrize("dims", [[0], [1], [0, 1]])
+def test_sizes_that_are_marked_unbacked(dims: list[int]) -> None:
+    """They are no numbers when a graph is compiled: it runs plain, and one sentence says why."""
+    model = MLP()
+    ids = shared_batch(4, 12, 6)
+    mark_unbacked(ids, dims)
+    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    with pytest.warns(UserWarning, match=rf"nothing folds: dimension {dims[0]} of L\['ids'\] is an unbacked symbol"):
+        compare(model, compiled, ids)
+    assert radix_compile.stats().folded_calls == 0
+
+
+class Picks(nn.Module):
+    """Rows at places that depend on the data, behind layers that do not."""
+
+    def __init__(self, by_number: bool) -> None:
+        super().__init__()
+        self.rows, self.head, self.by_number = MLP(), nn.Linear(32, 8), by_number
+
+    def forward(self, ids: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        if not self.by_number:
+            return self.head(self.rows(ids)[shown.nonzero(as_tuple=True)])
+        count = shown[:, 0].sum().item()
+        torch._check(count >= 1)
+        torch._check(count <= 4)
+        return self.head(self.rows(ids)[:count])
+
+
+@pytest.mark.parametrize("by_number", [True, False])
+def test_sizes_that_depend_on_the_data(by_number: bool) -> None:
+    model = Picks(by_number)
+    ids, shown = shared_batch(4, 12, 6), torch.arange(48).view(4, 12) < 30
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        compare(model, torch.compile(model, backend="radix", options=EAGER, fullgraph=True), ids, shown)
+    assert radix_compile.stats().folded_calls == 1
 
 
 def test_twenty_batches_compile_nothing_new() -> None:
