@@ -22,7 +22,7 @@ from radix_compile.attention.bias import Bias
 from radix_compile.attention.masks import Visible
 from radix_compile.attention.parts import TreeAttention, biases_of, compact_attention
 from radix_compile.attention.rows import Rows
-from radix_compile.grad_modes import grad_modes
+from radix_compile.grad_modes import grad_modes, with_gradient
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.memory import numbers, order_in_memory, reads_layout, views_to_keep
@@ -120,6 +120,7 @@ class _Rewriter:
         self.full: dict[fx.Node, fx.Node] = {}
         self.compact: dict[fx.Node, fx.Node] = {}
         self.records = grad_modes(gm.graph, gm.meta["grad_mode"])
+        self.graded = with_gradient(gm.graph, self.records)
         self.records_here = True
         """Are gradients recorded where the node stands that is being rewritten? What is made where they are not has
         none, and so cannot stand for the same where they are."""
@@ -342,6 +343,7 @@ class _Rewriter:
         batch_dim, seq_dim = split.index((BATCH,)), split.index((SEQ,))
         arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim, False)
         made = self.graph.call_function(radix.scatter_rows.default, arguments)
+        made.meta["has_gradient"] = node in self.graded
         return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
 
     def _lies_as_captured(self, node: fx.Node) -> bool:

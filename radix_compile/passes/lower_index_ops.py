@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.grad_modes import grad_modes, with_gradient
-
 radix = torch.ops.radix
 
 
@@ -20,12 +18,10 @@ def lower_index_ops(gm: fx.GraphModule) -> fx.GraphModule:
     but not past an op with an effect (the border of an autocast region, say). Values without a gradient do not join
     those with one: they would seem to have one.
     """
-    captured: fx.GraphModule = gm.meta["source"]
-    graded = with_gradient(captured.graph, grad_modes(captured.graph, captured.meta["grad_mode"]))
     order: list[fx.Node] = []
     work = list(gm.graph.nodes)
     while work:
-        work = _schedule(work, order, graded)
+        work = _schedule(work, order)
     previous, *rest = order
     for node in rest:
         previous.append(node)
@@ -33,7 +29,7 @@ def lower_index_ops(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _schedule(work: list[fx.Node], order: list[fx.Node], graded: set[fx.Node]) -> list[fx.Node]:
+def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
     """Append to ``order`` what waits for no scatter, then the scatters, joined. Returns what is left."""
     waiting: dict[tuple[Any, ...], list[fx.Node]] = {}
     blocked: dict[fx.Node, None] = {}
@@ -47,8 +43,8 @@ def _schedule(work: list[fx.Node], order: list[fx.Node], graded: set[fx.Node]) -
         elif node.target is radix.scatter_rows.default:
             blocked[node] = None
             plan_and_size, holes, region = node.args[1:-3], node.args[-1], node.meta.get("ac_graph_id")
-            has_gradient = node.meta["origin"] in graded
-            waiting.setdefault((*plan_and_size, holes, region, has_gradient), []).append(node)
+            key = (*plan_and_size, holes, region, node.meta.get("has_gradient"))
+            waiting.setdefault(key, []).append(node)
         else:
             order.append(node)
     for group in waiting.values():

@@ -79,6 +79,7 @@ OUTPUTS: dict[str, Program] = {
         torch.view_as_real(torch.view_as_complex(x.view(B, -1, D // 2, 2)) * 1j).flatten(2) @ m.first.weight,
     ),
     "the last row, and all": lambda m, x, ids: (y := m.last(x), y[:, -1]),
+    "with and without a gradient": lambda m, x, ids: (heads(m.first(x)), heads(x.detach() * 2), m.last(x)),
     "pooled": lambda m, x, ids: (m.last(x).mean(1), F.normalize(m.last(x)[:, 0], dim=-1)),
 }
 
@@ -90,7 +91,15 @@ def test_in_memory_as_the_plain_ones(name: str, gradients: bool, inner: str) -> 
     compare(OUTPUTS[name], inner, gradients)
 
 
-INDUCTOR = ("heads in a row", "views of each other", "equal ones", "strided", "thirds", "complex rows")
+INDUCTOR = (
+    "with and without a gradient",
+    "heads in a row",
+    "views of each other",
+    "equal ones",
+    "strided",
+    "thirds",
+    "complex rows",
+)
 
 
 @pytest.mark.parametrize("name", INDUCTOR)
@@ -111,6 +120,7 @@ def compare(program: Program, inner: str, gradients: bool, dynamic: bool | None 
             assert radix_compile.stats().folded_calls == written + 1
             for one, other in zip(ours, expected, strict=True):
                 assert one.stride() == other.stride()
+                assert one.requires_grad == other.requires_grad
                 torch.testing.assert_close(one, other)
             for results in (ours, expected):
                 if 0 not in results[written].stride():

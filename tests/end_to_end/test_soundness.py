@@ -268,6 +268,41 @@ def test_baddbmm_with_a_mask(beta: float, floor: float, hidden: float) -> None:
         check(step, shared_ids() if padding is right else PADDED, padding)
 
 
+@pytest.mark.parametrize("floor", [LOWEST, -1e9, -math.inf])
+@pytest.mark.parametrize("select", [True, False])
+def test_gradients_of_rows_that_see_nothing_but_a_floor(floor: float, select: bool) -> None:
+    """They attend to all hidden keys alike: what the logarithm of a sum of exponentials has no digits for."""
+
+    def step(model: Model, x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
+        bias = torch.where((padding != 0)[:, None, None, :], 0.0, floor)
+        bias = bias[:, 0] if select else bias.squeeze(1).cos().acos() + bias.squeeze(1)  # in words that nobody reads
+        scores = torch.baddbmm(bias.expand(B, S, S), x.tanh(), x.mT)
+        return torch.where(causal(), scores, -math.inf).softmax(-1) @ x
+
+    model = Model(step)
+    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    found = []
+    for run in (compiled, model):
+        result = run(PADDED, PADDING)
+        factors = torch.arange(result.numel()).view(result.shape).cos()
+        found.append(torch.autograd.grad((result * factors).nansum(), [model.embedding.weight, model.first.weight]))
+    for ours, expected in zip(*found, strict=True):
+        known = ~expected.isnan()
+        torch.testing.assert_close(ours[known], expected[known], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_rows_that_are_no_numbers_stay_in_their_sequences(layers: int) -> None:
+    """A row of padding that sees nothing is NaN, and so is what sees it, though with a weight of zero."""
+
+    def step(model: Model, x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
+        for _ in range(layers):
+            x = x + model.first(attention(x, causal() & (padding != 0)[:, None, :]))
+        return x
+
+    check(step, PADDED, PADDING)
+
+
 # -------------------------------------------------------------------------------- what was uniform, and is not any more
 
 NOT_UNIFORM: dict[str, Callable[[], Tensor]] = {
