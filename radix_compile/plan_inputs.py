@@ -27,7 +27,7 @@ from radix_compile.passes.fold_graph import (
     with_blocks,
 )
 from radix_compile.passes.mark_token_axes import CannotFold, Tokens
-from radix_compile.passes.prove_shift import hidden_padding, prove_shift
+from radix_compile.passes.prove_shift import attentions, hidden_padding, prove_shift
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.row_contents import RunsPlain, row_numbers
 from radix_compile.token_axes import Refusal, as_size, values_of
@@ -108,6 +108,7 @@ class PlanInputs:
     ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
               back, or if there are no ``runs`` not change.
     ``sighted`` if every row must see a key, because attention runs on the tree.
+    ``undefined`` if rows that see no key are not numbers: a softmax of minus infinity alone.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
     ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
               the truth values of those that are; ``tiles`` whether it takes those too.
@@ -126,6 +127,7 @@ class PlanInputs:
     runs: RowProgram | None = None
     apart: RowProgram | None = None
     sighted: bool = False
+    undefined: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
     listed: tuple[BlockCheck, ...] = ()
@@ -166,6 +168,8 @@ class PlanInputs:
         for program, window, truth in self.blind:
             blind = sightless((program(args, shape) != 0) == truth, window)
             if blind.any():
+                if self.undefined:  # and a weight of zero hides no such row, from whoever else is computed beside it
+                    raise RunsPlain("a row sees no key, and is not a number")
                 if self.sighted:
                     raise OffTheTree("a row sees no key, and attends to all of them or is a key itself")
                 unique = blind if unique is None else unique | blind
@@ -289,8 +293,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
     place = {node: i for i, node in enumerate(placeholders)}
-    attended = [v.attends for n in captured.graph.nodes if n.op != "output" for v in values_of(n) if v.attends]
-    orders = dict.fromkeys(source for seen in attended for source in ordered_by(seen.visible))
+    orders = dict.fromkeys(source for seen in attentions(captured) for source in ordered_by(seen.visible))
     listed = tuple(
         BlockCheck(
             _places(tables, place),
@@ -312,6 +315,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         runs=runs,
         apart=None if relied is None else _row_program(captured, relied),
         sighted=relies_on_sight(captured),
+        undefined=any(seen.undefined for seen in attentions(captured)),
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
         listed=listed,

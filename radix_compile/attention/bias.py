@@ -66,11 +66,14 @@ class Bias:
     def may_be_large(self) -> bool:
         """Are there numbers in it far from any score, and not known for the floor of a mask?
 
-        The gradient of attention on the tree starts from the logarithm of a sum of exponentials, which has no digits
-        left for a row in which all scores are such numbers.
+        Attention on the tree is put together by the logarithms of sums of exponentials, and its gradient starts from
+        them. They have no digits left for a row in which all scores are such numbers.
         """
-        if self.hides is not None or isinstance(value_of(self.node).fact, Masked):
-            return False  # it is known which rows see a key whose score is an ordinary one
+        fact = value_of(self.node).fact
+        if self.hides is not None:
+            return False
+        if isinstance(fact, Masked):  # of a floor it is known which rows see a key whose score is an ordinary one
+            return fact.size > ORDINARY
         if size_of(self.node) <= ORDINARY:
             return False
         numbers = [arg for node in ancestors(self.node) for arg in node.args if isinstance(arg, int | float)]

@@ -48,8 +48,8 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
                 node.meta["attention"] = found = _found(node, blind)
                 if gm.meta["differentiable"] and records[node] and _stops_gradient(node, found, records):
                     raise NotCarried("a part of it has no gradient (detach, or torch.no_grad())")
-                if gm.meta["differentiable"] and any(bias.may_be_large() for bias in found.biases):
-                    raise NotCarried("it adds a bias with such large numbers that its gradient would have no digits")
+                if any(bias.may_be_large() for bias in found.biases):
+                    raise NotCarried("it adds a bias with so large numbers that sums would lose their digits")
                 if found.visible.runs is not None and not apart:
                     raise NotCarried("several sequences may be packed in a row")
                 if found.parts.blocks is not None and not listed:

@@ -60,15 +60,7 @@ def prove_shift(captured: fx.GraphModule) -> Starts:
     captured.meta["column"] = None if reader is None else refuse(reader, "")
     tokens = captured.meta["tokens"]
     by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
-    if reader is not None or by_column:
-        return Starts()
-    return Starts(None if _padding_spreads(captured) else hidden_padding(captured), runs)
-
-
-def _padding_spreads(captured: fx.GraphModule) -> bool:
-    """Are rows that see no key no numbers? A weight of zero does not hide them then: what sees padding is none, too."""
-    blind = {one for node in captured.graph.nodes if node.op != "output" for v in values_of(node) for one in v.blind}
-    return bool(blind) and any(seen.undefined for seen in _attentions(captured))
+    return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)
 
 
 def hidden_padding(captured: fx.GraphModule) -> Blind | None:
@@ -79,14 +71,14 @@ def hidden_padding(captured: fx.GraphModule) -> Blind | None:
         return None
     source, truth = sources.pop()
     padding = Blind(source, None, truth)
-    return padding if all(hides(seen.visible, padding, seen.key) for seen in _attentions(captured)) else None
+    return padding if all(hides(seen.visible, padding, seen.key) for seen in attentions(captured)) else None
 
 
 def separate_runs(captured: fx.GraphModule) -> fx.Node | None:
     """The numbers that tell the sequences of a row apart: every attention shows a row the ones with its own alone."""
     numbers = [
         {term.source: None for term in terms_of(seen.visible) if isinstance(term, Same) and _are_pair(term, seen)}
-        for seen in _attentions(captured)
+        for seen in attentions(captured)
     ]
     return next((one for one in numbers[0] if all(one in other for other in numbers)), None) if numbers else None
 
@@ -95,7 +87,8 @@ def _are_pair(term: Same, seen: Weights) -> bool:
     return {term.a, term.b} == {seen.query, seen.key}
 
 
-def _attentions(captured: fx.GraphModule) -> Iterator[Weights]:
+def attentions(captured: fx.GraphModule) -> Iterator[Weights]:
+    """Who sees whom, in each of them."""
     for node in captured.graph.nodes:
         if node.op != "output":
             yield from (value.attends for value in values_of(node) if value.attends is not None)

@@ -1,4 +1,4 @@
-"""The long mode: ``python -m tests.fuzz --count 20000 --seed 0``. Stops at the first example that fails."""
+"""The long mode: ``python -m tests.fuzz --count 20000 --seed 0``. Stops at the first example that fails, unless told to go on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ def main() -> int:
     parser.add_argument("--compiled", type=float, default=0.1, help="the share that goes through torch.compile")
     parser.add_argument("--inductor", type=float, default=0.0, help="the share that does so with inductor: slow")
     parser.add_argument("--only", nargs="+", default=[], help="names of pieces that are to be most of the programs")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at an example that fails")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     outcome, started = Outcome(), time.monotonic()
+    failed: list[int] = []
     for seed in range(arguments.seed, arguments.seed + arguments.count):
         example = draw_example(seed, arguments.compiled, arguments.inductor, tuple(arguments.only))
         try:
@@ -35,13 +37,17 @@ def main() -> int:
             if arguments.only:
                 shares += f" --only {' '.join(arguments.only)}"
             print(f"again: python -m tests.fuzz --count 1 --seed {seed} {shares}")
-            return 1
+            failed.append(seed)
+            if not arguments.keep_going:
+                break
         spent = time.monotonic() - started
         if outcome.examples % 100 == 0 or spent > arguments.seconds or outcome.examples == arguments.count:
             print(f"seed {seed}, {spent:.0f} s: {outcome}", flush=True)
         if spent > arguments.seconds:
             break
-    return 0
+    if failed:
+        print(f"failed: seeds {', '.join(map(str, failed))}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

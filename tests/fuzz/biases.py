@@ -157,7 +157,7 @@ def hidden_by_a_number(d: Draw) -> str:
             f"mask = mask * {d.one_of('0.5', '1e-3', '1e-6', '1e-9')}",
             f"mask = mask / {d.one_of('2', '1e4', '1e8')}",
             "mask = mask + mask",
-            f"mask = mask.clamp(min={d.one_of('-10.0', '-1e4', '-1e9')})",
+            f"mask = mask.clamp(min=max({d.one_of('-10.0', '-1e4', '-1e9')}, torch.finfo(mask.dtype).min))",
         )
     )
     lines.append(
