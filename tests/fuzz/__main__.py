@@ -1,4 +1,4 @@
-"""The long mode: ``python -m tests.fuzz --count 20000 --seed 0``. Stops at the first example that fails, unless told to go on."""
+"""The long mode: ``python -m tests.fuzz --count 20000``. Stops at the first example that fails, unless told not to."""
 
 from __future__ import annotations
 
