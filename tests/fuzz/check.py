@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from radix_compile.capture import CaptureError
 from radix_compile.passes.mark_token_axes import CannotFold
 from tests.fuzz.compare import assert_close, assert_same_gradients, generator, gradients, is_usable
-from tests.fuzz.examples import Call, Example, Module, Outcome, draw_example
+from tests.fuzz.example import Call, Example, Module, Outcome, draw_example
 from tests.fuzz.routes import check_compiled, check_passes, fails_by_itself
 
 __all__ = ["FAILURES", "Outcome", "check", "draw_example", "minimised"]

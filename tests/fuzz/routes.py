@@ -25,7 +25,7 @@ from radix_compile.plan_inputs import PlanInputs, plan_inputs
 from radix_compile.report import report_on
 from radix_compile.row_contents import RunsPlain
 from tests.fuzz.compare import assert_same, assert_same_writes
-from tests.fuzz.examples import Batch, Call, Example, Module, Outcome
+from tests.fuzz.example import Batch, Call, Example, Module, Outcome
 
 FALLBACKS = ("cannot compile the folded program", "lowering to ATen failed")
 """Warnings of the backend that it ran plain where it should not have had to."""
