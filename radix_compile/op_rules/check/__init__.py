@@ -138,7 +138,7 @@ def recorded(case: Case, variant: Variant = Variant.AS_WRITTEN) -> tuple[fx.Grap
     """The sample's graph and the node under test; its result is also added to itself, in compact form if it may be."""
     t = Recorder(sample_inputs(), variant)
     before: list[fx.Node] = []
-    if variant is Variant.UNIFORM:
+    if variant in (Variant.UNIFORM, Variant.TABLES):
         with t.without_gradients():
             before = [case.sample.build(t, case.op)]
     result = case.sample.build(t, case.op)

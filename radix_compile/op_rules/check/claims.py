@@ -67,8 +67,8 @@ def check_claims(gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] 
     """Raise :class:`ClaimError` at the first node whose annotation is not true of what it returns for ``args``.
 
     ``gm`` is a captured graph that ``mark_token_axes`` has annotated, ``args`` are real inputs in float64 of the sizes
-    that it was captured for. ``others`` are inputs with the same weights and other rows, for which constants are the
-    same. With random ops, or tables of blocks, nothing can be said.
+    that it was captured for. Of ``others`` the row keys are taken, for which constants have to be the same. With random
+    ops, or tables of blocks, nothing can be said.
     """
     _Claims(gm, args, others).check()
 
@@ -76,9 +76,12 @@ def check_claims(gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] 
 class _Claims:
     def __init__(self, gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] | None) -> None:
         self.gm = gm
-        self.env = _run(gm, args)
-        self.others = None if others is None else _run(gm, others)
         self.tokens = gm.meta["tokens"]
+        self.env = _run(gm, args)
+        self.others: dict[fx.Node, Any] | None = None
+        if others is not None:
+            inputs = zip(gm.graph.find_nodes(op="placeholder"), args, others, strict=True)
+            self.others = _run(gm, [other if node in self.tokens.keys else arg for node, arg, other in inputs])
         ids = self.env[self.tokens.keys[0]]
         self.batch, self.seq = ids.shape[0], ids.shape[1]
         self.nodes = self._nodes_of_rows()
@@ -107,7 +110,7 @@ class _Claims:
         if any(not _same(t, t.narrow(dim, 0, 1).expand_as(t)) for t, dim in self._uniform(value, tensor)):
             return "is claimed to be uniform along a dimension, and is not"
         if value.is_constant:
-            if other is not None and node not in self.tokens.keys and not _same(tensor, other):
+            if other is not None and not _same(tensor, other):
                 return "is claimed to be the same for all rows, and is not"
         elif not self._is_determined(value, tensor):
             return "is claimed to be determined by the paths of rows, and is not"
@@ -245,7 +248,8 @@ class _Claims:
         known, maybe = frame.formula(fact.visible)
         tensor = frame.keys_only(tensor)
         known, hidden = known.expand_as(tensor), ~maybe.expand_as(tensor)
-        low = not hidden.any() or bool(tensor[hidden].max() <= fact.floor * (1 - ROUNDING))
+        floor = fact.floor if fact.is_strict else fact.floor + ROUNDING * abs(fact.floor)
+        low = not hidden.any() or bool(tensor[hidden].max() <= floor)
         size = fact.size if not fact.zero else 0.0
         return low and (not known.any() or bool(tensor[known].abs().max() <= size * (1 + ROUNDING)))
 

@@ -62,8 +62,8 @@ class Variant(Enum):
     """What samples are built of besides what they say: the same shapes, of which other things are true."""
 
     AS_WRITTEN = "weights and tables of random numbers, masks of int64 columns with floors of float64"
-    UNIFORM = "weights and tables of equal numbers, and everything first in a region without gradients"
-    TABLES = "rows with a number for each column, tables and padding cut from longer buffers"
+    UNIFORM = "weights and tables of equal numbers; everything first in a region without gradients"
+    TABLES = "rows with a number for each column, tables and padding cut from longer buffers; first in such a region"
     FLOORS = "masks of int32 columns that wrap around, with floors of float16 and large biases"
 
 
