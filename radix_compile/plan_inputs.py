@@ -293,7 +293,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
     place = {node: i for i, node in enumerate(placeholders)}
-    orders = dict.fromkeys(source for seen in attentions(captured) for source in ordered_by(seen.visible))
+    orders = dict.fromkeys(source for seen in attentions(captured.graph) for source in ordered_by(seen.visible))
     listed = tuple(
         BlockCheck(
             _places(tables, place),
@@ -315,7 +315,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         runs=runs,
         apart=None if relied is None else _row_program(captured, relied),
         sighted=relies_on_sight(captured),
-        undefined=any(seen.undefined for seen in attentions(captured)),
+        undefined=any(seen.undefined for seen in attentions(captured.graph)),
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
         listed=listed,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from radix_compile.ancestors import ancestors
 from radix_compile.attention.bias import Bias
 from radix_compile.attention.parts import biases_of
 from radix_compile.mask_facts import (
@@ -71,14 +72,14 @@ def hidden_padding(captured: fx.GraphModule) -> Blind | None:
         return None
     source, truth = sources.pop()
     padding = Blind(source, None, truth)
-    return padding if all(hides(seen.visible, padding, seen.key) for seen in attentions(captured)) else None
+    return padding if all(hides(seen.visible, padding, seen.key) for seen in attentions(captured.graph)) else None
 
 
 def separate_runs(captured: fx.GraphModule) -> fx.Node | None:
     """The numbers that tell the sequences of a row apart: every attention shows a row the ones with its own alone."""
     numbers = [
         {term.source: None for term in terms_of(seen.visible) if isinstance(term, Same) and _are_pair(term, seen)}
-        for seen in attentions(captured)
+        for seen in attentions(captured.graph)
     ]
     return next((one for one in numbers[0] if all(one in other for other in numbers)), None) if numbers else None
 
@@ -87,9 +88,9 @@ def _are_pair(term: Same, seen: Weights) -> bool:
     return {term.a, term.b} == {seen.query, seen.key}
 
 
-def attentions(captured: fx.GraphModule) -> Iterator[Weights]:
+def attentions(graph: fx.Graph) -> Iterator[Weights]:
     """Who sees whom, in each of them."""
-    for node in captured.graph.nodes:
+    for node in graph.nodes:
         if node.op != "output":
             yield from (value.attends for value in values_of(node) if value.attends is not None)
 
@@ -103,9 +104,10 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
     """
     masks: set[fx.Node] = set()
     numbers = _numbering(graph, runs)
+    looked_up = _looked_up(graph, runs)
     node: fx.Node
     for node in graph.nodes:
-        if node.op != "call_function" or node not in wanted.forms:
+        if node.op != "call_function" or not (node in wanted.forms or node in looked_up):
             continue
         if node in numbers:
             if wanted.is_compact(node):
@@ -130,6 +132,12 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
             if wanted.is_compact(node):
                 return node
     return None
+
+
+def _looked_up(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
+    """What leads to the rows that masks look up, which the plan does where attention runs on the tree."""
+    sources = [getattr(atom, "source", None) for seen in attentions(graph) for atom in atoms_of(seen.visible)]
+    return set(ancestors(*(source for source in sources if source is not None and source is not runs)))
 
 
 def _numbering(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:

@@ -159,6 +159,36 @@ def test_left_padding(name: str, first: str, attend: Callable[[Tensor, Tensor], 
     check(step, PADDED, PADDING, POSITIONS)
 
 
+SHOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "all but a column": lambda padding, ids: padding * (columns() != 6),
+    "every other column": lambda padding, ids: padding * (columns() % 2),
+    "by tokens": lambda padding, ids: padding * (ids % 5 != 0),
+    "by tokens and columns": lambda padding, ids: padding * ((ids + columns()) % 5 != 0),
+    "by a count of tokens": lambda padding, ids: padding * ((ids % 3 == 0).cumsum(1) % 2),
+}
+
+
+@pytest.mark.parametrize("attend", [lambda x, mask: attention(x, mask, LOWEST), as_one_op])
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("kind", ["packed", "left padding"])
+def test_shown_keys(name: str, kind: str, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """What hides keys is read by the plan alone where attention runs on the tree, and may go by columns, too."""
+
+    def packed(model: Model, x: Tensor, ids: Tensor, documents: Tensor) -> Tensor:
+        shown = SHOWN[name](torch.ones_like(ids), ids) != 0
+        sees = (shown[:, None, :] & causal()) | (columns() == columns()[:, None])
+        return attend(x, sees & same(documents))
+
+    def padded(model: Model, x: Tensor, ids: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+        x = x + F.embedding(positions, model.positions)
+        return attend(x, causal() & (SHOWN[name](padding, ids) != 0)[:, None, :])
+
+    if kind == "packed":
+        check(packed, PACKED, DOCUMENTS)
+    else:
+        check(padded, PADDED, PADDING, POSITIONS)
+
+
 def by_column(scores: Tensor) -> Tensor:
     return torch.where(~(columns()[None] < 4), 3 * scores, scores)
 
