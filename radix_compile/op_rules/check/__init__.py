@@ -22,8 +22,8 @@ from torch._ops import OpOverload
 
 from radix_compile.op_rules import rule_for
 from radix_compile.op_rules.check.claims import check_claims
+from radix_compile.op_rules.check.recorder import BATCH, HEADS, Recorder, Variant, sample_inputs, shuffle_later
 from radix_compile.op_rules.check.recorder import SEQ as COLUMNS
-from radix_compile.op_rules.check.recorder import Recorder, Variant, sample_inputs, shuffle_later
 from radix_compile.op_rules.check.samples import NEVER_FOLDS, NEVER_REFUSED, NO_RULE, POINTWISE, SAMPLES, Sample
 from radix_compile.op_rules.table import RULES
 from radix_compile.passes.choose_cuts import Form
@@ -137,13 +137,15 @@ def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> N
 def recorded(case: Case, variant: Variant = Variant.AS_WRITTEN) -> tuple[fx.GraphModule, fx.Node]:
     """The sample's graph and the node under test; its result is also added to itself, in compact form if it may be."""
     t = Recorder(sample_inputs(), variant)
-    before: list[fx.Node] = []
+    more: list[fx.Node] = []
     if variant in (Variant.UNIFORM, Variant.TABLES):
         with t.without_gradients():
-            before = [case.sample.build(t, case.op)]
+            more = [case.sample.build(t, case.op)]
+    if variant is Variant.TABLES:
+        more += [t.heads_in_a_row, t(aten.as_strided.default, t.heads_in_a_row, [BATCH, HEADS, COLUMNS], [1, 3, 7])]
     result = case.sample.build(t, case.op)
     node = [node for node in t.graph.nodes if _is_op(node.target, case.op)][-1]
-    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *before), node
+    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *more), node
 
 
 def _is_op(target: object, op: Op) -> bool:

@@ -143,6 +143,12 @@ class Recorder:
         return self(aten.transpose.int, self.wide, 1, 2)
 
     @cached_property
+    def heads_in_a_row(self) -> fx.Node:
+        """``[B, H, S, E]``, in memory too: what rows that come back from the tree are not."""
+        made_anew = self(aten.clone.default, self.heads, memory_format=torch.contiguous_format)
+        return self(aten.tanh.default, made_anew)
+
+    @cached_property
     def scores(self) -> fx.Node:
         """``[B, H, S, S]``."""
         return self(aten.matmul.default, self.heads, self(aten.transpose.int, self.heads, 2, 3))
