@@ -333,7 +333,8 @@ class Masked:
 
     ``floor`` is the highest that a hidden entry is, ``size`` the largest that a visible one is, of either sign
     (infinite if that is not known). Hidden entries are lower by ``gap``, at least, than the largest visible one of
-    their row, if there is one. ``zero`` if the visible entries are.
+    their row, if there is one. ``zero`` if the visible entries are. (If the largest entry of each row was subtracted,
+    the floor is that of rows that see a key, as the gap is.)
     """
 
     visible: Formula

@@ -8,6 +8,7 @@ found at the op where it does, whether or not a wrong number comes of it in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -57,6 +58,10 @@ from radix_compile.token_axes import (
 
 ROUNDING = 1e-9
 """What entries that are equal may differ by, as a share of the largest: all is computed in float64."""
+
+
+LEFT_OUT = 1e-2
+"""Of bounds, sizes and floors, which leave out roundings, of float16 too: what they are held against is far away."""
 
 
 class ClaimError(AssertionError):
@@ -118,7 +123,7 @@ class _Claims:
             return f"is claimed to be {value.fact}, and is not"
         bounds = bounds_of(node) if isinstance(node.meta.get("val"), Tensor) else None
         if bounds is not None and tensor.numel():
-            slack = ROUNDING * max(map(abs, bounds))
+            slack = LEFT_OUT * max(map(abs, bounds))
             if tensor.double().min() < bounds[0] - slack or tensor.double().max() > bounds[1] + slack:
                 return f"is claimed to be from {bounds[0]} to {bounds[1]}, and is not"
         return ""
@@ -230,9 +235,9 @@ class _Claims:
                 known, maybe = frame.formula(formula)
                 return bool((((tensor == 1) | ~known) & ((tensor == 0) | maybe)).all())
             case Score(size):
-                return bool(tensor.double().abs().max() <= size * (1 + ROUNDING))
+                return bool(tensor.double().abs().max() <= size * (1 + LEFT_OUT))
             case Masked():
-                return self._is_masked(frame, fact, tensor.double())
+                return self._is_masked(frame, fact, tensor)
             case Weights(visible, _, key):
                 known, maybe = frame.formula(visible)
                 sees = known.expand_as(frame.keys_only(tensor)).any(key, keepdim=True)
@@ -246,12 +251,14 @@ class _Claims:
 
     def _is_masked(self, frame: _Frame, fact: Masked, tensor: Tensor) -> bool:
         known, maybe = frame.formula(fact.visible)
-        tensor = frame.keys_only(tensor)
+        tensor = frame.keys_only(tensor).double()
         known, hidden = known.expand_as(tensor), ~maybe.expand_as(tensor)
-        floor = fact.floor if fact.is_strict else fact.floor + ROUNDING * abs(fact.floor)
-        low = not hidden.any() or bool(tensor[hidden].max() <= floor)
-        size = fact.size if not fact.zero else 0.0
-        return low and (not known.any() or bool(tensor[known].abs().max() <= size * (1 + ROUNDING)))
+        # Where the largest entry of each row was subtracted, the floor is that of rows that see a key.
+        centred = fact.size == math.inf and math.isfinite(fact.gap)
+        floor = fact.floor if fact.is_strict else fact.floor + LEFT_OUT * abs(fact.floor)
+        low = centred or not hidden.any() or bool(tensor[hidden].max() <= floor)
+        size = 0.0 if fact.zero else fact.size * (1 + LEFT_OUT)
+        return low and (not known.any() or bool(tensor[known].abs().max() <= size))
 
     def _numbers_runs(self, source: fx.Node, runs_of: fx.Node) -> bool:
         numbers, positions = self._entries(source), self._entries(runs_of)
