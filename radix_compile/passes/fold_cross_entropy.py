@@ -101,7 +101,7 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node, records: GradMod
     computed_in = argument(softmax, "dtype")
     with node.graph.inserting_before(node):
         if computed_in not in (None, torch.float32):
-            compact = _as(compact, computed_in, like=compact)
+            compact = _as(compact, computed_in)
         nll = _token_nll(compact, call(aten.reshape.default, (index, [-1])), scattered)
         _put(_as(call(aten.neg.default, (call(aten.view_as.default, (nll, index)),)), dtype), node)
     return True
@@ -162,8 +162,8 @@ def _put(result: fx.Node, node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _as(node: fx.Node, dtype: torch.dtype, like: fx.Node | None = None) -> fx.Node:
+def _as(node: fx.Node, dtype: torch.dtype) -> fx.Node:
     cast = node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-    if like is not None and "radix" in like.meta:
-        cast.meta["radix"] = like.meta["radix"]
+    if "radix" in node.meta:  # the same rows
+        cast.meta["radix"] = node.meta["radix"]
     return cast
