@@ -28,7 +28,9 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import FlexibleLayout
 from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -83,6 +85,28 @@ def _weigh_hinted_sizes() -> None:
 
 
 _weigh_hinted_sizes()
+
+
+def _order_hinted_strides() -> None:
+    """Has inductor order strides by the hints of sizes; it raises for sizes like T' that no guard can be made about.
+
+    It copies the order of strides where a tensor of four dimensions lies in memory as images do, the channels last.
+    Any order is right: it is the order in which a buffer of its own is laid out.
+    """
+    if not hasattr(SizeVarAllocator, "all_unbacked_explicitly_hinted"):
+        return
+    ordered = FlexibleLayout.same_ordered
+
+    def ordered_by_hints(sizes: Sequence[Any], stride: Sequence[Any]) -> Sequence[Any]:
+        sizevars = V.graph.sizevars
+        if sizevars.all_unbacked_explicitly_hinted(stride):
+            stride = sizevars.optimization_hints(stride)
+        return ordered(sizes, stride)
+
+    FlexibleLayout.same_ordered = staticmethod(ordered_by_hints)
+
+
+_order_hinted_strides()
 
 
 def must_propagate(error: BaseException) -> bool:
@@ -472,7 +496,8 @@ def backward_may_run_again() -> Iterator[None]:
     compiled ahead and raises. Here it is given copies instead if the graph is kept.
     """
     before = set(torch.autograd.Function.__subclasses__())
-    yield
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # or an error is raised when it first runs
+        yield
     for function in set(torch.autograd.Function.__subclasses__()) - before:
         if getattr(function, "compiled_bw", None) is not None:
             _copy_what_is_kept(function)
