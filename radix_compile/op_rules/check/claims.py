@@ -38,9 +38,10 @@ from radix_compile.mask_facts import (
     Shifted,
     Step,
     Weights,
+    ordered_by,
 )
 from radix_compile.op_rules.bounds import bounds_of
-from radix_compile.plan_inputs import sightless
+from radix_compile.plan_inputs import may_wrap, sightless
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.row_contents import row_numbers
 from radix_compile.token_axes import (
@@ -112,6 +113,8 @@ class _Claims:
         """What is claimed and does not hold; empty if all does."""
         if any(isinstance(atom, Sorted) for axis in value.axes for atom in axis):
             return ""
+        if isinstance(value.fact, Masked | Weights) and self._wraps(value.fact.visible):
+            return ""  # of such numbers nothing is claimed: a call with them runs plain
         if any(not _same(t, t.narrow(dim, 0, 1).expand_as(t)) for t, dim in self._uniform(value, tensor)):
             return "is claimed to be uniform along a dimension, and is not"
         if value.is_constant:
@@ -196,6 +199,9 @@ class _Claims:
         if value_of(source).is_constant:
             return tensor.reshape(-1, tensor.shape[-1])[:1]
         return tensor.reshape(self.batch, self.seq)
+
+    def _wraps(self, formula: Formula) -> bool:
+        return any(may_wrap(self._entries(source).numpy(force=True)) for source in ordered_by(formula))
 
     def _holds(self, node: fx.Node, value: Value, tensor: Tensor) -> bool:
         fact, rank = value.fact, tensor.ndim
