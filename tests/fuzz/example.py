@@ -78,19 +78,19 @@ class Module(nn.Module):
 
 
 def draw_example(seed: int, compiled: float = 0.1, inductor: float = 0.0, only: tuple[str, ...] = ()) -> Example:
-    """Everything about an example follows from its seed, and from what is asked for.
+    """Everything about an example follows from its seed, and from what is asked for. Inductor's are short: it is slow.
 
     ``compiled`` and ``inductor`` are the shares that go through ``torch.compile``, without inductor and with it;
     ``only`` are names of pieces that are to be most of the program.
     """
     random = Random(seed)
+    route = _route(Random(f"route of {seed}").random(), compiled, inductor)
     sizes, inputs = draw_sizes(random), draw_inputs(random)
     packed = not {"positions", "documents"}.isdisjoint(inputs) and random.random() < 0.5
     if packed:
         sizes = replace(sizes, B=random.choice([1, 1, 2]), S=random.randint(4, 14))
-    program = draw_program(random, sizes, inputs, packed, only)
+    program = draw_program(random, sizes, inputs, packed, only, most=2 if route == "inductor" else 4)
     gradients, dynamic, skip = (random.random() < 1 / 3 for _ in range(3))
-    route = _route(random.random(), compiled, inductor)
     dynamic &= route != "passes"
     gradients |= route == "inductor"
     other = sizes

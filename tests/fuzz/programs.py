@@ -141,9 +141,14 @@ def _assignments(block: Block) -> list[str]:
 
 
 def draw_program(
-    random: Random, sizes: Sizes, inputs: tuple[str, ...], packed: bool = False, only: tuple[str, ...] = ()
+    random: Random,
+    sizes: Sizes,
+    inputs: tuple[str, ...],
+    packed: bool = False,
+    only: tuple[str, ...] = (),
+    most: int = 4,
 ) -> Program:
-    """An embedding, some pieces, and perhaps a loss. Of attention and what mixes, ``only`` pieces of these names."""
+    """An embedding, up to ``most`` pieces, and perhaps a loss. Of what is not position-wise, ``only`` those names."""
     d = Draw(random, sizes, inputs, packed=packed, only=only)
     seed = random.randrange(2**31)
     d.padded = d.has("padding") and d.chance(0.05 if packed else 0.4)
@@ -152,7 +157,7 @@ def draw_program(
     if not d.padded and not packed and d.chance(0.6):
         kinds |= {Kind.MIXING: 2, Kind.ANY: 2}
     blocks = [_embedding(d)]
-    for place in range(d.number(1, 3 if d.relative else 4)):
+    for place in range(d.number(1, min(3 if d.relative else 4, most))):
         first = {Kind.CAUSAL: 1} if (packed or d.relative) and not place else kinds
         blocks.append(_block(d, draw_piece(d, first), len(blocks)))
     end = d.random.random()
