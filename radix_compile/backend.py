@@ -246,7 +246,8 @@ def _compile_folded(
     inputs = [*internals.taken_apart(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)
     try:
-        with internals.cache_unless(captured.meta["checkpointed"]), internals.backward_may_run_again():
+        cached = internals.cache_unless(captured.meta["checkpointed"])
+        with cached, internals.backward_compiled_ahead(), internals.backward_may_run_again():
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             program = internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)

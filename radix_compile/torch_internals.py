@@ -103,7 +103,7 @@ def _order_hinted_strides() -> None:
             stride = sizevars.optimization_hints(stride)
         return ordered(sizes, stride)
 
-    FlexibleLayout.same_ordered = staticmethod(ordered_by_hints)
+    FlexibleLayout.same_ordered = staticmethod(ordered_by_hints)  # type: ignore[method-assign]
 
 
 _order_hinted_strides()
@@ -487,6 +487,12 @@ def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def backward_compiled_ahead() -> contextlib.AbstractContextManager[Any]:
+    """What is compiled here raises if its backward pass cannot be: left to itself, AOTAutograd does when that runs."""
+    patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    return patch
+
+
 @contextlib.contextmanager
 def backward_may_run_again() -> Iterator[None]:
     """What is compiled here may be asked for its gradients twice (``retain_graph=True``), as plain programs may.
@@ -496,8 +502,7 @@ def backward_may_run_again() -> Iterator[None]:
     compiled ahead and raises. Here it is given copies instead if the graph is kept.
     """
     before = set(torch.autograd.Function.__subclasses__())
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # or an error is raised when it first runs
-        yield
+    yield
     for function in set(torch.autograd.Function.__subclasses__()) - before:
         if getattr(function, "compiled_bw", None) is not None:
             _copy_what_is_kept(function)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.decorators import mark_unbacked
@@ -16,6 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.testing._internal.two_tensor import TwoTensor
 
+import radix_compile
 from radix_compile import torch_internals as internals
 from tests.models import shared_batch
 
@@ -239,6 +241,55 @@ def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:
     for name in internals.UNBACKED_SIZES:
         owner, setting = name.split(".")
         assert hasattr(getattr(torch._inductor.config, owner), setting)
+
+
+class WithSink(nn.Module):
+    """Attention with a score that has no key, whose gradient ``[T', 2, 1, 1]`` lies in memory as an image may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.query, self.key, self.value = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        batch, length = ids.shape
+        x = self.embedding(ids)
+        q = self.query(x).reshape(batch, length, 2, 2).transpose(1, 2)
+        k, v = (f(x).reshape(batch, length, 1, 2).transpose(1, 2) for f in (self.key, self.value))
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = torch.where(torch.ones(length, length, dtype=torch.bool).tril(), q @ k.mT, -torch.inf)
+        scores = torch.cat([scores, x.mean(-1)[:, None, :, None].expand(batch, 2, length, 1)], -1)
+        scores = scores - scores.amax(-1, keepdim=True)
+        return self.out((scores.softmax(-1)[..., :length] @ v).transpose(1, 2).reshape(batch, length, 4))
+
+
+def test_inductor_orders_strides_that_depend_on_nodes() -> None:
+    run = torch.compile(WithSink(), backend="radix", options={"threshold": 1.0, "strict": True})
+    run(shared_batch(4, 6, 4).remainder(9)).sum().backward()
+    assert radix_compile.stats().folded_calls == 1
+
+
+def test_a_backward_pass_that_cannot_be_compiled_loses_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled when it first runs, it would raise there, where nothing can be done about it."""
+    model, ids = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 16), nn.SiLU()), shared_batch(4, 6, 2)
+    forwards: list[fx.GraphModule] = []
+
+    def compile_forward(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        forwards.append(gm)
+        return make_boxed_func(gm.forward)
+
+    def fail(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if len(forwards) == 1:
+            raise RuntimeError("no kernel for it")
+        return make_boxed_func(gm.forward)
+
+    inner = aot_autograd(fw_compiler=compile_forward, bw_compiler=fail)
+    run = torch.compile(model, backend="radix", options={"inner": inner, "threshold": 1.0})
+    with pytest.warns(UserWarning, match="cannot compile the folded program: RuntimeError: no kernel"):
+        loss = run(ids).sum()
+    loss.backward()
+    assert len(forwards) == 2  # the second is the plain program's
+    assert radix_compile.stats().folded_calls == 0
 
 
 def test_inductor_weighs_fusions_on_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
