@@ -81,9 +81,10 @@ def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Ou
     for call in calls:
         compared = [_check_call(folded, inputs, plain, call, outcome) for folded, inputs in programs]
         if any(compared) and all(one.isfinite().all() for one in call.wanted):
-            args, other = ([*of.batch.values(), *plain.parameters()] for of in (call, calls[call is calls[0]]))
+            other = next((one for one in calls if one is not call), call)
+            args, others = ([*of.batch.values(), *plain.parameters()] for of in (call, other))
             with contextlib.suppress(RunsPlain):  # a mask that is not needed may be no mask at all
-                check_claims(source, args, other)
+                check_claims(source, args, others)
 
 
 def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call: Call, outcome: Outcome) -> bool:

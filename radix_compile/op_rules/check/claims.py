@@ -18,11 +18,13 @@ from torch import Tensor, fx
 
 from radix_compile.given_masks import rows_seen
 from radix_compile.mask_facts import (
+    ORDINARY,
     And,
     AtMost,
     Break,
     Diff,
     Distance,
+    Fact,
     Filled,
     Formula,
     Index,
@@ -93,6 +95,8 @@ class _Claims:
         self.nodes = self._nodes_of_rows()
 
     def check(self) -> None:
+        if not self._is_ordinary():
+            return
         for node in self.gm.graph.nodes:
             if node.op == "output" or "radix" not in node.meta:
                 continue
@@ -101,6 +105,19 @@ class _Claims:
                     what = self._wrong(node, value, tensor, other)
                     if what:
                         raise ClaimError(f"{refuse(node, what)}: {value}")
+
+    def _is_ordinary(self) -> bool:
+        """Products of rows are assumed to be at most ``ORDINARY``. With larger ones nothing can be said."""
+        nodes = [node for node in self.gm.graph.nodes if "radix" in node.meta and node.op != "output"]
+        products = [self.env[node] for node in nodes if [one.fact for one in values_of(node)] == [Score(ORDINARY)]]
+        return all(not one.numel() or bool(one.abs().max() <= ORDINARY) for one in products)
+
+    def _is_used(self, node: fx.Node, value: Value) -> bool:
+        """Does a product trust these weights? It does not if they are of rows that see no key somewhere else."""
+        if not isinstance(value.fact, Weights):
+            return True
+        users = [(user, one) for user in node.users if user.op != "output" for one in values_of(user)]
+        return any(one.mixed is None and self._is_used(user, one) for user, one in users)
 
     def _results(self, node: fx.Node) -> tuple[Sequence[Any], Sequence[Any]]:
         ours = self.env[node]
@@ -113,14 +130,14 @@ class _Claims:
         """What is claimed and does not hold; empty if all does."""
         if any(isinstance(atom, Sorted) for axis in value.axes for atom in axis):
             return ""
-        if isinstance(value.fact, Masked | Weights) and self._wraps(value.fact.visible):
+        if self._wraps(value.fact):
             return ""  # of such numbers nothing is claimed: a call with them runs plain
         if any(not _same(t, t.narrow(dim, 0, 1).expand_as(t)) for t, dim in self._uniform(value, tensor)):
             return "is claimed to be uniform along a dimension, and is not"
         if value.is_constant:
             if other is not None and not _same(tensor, other):
                 return "is claimed to be the same for all rows, and is not"
-        elif not self._is_determined(value, tensor):
+        elif not self._is_determined(value, tensor) and self._is_used(node, value):
             return "is claimed to be determined by the paths of rows, and is not"
         if not self._holds(node, value, tensor):
             return f"is claimed to be {value.fact}, and is not"
@@ -200,8 +217,12 @@ class _Claims:
             return tensor.reshape(-1, tensor.shape[-1])[:1]
         return tensor.reshape(self.batch, self.seq)
 
-    def _wraps(self, formula: Formula) -> bool:
-        return any(may_wrap(self._entries(source).numpy(force=True)) for source in ordered_by(formula))
+    def _wraps(self, fact: Fact | None) -> bool:
+        match fact:
+            case Predicate(formula) | Ones(formula) | Masked(formula) | Weights(formula):
+                return any(may_wrap(self._entries(source).numpy(force=True)) for source in ordered_by(formula))
+            case _:
+                return False
 
     def _holds(self, node: fx.Node, value: Value, tensor: Tensor) -> bool:
         fact, rank = value.fact, tensor.ndim
@@ -351,7 +372,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    if not one.dtype.is_floating_point:
+    if not one.dtype.is_floating_point and not one.dtype.is_complex:
         return _same(one, other)
     finite = one.isfinite() & other.isfinite()
     if not _same(one[~finite], other[~finite]):
