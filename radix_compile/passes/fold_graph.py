@@ -186,7 +186,7 @@ class _Rewriter:
             if not self._lies_as_captured(node):
                 self.moved.add(node)
         if node in self.bases and node in self.moved:
-            self.full[node] = self._in_place(node)
+            self.full[node] = self._with_own_memory(self._in_place(node), node)
             self.moved.discard(node)
 
     # ------------------------------------------------------------------------------------------- compact ops
@@ -380,6 +380,10 @@ class _Rewriter:
             return call(aten.contiguous.default, (made,))
         made = call(aten.contiguous.default, (call(aten.permute.default, (made, order)),))
         return call(aten.permute.default, (made, back))
+
+    def _with_own_memory(self, view: fx.Node, node: fx.Node) -> fx.Node:
+        """A copy, in the same order: AOTAutograd cannot return a view and its ``detach`` without what it is a view of."""
+        return self._tagged(self.graph.call_function(aten.clone.default, (view,)), node, Form.FULL)
 
     def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:
         if len(before) == len(after):

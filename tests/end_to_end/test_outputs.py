@@ -65,6 +65,7 @@ OUTPUTS: dict[str, Program] = {
     "merged": lambda m, x, ids: (m.last(x).view(-1, D), m.last(x).flatten()),
     "views of each other": lambda m, x, ids: (y := m.last(x), y.transpose(1, 2), y[..., :5], y.view(-1, D), y),
     "views of what is in another order": lambda m, x, ids: (y := heads(x).contiguous() * 2, y[:, 1], y.mT, y),
+    "detached ones in another order": lambda m, x, ids: (y := x.mT.contiguous().mT * 2, y.detach(), y[1:].detach()),
     "equal ones": lambda m, x, ids: (m.last(x) * 2, m.last(x) * 2, m.last(x) * 2),
     "views of equal ones": lambda m, x, ids: ((m.last(x) * 2).transpose(1, 2), (m.last(x) * 2)[..., :3]),
     "equal ones that are read as well": lambda m, x, ids: (x * 2, x * 2, m.last(x * 2)),
