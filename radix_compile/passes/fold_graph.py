@@ -382,7 +382,7 @@ class _Rewriter:
         return call(aten.permute.default, (made, back))
 
     def _with_own_memory(self, view: fx.Node, node: fx.Node) -> fx.Node:
-        """A copy, in the same order: AOTAutograd cannot return a view and its ``detach`` without what it is a view of."""
+        """A copy, in the same order: of a view and its ``detach``, AOTAutograd has to return what they are views of."""
         return self._tagged(self.graph.call_function(aten.clone.default, (view,)), node, Form.FULL)
 
     def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:

@@ -74,6 +74,7 @@ class Draw:
     ``packed``  if attention is mostly to stay within sequences of which there are several in a row.
     ``relative``  if rows are to depend on what is in front of them, but mostly not on their column.
     ``only``    names of pieces that are to be most of it, if any.
+    ``traced``  if Dynamo reads the program, and so sees what is an ``autograd.Function``.
     """
 
     random: Random
@@ -85,6 +86,7 @@ class Draw:
     packed: bool = False
     relative: bool = False
     only: tuple[str, ...] = ()
+    traced: bool = False
 
     def write(self, piece: Piece) -> str:
         """The piece's text, with a new parameter for every ``w(shape)`` in it."""

@@ -89,7 +89,8 @@ def draw_example(seed: int, compiled: float = 0.1, inductor: float = 0.0, only: 
     packed = not {"positions", "documents"}.isdisjoint(inputs) and random.random() < 0.5
     if packed:
         sizes = replace(sizes, B=random.choice([1, 1, 2]), S=random.randint(4, 14))
-    program = draw_program(random, sizes, inputs, packed, only, most=2 if route == "inductor" else 4)
+    most = 2 if route == "inductor" else 4
+    program = draw_program(random, sizes, inputs, packed, only, most, traced=route != "passes")
     gradients, dynamic, skip = (random.random() < 1 / 3 for _ in range(3))
     dynamic &= route != "passes"
     gradients |= route == "inductor"

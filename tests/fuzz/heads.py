@@ -6,6 +6,9 @@ from tests.fuzz.draw import Draw
 
 LOGITS = "logits = F.linear(x, w(V, D))\n"
 
+EXACT = "((logits * 8).round() / 8).float()"
+"""Logits of float32 without a rounding, so that what is computed of them in float64 can be compared as such."""
+
 
 def draw_head(d: Draw) -> str:
     return d.one_of(_loss, _loss, _pooled, _masked_loss)(d)
@@ -27,6 +30,8 @@ def _loss(d: Draw) -> str:
         f"y = F.cross_entropy({shifted}, weight=w(V).detach().sigmoid())",
         f"y = logits.log_softmax(-1{dtype}).gather(-1, ids.roll(-1, 1)[..., None]).squeeze(-1)",
         f"y = logits[:, :-1].log_softmax(-1{dtype}).gather(-1, {later})",
+        f"y = {EXACT}.log_softmax(-1, dtype=torch.float64)[:, :-1].gather(-1, {later})",
+        f"y = F.nll_loss({EXACT}.log_softmax(-1, dtype=torch.float64).flatten(0, 1), ids.flatten())",
         f"y = F.log_softmax(logits[:, :-1], -1{dtype}).gather(-1, {later}).squeeze(-1).sum(-1)",
         f"y = F.nll_loss(logits.log_softmax(-1{dtype}).flatten(0, 1), ids.flatten())",
         f"y = F.nll_loss(F.log_softmax(logits.view(-1, V), 1{dtype}), ids.roll(-1, 1).view(-1), reduction={reduction})",

@@ -16,9 +16,10 @@ import transformers.integrations.moe  # noqa: F401 - importing it registers torc
 from torch import Tensor, nn
 
 from tests.fuzz.draw import Draw, Kind, Piece, Sizes
-from tests.fuzz.heads import draw_head
+from tests.fuzz.heads import EXACT, draw_head
 from tests.fuzz.outputs import draw_outputs
 from tests.fuzz.pieces import PIECES
+from tests.fuzz.regions import Times
 
 Forward = Callable[..., tuple[Tensor, ...]]
 
@@ -93,7 +94,7 @@ class Program:
         text, name = self.text(), f"<program {next(_NUMBERS)}>"
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)  # for the source lines of refusals
         names: dict[str, Any] = {"torch": torch, "F": F, "math": math, "H": self.sizes.H, "E": self.sizes.E}
-        names |= {"D": self.sizes.D, "V": self.sizes.V, "K": self.sizes.K}
+        names |= {"Times": Times, "D": self.sizes.D, "V": self.sizes.V, "K": self.sizes.K}
         exec(compile(text, name, "exec"), names)
         forward: Forward = names["forward"]
         return forward
@@ -109,7 +110,7 @@ class Program:
 
     def is_narrow(self) -> bool:
         """Is something computed in single precision, which is not only compared or a mask?"""
-        text = self.text().replace("mask = mask.float()", "")
+        text = self.text().replace("mask = mask.float()", "").replace(EXACT, "")
         return "torch.float32)" in text or ".float()" in text
 
     def without(self, number: int) -> Program:
@@ -147,9 +148,10 @@ def draw_program(
     packed: bool = False,
     only: tuple[str, ...] = (),
     most: int = 4,
+    traced: bool = False,
 ) -> Program:
     """An embedding, up to ``most`` pieces, and perhaps a loss. Of what is not position-wise, ``only`` those names."""
-    d = Draw(random, sizes, inputs, packed=packed, only=only)
+    d = Draw(random, sizes, inputs, packed=packed, only=only, traced=traced)
     seed = random.randrange(2**31)
     d.padded = d.has("padding") and d.chance(0.05 if packed else 0.4)
     d.relative = (packed or d.padded) and d.chance(0.8)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from tests.fuzz.attentions import projections, together
 from tests.fuzz.draw import Draw, Kind, piece
 from tests.fuzz.masks import INDICES, LOWEST, causal_mask
@@ -64,6 +69,27 @@ def cut_off(d: Draw) -> str:
         [*inside(d.one_of(*WITH), "b = a * 2"), "y = a * 2 + b"],
     ]
     return "\n".join([*first, f"a = {value}", *d.one_of(*ways)])
+
+
+class Times(torch.autograd.Function):
+    """A product with a gradient that is written by hand, twice what it should be: whoever derives it gets another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, factor = ctx.saved_tensors
+        return 2 * grad * factor, 2 * (grad * x).sum((0, 1))
+
+
+@piece(Kind.POSITION_WISE, when=lambda d: d.traced)
+def with_its_own_gradient(d: Draw) -> str:
+    """Mostly with gradients switched on for it alone, as calls without gradients are to see."""
+    lines = [f"y = Times.apply({d.one_of('x', 'F.linear(x, w(D, D))')}, w(D))"]
+    return "\n".join(inside(d.one_of(*WITH), *lines) if d.chance(0.8) else lines)
 
 
 @piece(Kind.CAUSAL)
