@@ -6,7 +6,7 @@ from tests.fuzz.draw import Draw
 
 LOGITS = "logits = F.linear(x, w(V, D))\n"
 
-EXACT = "((logits * 8).round() / 8).float()"
+EXACT = "((logits * 8).round().float() / 8)"
 """Logits of float32 without a rounding, so that what is computed of them in float64 can be compared as such."""
 
 
