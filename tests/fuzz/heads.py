@@ -30,7 +30,7 @@ def _loss(d: Draw) -> str:
         f"y = F.cross_entropy({shifted}, weight=w(V).detach().sigmoid())",
         f"y = logits.log_softmax(-1{dtype}).gather(-1, ids.roll(-1, 1)[..., None]).squeeze(-1)",
         f"y = logits[:, :-1].log_softmax(-1{dtype}).gather(-1, {later})",
-        f"y = {EXACT}.log_softmax(-1, dtype=torch.float64)[:, :-1].gather(-1, {later})",
+        f"y = {EXACT}.log_softmax(-1, dtype=torch.float64).gather(-1, ids.roll(-1, 1)[..., None]).squeeze(-1)",
         f"y = F.nll_loss({EXACT}.log_softmax(-1, dtype=torch.float64).flatten(0, 1), ids.flatten())",
         f"y = F.log_softmax(logits[:, :-1], -1{dtype}).gather(-1, {later}).squeeze(-1).sum(-1)",
         f"y = F.nll_loss(logits.log_softmax(-1{dtype}).flatten(0, 1), ids.flatten())",
