@@ -139,9 +139,9 @@ class Reaches:
         return tuple(self.number(size) for size in shape_of(node))
 
     def may_vary(self, node: fx.Node, dim: int) -> bool:
-        """Are entries along that dimension of a constant different ones?"""
-        axis = _value(node).axes[dim]
-        return not all(isinstance(atom, Uniform) for atom in axis)
+        """May entries along that dimension of what has no dimension of sequences be different ones?"""
+        value = _value(node)
+        return value.mixed is not None or not all(isinstance(atom, Uniform) for atom in value.axes[dim])
 
     # -------------------------------------------------------------------------------------------------- where from
 

@@ -328,3 +328,23 @@ def test_a_length_for_which_it_is_not_true_runs_plain(monkeypatch: pytest.Monkey
     stats = radix_compile.stats()
     assert stats.folded_calls == 1
     assert any("not proved causal" in reason for reason in stats.plain_calls)
+
+
+class TellsSequencesApart(torch.nn.Module):
+    """A table that becomes ``[B, S, D]`` by sizes that are symbols: its axes are not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.last = torch.nn.Embedding(VOCABULARY, D), torch.nn.Linear(D, 4 * D)
+        self.table = torch.nn.Parameter(torch.randn(4 * 8, D))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.embedding(ids)) + self.last(self.embedding(ids) + self.table.reshape(*ids.shape, D))
+
+
+def test_a_table_of_unknown_axes_is_refused() -> None:
+    model, ids = TellsSequencesApart().double(), shared_batch(4, 8, 3)
+    options = {"inner": "eager", "threshold": 1.0, "strict": True}
+    compiled = torch.compile(model, backend="radix", options=options, dynamic=True)
+    torch.testing.assert_close(compiled(ids), model(ids))
+    assert radix_compile.stats().folded_calls == 1
