@@ -35,6 +35,7 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
@@ -45,7 +46,7 @@ clean: ## remove the environment, caches and build output
 	find . -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 # torch comes first and pinned: asking for it without the version may fetch a different build.
-$(STAMP): pyproject.toml setup.py radix_compile/_fold_and_scatter.c constraints.txt
+$(STAMP): pyproject.toml setup.py radix_compile/plan/_fold_and_scatter.c constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch==2.13.0
 	$(PIP) -c constraints.txt -e '.[dev]'

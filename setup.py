@@ -4,6 +4,6 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=[
-        Extension("radix_compile._fold_and_scatter", ["radix_compile/_fold_and_scatter.c"], optional=True),
+        Extension("radix_compile.plan._fold_and_scatter", ["radix_compile/plan/_fold_and_scatter.c"], optional=True),
     ]
 )

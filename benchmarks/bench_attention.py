@@ -29,7 +29,7 @@ from benchmarks import workloads
 from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, positive
 from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
 from radix_compile.kernels import tree_attention  # noqa: F401 - importing it registers the op
-from radix_compile.tree_tiles import tree_tiles
+from radix_compile.plan.tiles import tree_tiles
 
 SHAPES = {"0.6B": (16, 8, 128), "4B": (32, 8, 128), "8B": (32, 8, 128)}
 """Heads, key heads and head size of Qwen3."""

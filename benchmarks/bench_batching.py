@@ -18,7 +18,7 @@ from torch import Tensor
 import radix_compile
 from benchmarks import workloads
 from benchmarks.demo import PLAIN, RADIX, UsageError, check_toolchain, machine, pick_device, positive
-from radix_compile.batching import SharedPrefixBatchSampler
+from radix_compile.plan.batching import SharedPrefixBatchSampler
 
 Batches = list[dict[str, Tensor]]
 

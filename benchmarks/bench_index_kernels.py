@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import workloads
 from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, positive
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 radix = torch.ops.radix
 

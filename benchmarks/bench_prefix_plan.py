@@ -35,10 +35,10 @@ import numpy as np
 from radix_mlp import compute_fold_and_scatter as package
 
 from benchmarks.prefix_batches import one_prefix, rerank
-from radix_compile import fold_and_scatter
-from radix_compile.fold_and_scatter import compute_fold_and_scatter
-from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.tree_tiles import tree_tiles
+from radix_compile.plan import fold_and_scatter
+from radix_compile.plan.fold_and_scatter import compute_fold_and_scatter
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.tiles import tree_tiles
 
 VOCABULARY = 50_000
 EQUAL = [(8, 1), (8, 4), (8, 16), (8, 64), (8, 512), (32, 16), (32, 128), (32, 2304), (128, 4), (128, 32), (128, 512)]

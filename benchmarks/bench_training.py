@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for group in GROUPS:
         for share in SHARES:
             batch = group_batch(options.sequences, length, group, share, model.config.vocab_size)
-            distinct = len(radix_compile.prefix_plan.PrefixPlan.from_rows(batch["input_ids"]).fold)
+            distinct = len(radix_compile.plan.prefix_plan.PrefixPlan.from_rows(batch["input_ids"]).fold)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             steps: dict[str, Callable[[], object]] = {
                 name: functools.partial(one.step, batch) for name, one in trained.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,32 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from radix_compile.analysis.rules.custom import register_rule
     from radix_compile.backend import RadixBackend
-    from radix_compile.counters import Stats, reset_stats, stats
+    from radix_compile.explanation import Explanation, explain, graph_diff
     from radix_compile.inspection.diff import GraphDiff
-    from radix_compile.inspection.explanation import Explanation, explain, graph_diff
-    from radix_compile.op_rules.custom import register_rule
     from radix_compile.options import Options
-    from radix_compile.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
-    from radix_compile.verify_calls import WrongFold
+    from radix_compile.plan.batching import SharedPrefixBatchSampler, order_for_sharing, sharing
+    from radix_compile.plan.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
+    from radix_compile.runtime.counters import Stats, reset_stats, stats
+    from radix_compile.runtime.verify_calls import WrongFold
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "RadixBackend": "backend",
-    "Explanation": "inspection.explanation",
+    "Explanation": "explanation",
     "GraphDiff": "inspection.diff",
-    "explain": "inspection.explanation",
-    "graph_diff": "inspection.explanation",
-    "register_rule": "op_rules.custom",
+    "explain": "explanation",
+    "graph_diff": "explanation",
+    "register_rule": "analysis.rules.custom",
     "Options": "options",
-    "PrefixPlan": "prefix_plan",
-    "compute_fold_and_scatter": "prefix_plan",
-    "compute_fold_and_scatter_torch": "prefix_plan",
-    "Stats": "counters",
-    "WrongFold": "verify_calls",
-    "reset_stats": "counters",
-    "stats": "counters",
+    "PrefixPlan": "plan.prefix_plan",
+    "compute_fold_and_scatter": "plan.prefix_plan",
+    "compute_fold_and_scatter_torch": "plan.prefix_plan",
+    "SharedPrefixBatchSampler": "plan.batching",
+    "order_for_sharing": "plan.batching",
+    "sharing": "plan.batching",
+    "Stats": "runtime.counters",
+    "WrongFold": "runtime.verify_calls",
+    "reset_stats": "runtime.counters",
+    "stats": "runtime.counters",
 }
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "Options",
     "PrefixPlan",
     "RadixBackend",
+    "SharedPrefixBatchSampler",
     "Stats",
     "WrongFold",
     "__version__",
@@ -50,8 +55,10 @@ __all__ = [
     "compute_fold_and_scatter_torch",
     "explain",
     "graph_diff",
+    "order_for_sharing",
     "register_rule",
     "reset_stats",
+    "sharing",
     "stats",
 ]
 

@@ -14,23 +14,23 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.arrays import as_multiple
-from radix_compile.calibration import Measurements, calibration_file, fingerprint
-from radix_compile.capture import CaptureError, capture, first_line
-from radix_compile.cost_model import CostModel, Work
-from radix_compile.counters import COUNTERS
+from radix_compile.inspection.tracing import trace_report, trace_rewrite
+from radix_compile.ir.errors import CannotFold
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
+from radix_compile.passes.capture import CaptureError, capture, first_line
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
-from radix_compile.passes.mark_token_axes import CannotFold
+from radix_compile.passes.pipeline import Observer, PassFailed, run_pass, run_pipeline
+from radix_compile.passes.report import GraphReport, report_on
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
-from radix_compile.per_call import Choice, Folded, PerCall, Program
-from radix_compile.pipeline import Observer, PassFailed, run_pass, run_pipeline
-from radix_compile.plan_inputs import PlanInputs, advice_on_padding, plan_inputs
-from radix_compile.report import GraphReport, report_on
-from radix_compile.tracing import trace_report, trace_rewrite
-from radix_compile.verify_calls import CallVerifier
+from radix_compile.plan.arrays import as_multiple
+from radix_compile.runtime.calibration import Measurements, calibration_file, fingerprint
+from radix_compile.runtime.call_planner import PlanInputs, advice_on_padding, plan_inputs
+from radix_compile.runtime.cost_model import CostModel, Work
+from radix_compile.runtime.counters import COUNTERS
+from radix_compile.runtime.dispatch import Choice, Folded, PerCall, Program
+from radix_compile.runtime.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
 

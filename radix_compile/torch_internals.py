@@ -32,6 +32,7 @@ from torch._inductor.ir import FlexibleLayout
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -42,6 +43,9 @@ from torch.fx._utils import lazy_format_graph_code
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload"]
+"""Types of torch that other modules ask for, next to the functions here."""
 
 CAPTURE_ERRORS = (RuntimeError,)
 """What tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation limits."""
@@ -385,13 +389,8 @@ def exits_inference_mode(target: Any) -> bool:
     return target is torch.autograd.grad_mode._exit_inference_mode
 
 
-def set_grad_enabled(mode: bool) -> None:
-    """As a program would: the tracer records this call, and not those of the context managers' own."""
-    torch._C._set_grad_enabled(mode)
-
-
-def sets_grad_mode(target: Any) -> bool:
-    return target is torch._C._set_grad_enabled
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+"""The call in a graph at which a region with or without gradients begins; the tracer records no other."""
 
 
 def tag_for_recompute(node: fx.Node, region: int) -> None:

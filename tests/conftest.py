@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where Triton is imported, which the next line may do
 
 import radix_compile
-from radix_compile import pipeline
+from radix_compile.passes import pipeline
 
 pipeline.ALWAYS_VERIFY = True
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):

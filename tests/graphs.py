@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from radix_compile.backend import rewrite
-from radix_compile.capture import capture
 from radix_compile.options import Options
-from radix_compile.report import GraphReport
+from radix_compile.passes.capture import capture
+from radix_compile.passes.report import GraphReport
 
 
 def folded(

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from radix_compile import batching
-from radix_compile.batching import SharedPrefixBatchSampler, order_for_sharing, sharing
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan import batching
+from radix_compile.plan.batching import SharedPrefixBatchSampler, order_for_sharing, sharing
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 settings.register_profile("batching", deadline=None, max_examples=150)
 settings.load_profile("batching")

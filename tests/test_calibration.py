@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 import radix_compile
-from radix_compile import backend, calibration, measurements_file
-from radix_compile.calibration import Measurements, calibration_file, time_programs
-from radix_compile.cost_model import Timed
-from radix_compile.measurements_file import VERSION
+from radix_compile import backend
+from radix_compile.runtime import calibration, measurements_file
+from radix_compile.runtime.calibration import Measurements, calibration_file, time_programs
+from radix_compile.runtime.cost_model import Timed
+from radix_compile.runtime.measurements_file import VERSION
 from tests.models import shared_batch
 
 fcntl = pytest.importorskip("fcntl")

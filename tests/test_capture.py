@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import radix_compile
-from radix_compile.capture import CaptureError, capture
+from radix_compile.passes.capture import CaptureError, capture
 from tests.models import VOCABULARY, build, shared_batch
 
 aten = torch.ops.aten

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import radix_compile
-from radix_compile.column_reach import OutOfReach
+from radix_compile.analysis.reach.column_reach import OutOfReach
+from radix_compile.analysis.reach.table import REACH_RULES
+from radix_compile.analysis.reach.views import groups
+from radix_compile.ir.axes import SEQ
+from radix_compile.ir.value import value_of
 from radix_compile.passes.mark_token_axes import mark_token_axes
-from radix_compile.reach_rules.table import REACH_RULES
-from radix_compile.reach_rules.views import groups
-from radix_compile.token_axes import SEQ, value_of
 from tests.graphs import captured
 from tests.models import VOCABULARY, shared_batch
 
@@ -278,7 +279,7 @@ def test_what_reads_everything_takes_no_room() -> None:
 
 
 def test_what_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radix_compile.column_reach.LARGEST", 2 * C * C - 1)
+    monkeypatch.setattr("radix_compile.analysis.reach.column_reach.LARGEST", 2 * C * C - 1)
     node, gm = analysed(within_chunks)
     assert value_of(node).mixed is not None
     with pytest.raises(OutOfReach):
@@ -315,7 +316,7 @@ def test_other_lengths_are_proved_when_they_come() -> None:
 
 def test_a_length_for_which_it_is_not_true_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a call's sizes make of the graph is looked at, not what those of the first call did."""
-    from radix_compile import column_reach
+    from radix_compile.analysis.reach import column_reach
 
     model = Scan().double()
     compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}, dynamic=True)

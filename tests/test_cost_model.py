@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from radix_compile.cost_model import PLAIN, CostModel, Counts, Timed, Work, fastest, predict
-from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.report import GraphReport
+from radix_compile.passes.report import GraphReport
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.runtime.cost_model import PLAIN, CostModel, Counts, Timed, Work, fastest, predict
 from tests.models import shared_batch
 
 WORK = Work(by_node=100.0, by_tree_pair=2.0, by_pair=1.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import radix_compile
-from radix_compile.counters import Stats
+from radix_compile.runtime.counters import Stats
 from tests.models import build, paths, shared_batch
 
 OPTIONS = {"inner": "eager", "threshold": 0.9}

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from radix_mlp import compute_fold_and_scatter as reference
 from radix_mlp.torch import compute_fold_and_scatter_torch as reference_torch
 
-from radix_compile import fold_and_scatter
-from radix_compile.fold_and_scatter import compute_fold_and_scatter, compute_fold_and_scatter_torch
+from radix_compile.plan import fold_and_scatter
+from radix_compile.plan.fold_and_scatter import compute_fold_and_scatter, compute_fold_and_scatter_torch
 
 settings.register_profile("fold_and_scatter", deadline=None, max_examples=150)
 settings.load_profile("fold_and_scatter")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import fx
 
-from radix_compile.mask_facts import (
+from radix_compile.ir.axes import SEQ, Feature, Mixes
+from radix_compile.ir.facts import (
     FALSE,
     OPAQUE,
     TRUE,
@@ -44,8 +45,7 @@ from radix_compile.mask_facts import (
     stored,
     without_dims_of_size_one,
 )
-from radix_compile.plan_inputs import sightless
-from radix_compile.token_axes import SEQ, Feature, Mixes
+from radix_compile.runtime.call_planner import sightless
 
 Grid = NDArray[np.bool_]
 Rows = Mapping[fx.Node, NDArray[np.int64]]

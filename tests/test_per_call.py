@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import radix_compile
-from radix_compile import backend, per_call, plan_inputs
-from radix_compile.cost_model import PLAIN
+from radix_compile import backend
 from radix_compile.passes import fold_graph
+from radix_compile.runtime import call_planner, dispatch
+from radix_compile.runtime.cost_model import PLAIN
 from tests.models import build, shared_batch
 
 FULL, ROWS, OFF = "full fold", "position-wise fold", "fold off the tree"
@@ -34,7 +35,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(per_call, "time_programs", made.time)
+    monkeypatch.setattr(dispatch, "time_programs", made.time)
     return made
 
 
@@ -138,7 +139,7 @@ def test_without_calibration_what_is_known_counts(model: nn.Module, clock: Clock
 def test_on_a_gpu_attention_in_full_form_is_another_choice(
     model: nn.Module, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str
 ) -> None:
-    for module in (fold_graph, plan_inputs):
+    for module in (fold_graph, call_planner):
         monkeypatch.setattr(module, "needs_tiles", lambda captured: True)
     clock.seconds |= {FULL: (0.5, 1.1), ROWS: (0.5, 1.1)} | {faster: (0.3, 1.1)}
     compiled(model, tmp_path)(IDS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from radix_compile.plan_inputs import RowProgram
+from radix_compile.runtime.call_planner import RowProgram
 
 
 def test_what_depends_on_sizes_alone_is_computed_once_for_each() -> None:

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radix_compile import fold_and_scatter, prefix_plan, prefix_sort
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan import fold_and_scatter, prefix_plan, prefix_sort
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 settings.register_profile("prefix_plan", deadline=None, max_examples=150)
 settings.load_profile("prefix_plan")

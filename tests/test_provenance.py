@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from radix_compile.backend import RadixBackend
-from radix_compile.provenance import origin_name
+from radix_compile.ir.source import origin_name
 from tests.models import build, shared_batch
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from radix_compile import row_contents
-from radix_compile.row_contents import RunsPlain, row_numbers
+from radix_compile.ir.errors import RunsPlain
+from radix_compile.runtime import row_contents
+from radix_compile.runtime.row_contents import row_numbers
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int32)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from radix_compile import tree_tiles as tree_tiles_module
-from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.tree_tiles import BLOCK, KEYS, PARTS, ROWS, tree_tiles
+from radix_compile.plan import tiles as tree_tiles_module
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.tiles import BLOCK, KEYS, PARTS, ROWS, tree_tiles
 from tests.kernels.test_tree_attention import BATCHES, few, prefixes
 
 IDS = {

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import radix_compile
 import radix_compile.passes.fold_cross_entropy as losses
-from radix_compile.op_rules.table import RULES
-from radix_compile.token_axes import Value, plain_axes, value_of
-from radix_compile.verify_calls import CallVerifier
-from radix_compile.verify_graph import InvariantError, verify_graph
+from radix_compile.analysis.rules.table import RULES
+from radix_compile.ir.axes import plain_axes
+from radix_compile.ir.value import Value, value_of
+from radix_compile.passes.verify import InvariantError, verify_graph
+from radix_compile.runtime.verify_calls import CallVerifier
 from tests.graphs import calls, folded
 from tests.models import build, shared_batch
 
@@ -51,8 +52,8 @@ def test_a_mistake_in_a_pass_does_not_lose_the_call(monkeypatch: pytest.MonkeyPa
     def broken(gm: fx.GraphModule) -> fx.GraphModule:
         raise KeyError("lost")
 
-    monkeypatch.setattr("radix_compile.pipeline.PASSES", (broken,))
-    monkeypatch.setattr("radix_compile.pipeline.ALWAYS_VERIFY", False)
+    monkeypatch.setattr("radix_compile.passes.pipeline.PASSES", (broken,))
+    monkeypatch.setattr("radix_compile.passes.pipeline.ALWAYS_VERIFY", False)
     model = Net()
     with torch.no_grad():
         with pytest.warns(UserWarning, match="nothing folds: broken failed: KeyError: 'lost'"):

@@ -100,7 +100,7 @@ def _row(options: argparse.Namespace, model: nn.Module, prefix: int | None) -> R
     batch = load_batch(options, model)
     args, kwargs = arguments_of(model, batch)
     pinned: dict[str, Any] = {"threshold": 1.0} if options.pin else {}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     plain, radix = torch.compile(model), torch.compile(model, backend="radix", options=pinned)
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain(*args, **kwargs),

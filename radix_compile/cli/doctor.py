@@ -17,8 +17,8 @@ from rich.markup import escape
 from torch import nn
 
 import radix_compile
-from radix_compile.calibration import calibration_file
-from radix_compile.pipeline import BUGS
+from radix_compile.passes.pipeline import BUGS
+from radix_compile.runtime.calibration import calibration_file
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _checks(device: str) -> Iterator[Check]:
     yield _device(device)
     yield _triton(device)
     yield Check("measurements", str(calibration_file() or "not kept: no home directory"))
-    found = "radix" in torch._dynamo.list_backends(exclude_tags=())
+    found = "radix" in torch.compiler.list_backends(exclude_tags=())
     yield Check('backend="radix"', "found" if found else "not found: install the package (pip install -e .)", found)
     yield from _known_bad(device)
     if not _device(device).good:
@@ -117,7 +117,7 @@ def _fold(device: str, inner: str) -> Check:
         model = _Small().to(device)
         ids = torch.arange(40, device=device).view(4, 10) % 50
         ids[:, :6] = ids[0, :6]
-        torch._dynamo.reset()
+        torch.compiler.reset()
         options: dict[str, Any] = {"inner": inner, "threshold": 1.0, "strict": True}
         with torch.no_grad():
             ours = torch.compile(model, backend="radix", options=options)(ids)

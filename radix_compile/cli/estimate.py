@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from radix_compile.batching import SharedPrefixBatchSampler
 from radix_compile.cli.inputs import load_tokenizer, positive, read
 from radix_compile.inspection.prefix_tree import depth_and_fan_out, edges
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan.batching import SharedPrefixBatchSampler
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 SIZES = {
     "0.6B": {"hidden": 1024, "heads": 16, "kv_heads": 8, "head_dim": 128, "intermediate": 3072},

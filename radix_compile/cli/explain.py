@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from radix_compile.cli.inputs import add_batch, add_model, arguments_of, load_batch, load_model
+from radix_compile.explanation import Explanation, look_at
 from radix_compile.inspection.advice import advice_on
 from radix_compile.inspection.diff import GraphPair
-from radix_compile.inspection.explanation import Explanation, look_at
 from radix_compile.inspection.lines import Block, Kind
 from radix_compile.inspection.text import short
 

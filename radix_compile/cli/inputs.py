@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from radix_compile.pipeline import BUGS
+from radix_compile.passes.pipeline import BUGS
 
 FIELDS = ("prompt", "text", "question", "query", "input", "content")
 """Where a line of a data file has its text, if no field is named."""

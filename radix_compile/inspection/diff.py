@@ -13,8 +13,8 @@ import torch
 from radix_compile.inspection.graph_view import GraphView, NodeView
 from radix_compile.inspection.lines import Block, Kind, blocks_of, lines_of
 from radix_compile.inspection.prefix_tree import Edge, edges_of
-from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.report import GraphReport
+from radix_compile.passes.report import GraphReport
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 LABEL = 24
 """So many token ids of an edge are kept."""

@@ -13,10 +13,10 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.op_rules import rule_for
-from radix_compile.provenance import origin_name
-from radix_compile.token_axes import Marks, Value, refuse, values_of
-from radix_compile.verify_graph import NODES, plan_shapes
+from radix_compile.analysis.rules import rule_for
+from radix_compile.ir.source import origin_name
+from radix_compile.ir.value import Marks, Value, refuse, values_of
+from radix_compile.passes.verify import NODES, plan_shapes
 
 BOUNDARY = "boundary"
 """The form of what leads from rows to nodes and back."""

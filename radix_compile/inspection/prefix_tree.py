@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 
 @dataclass(frozen=True)

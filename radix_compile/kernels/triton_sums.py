@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from radix_compile.kernels.triton_rows import TILE, WARPS, Moved, offset_of, start_of
-from radix_compile.prefix_plan import PIECE
+from radix_compile.plan.prefix_plan import PIECE
 
 LONG_TILE = 8192
 """Entries that one program of ``_long_sums`` loads before it adds the first."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from radix_compile import torch_internals as internals
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays, row_bytes
-from radix_compile.tree_tiles import KEYS, ROWS
+from radix_compile.plan.tiles import KEYS, ROWS
 
 LOG2E = math.log2(math.e)
 

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import operator
-from enum import Enum
 
 import sympy
 import torch
 from torch import fx
 
-from radix_compile.attention.parts import compact_attention
-from radix_compile.memory import views_to_keep
-from radix_compile.op_rules import rule_for
-from radix_compile.op_rules.elementwise import elementwise
-from radix_compile.op_rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
-from radix_compile.token_axes import Layout, Token, values_of
+from radix_compile.analysis.attention.parts import compact_attention
+from radix_compile.analysis.memory import views_to_keep
+from radix_compile.analysis.rules import rule_for
+from radix_compile.analysis.rules.elementwise import elementwise
+from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
+from radix_compile.ir.axes import Layout, Token
+from radix_compile.ir.graph import Form, home, is_arranged, is_row
+from radix_compile.ir.value import values_of
 from radix_compile.torch_internals import hints_of
 
 aten = torch.ops.aten
 
 PARTS = (aten.slice.Tensor, aten.select.int)
 """Ops, next to views, that compute nothing."""
-
-
-class Form(Enum):
-    FULL = "full"
-    COMPACT = "compact"
-    EITHER = "either"
 
 
 def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
@@ -81,21 +76,6 @@ def _is_cheap(node: fx.Node) -> bool:
     if any(value.full_only for value in values_of(node)):
         return all(value.attends is None for value in values_of(node))
     return is_view(node) or node.target in PARTS or rule_for(node.target) is elementwise
-
-
-def home(node: fx.Node) -> Form:
-    form: Form = node.meta["home"]
-    return form
-
-
-def is_row(node: fx.Node) -> bool:
-    """One entry for each row, and position-wise all the way: may have a compact form."""
-    return all(value.is_row for value in values_of(node))
-
-
-def is_arranged(node: fx.Node) -> bool:
-    """Rows in sorted order, or numbers about it: each form has its own."""
-    return any(value.is_arranged for value in values_of(node))
 
 
 def has_compact_form(node: fx.Node) -> bool:

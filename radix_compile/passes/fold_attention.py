@@ -14,15 +14,16 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from radix_compile.attention.bias import Bias
-from radix_compile.attention.masks import Visible, read_mask
-from radix_compile.attention.parts import Parts, TreeAttention, attention_steps, is_attention
-from radix_compile.attention.rows import NotCarried, Rows, are_side_by_side, narrow
-from radix_compile.grad_modes import grad_modes
-from radix_compile.mask_facts import Blind, Masked, Weights, blind_rows, hides, is_known, terms_of
-from radix_compile.op_rules.flex import mask_of
-from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import Mixes, value_of, values_of
+from radix_compile.analysis.attention.bias import Bias
+from radix_compile.analysis.attention.masks import Visible, read_mask
+from radix_compile.analysis.attention.parts import Parts, TreeAttention, attention_steps, is_attention
+from radix_compile.analysis.attention.rows import NotCarried, Rows, are_side_by_side, narrow
+from radix_compile.analysis.rules.flex import mask_of
+from radix_compile.analysis.rules.table import argument
+from radix_compile.ir.axes import Mixes
+from radix_compile.ir.facts import Blind, Masked, Weights, blind_rows, hides, is_known, terms_of
+from radix_compile.ir.grad_modes import grad_modes
+from radix_compile.ir.value import value_of, values_of
 
 aten = torch.ops.aten
 

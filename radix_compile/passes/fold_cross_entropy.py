@@ -9,11 +9,12 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from radix_compile.grad_modes import grad_modes
+from radix_compile.analysis.rules.table import argument, source_of
+from radix_compile.ir.axes import BATCH, SEQ, as_size
+from radix_compile.ir.grad_modes import grad_modes
+from radix_compile.ir.source import trace_back
+from radix_compile.ir.value import value_of
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
-from radix_compile.op_rules.table import argument, source_of
-from radix_compile.provenance import trace_back
-from radix_compile.token_axes import BATCH, SEQ, as_size, value_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix

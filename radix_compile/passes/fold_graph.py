@@ -11,42 +11,31 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from radix_compile.attention.bias import Bias
-from radix_compile.attention.masks import Visible
-from radix_compile.attention.parts import TreeAttention, biases_of, compact_attention
-from radix_compile.attention.rows import Rows
-from radix_compile.grad_modes import grad_modes, with_gradient
+from radix_compile.analysis.attention.bias import Bias
+from radix_compile.analysis.attention.masks import Visible
+from radix_compile.analysis.attention.parts import TreeAttention, biases_of, compact_attention
+from radix_compile.analysis.attention.rows import Rows
+from radix_compile.analysis.memory import numbers, order_in_memory, reads_layout, views_to_keep
+from radix_compile.analysis.rules.flex import Blocks
+from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, is_tensor
+from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token
+from radix_compile.ir.grad_modes import grad_modes, with_gradient
+from radix_compile.ir.graph import Form, Wanted, home, is_row
+from radix_compile.ir.source import trace_back
+from radix_compile.ir.value import value_of, values_of
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
-from radix_compile.memory import numbers, order_in_memory, reads_layout, views_to_keep
-from radix_compile.op_rules.flex import Blocks
-from radix_compile.op_rules.table import SHAPE_ARGUMENT, is_tensor
-from radix_compile.passes.choose_cuts import Form, has_compact_form, home, is_row, thin_source
-from radix_compile.provenance import trace_back
-from radix_compile.token_axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token, value_of, values_of
+from radix_compile.passes.choose_cuts import has_compact_form, thin_source
 from radix_compile.torch_internals import hints_of
 
 aten = torch.ops.aten
 radix = torch.ops.radix
-
-
-@dataclass
-class Wanted:
-    """The forms in which each node's value is wanted, and in which its op therefore runs."""
-
-    forms: dict[fx.Node, set[Form]] = field(default_factory=dict)
-    runs: dict[fx.Node, set[Form]] = field(default_factory=dict)
-
-    def is_compact(self, node: fx.Node) -> bool:
-        """Has its value a compact form in the folded graph? It may have one though it is only wanted in full form."""
-        return Form.COMPACT in self.forms.get(node, ()) or Form.COMPACT in self.runs.get(node, ())
 
 
 def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:

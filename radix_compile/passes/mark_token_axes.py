@@ -3,76 +3,41 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from radix_compile.column_reach import Reaches, steps_to
-from radix_compile.cost import flops
-from radix_compile.given_masks import given_mask_value, given_masks
-from radix_compile.mask_facts import Filled, PerRow, without_dims_of_size_one
-from radix_compile.op_rules import rule_for
-from radix_compile.op_rules.flex import FLEX, Blocks, arguments_of
-from radix_compile.op_rules.masks import blanked
-from radix_compile.op_rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
-from radix_compile.reach_rules import reach_rule_for
-from radix_compile.token_axes import (
+from radix_compile.analysis.flops import flops
+from radix_compile.analysis.given_masks import given_mask_value, given_masks
+from radix_compile.analysis.reach import reach_rule_for
+from radix_compile.analysis.reach.column_reach import Reaches, steps_to
+from radix_compile.analysis.rules import rule_for
+from radix_compile.analysis.rules.flex import FLEX, arguments_of
+from radix_compile.analysis.rules.masks import blanked
+from radix_compile.analysis.rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
+from radix_compile.analysis.tokens import Tokens
+from radix_compile.ir.axes import (
     BATCH,
     SEQ,
     Atom,
     Axis,
     Feature,
     Layout,
-    Marks,
     Mixes,
-    Refusal,
     Sorted,
     Uniform,
-    Value,
     as_size,
     count_tokens,
-    mark,
-    marks_of,
     plain_axes,
-    refuse,
     shape_of,
-    values_of,
 )
-from radix_compile.torch_internals import hints_of, same_size
+from radix_compile.ir.errors import CannotFold
+from radix_compile.ir.facts import Filled, PerRow, without_dims_of_size_one
+from radix_compile.ir.value import Marks, Value, mark, marks_of, refuse, values_of
+from radix_compile.torch_internals import FakeTensor, hints_of, same_size
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Tokens:
-    """The token axes of a graph: their sizes, the inputs that are row keys or masks, and where folding stops.
-
-    ``blocks`` are the tables of blocks of flex_attention, which are part of the rows' keys as well.
-    ``scans`` are the nodes that are causal by the columns that they read, and what their rules said; ``steps`` those
-    on the way there.
-    """
-
-    layout: Layout
-    keys: list[fx.Node]
-    reaches: Reaches
-    masks: list[fx.Node] = field(default_factory=list)
-    blocks: list[Blocks] = field(default_factory=list)
-    refusals: dict[Refusal, fx.Node] = field(default_factory=dict)
-    scans: dict[fx.Node, Refusal] = field(default_factory=dict)
-    steps: set[fx.Node] = field(default_factory=set)
-
-
-class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
-    """The graph as a whole cannot be folded. The message is the reason.
-
-    ``expected`` if that says nothing about the model (a batch of one), so that nobody need be warned.
-    """
-
-    def __init__(self, reason: str, expected: bool = False) -> None:
-        super().__init__(reason)
-        self.expected = expected
 
 
 def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from radix_compile.memory import outputs_of, root
+from radix_compile.analysis.memory import outputs_of, root
+from radix_compile.torch_internals import OpOverload
 
 
 def merge_duplicates(gm: fx.GraphModule) -> fx.GraphModule:

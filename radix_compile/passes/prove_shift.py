@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from radix_compile.ancestors import ancestors
-from radix_compile.attention.bias import Bias
-from radix_compile.attention.parts import biases_of
-from radix_compile.mask_facts import (
+from radix_compile.analysis.attention.bias import Bias
+from radix_compile.analysis.attention.parts import biases_of
+from radix_compile.ir.axes import Uniform
+from radix_compile.ir.facts import (
     AtMost,
     Blind,
     Formula,
@@ -36,9 +36,9 @@ from radix_compile.mask_facts import (
     is_known,
     terms_of,
 )
-from radix_compile.passes.choose_cuts import is_row
-from radix_compile.passes.fold_graph import Wanted
-from radix_compile.token_axes import Uniform, refuse, value_of, values_of
+from radix_compile.ir.graph import Wanted, is_row
+from radix_compile.ir.source import ancestors
+from radix_compile.ir.value import refuse, value_of, values_of
 
 aten = torch.ops.aten
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.ancestors import ancestors
-from radix_compile.attention.bias import Bias
-from radix_compile.attention.parts import Parts, is_attention
-from radix_compile.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
-from radix_compile.attention.rows import SAME_ORDER, NotCarried, Rows
-from radix_compile.cost import flops
-from radix_compile.mask_facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
-from radix_compile.op_rules.flex import FLEX, arguments_of, mask_of
-from radix_compile.op_rules.masks import fact_of, is_hidden
-from radix_compile.op_rules.table import argument
-from radix_compile.token_axes import Feature, Uniform, shape_of, value_of
+from radix_compile.analysis.attention.bias import Bias
+from radix_compile.analysis.attention.parts import Parts, is_attention
+from radix_compile.analysis.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
+from radix_compile.analysis.attention.rows import SAME_ORDER, NotCarried, Rows
+from radix_compile.analysis.flops import flops
+from radix_compile.analysis.rules.flex import FLEX, arguments_of, mask_of
+from radix_compile.analysis.rules.masks import fact_of, is_hidden
+from radix_compile.analysis.rules.table import argument
+from radix_compile.ir.axes import Feature, Uniform, shape_of
+from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
+from radix_compile.ir.source import ancestors
+from radix_compile.ir.value import value_of
 
 aten = torch.ops.aten
 

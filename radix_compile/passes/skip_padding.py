@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.mask_facts import Blind, Score
-from radix_compile.passes.choose_cuts import Form, home, is_light, is_row, is_view, thin_source
-from radix_compile.passes.fold_graph import Wanted
+from radix_compile.ir.facts import Blind, Score
+from radix_compile.ir.graph import Form, Wanted, home, is_row
+from radix_compile.ir.value import values_of
+from radix_compile.passes.choose_cuts import is_light, is_view, thin_source
 from radix_compile.passes.prove_shift import hidden_padding
-from radix_compile.token_axes import values_of
 
 
 class PaddingIsRead(Exception):  # noqa: N818 - a verdict about a graph, not an error in it

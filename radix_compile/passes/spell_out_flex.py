@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.op_rules.flex import FLEX, arguments_of
+from radix_compile.analysis.rules.flex import FLEX, arguments_of
 
 aten = torch.ops.aten
 

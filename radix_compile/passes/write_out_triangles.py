@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.provenance import trace_back
-from radix_compile.token_axes import as_size
-from radix_compile.triangles import DTYPES, Triangle, triangles_of
+from radix_compile.ir.axes import as_size
+from radix_compile.ir.source import trace_back
+from radix_compile.passes.triangles import DTYPES, Triangle, triangles_of
+from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ def _returned(graph: fx.Graph) -> set[fx.Node]:
         if node in found:
             continue
         found.add(node)
-        if isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(node.target, OpOverload):
             views = any(result.alias_info is not None for result in node.target._schema.returns)
             queue += node.all_input_nodes if views else ()
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from radix_compile import pipeline
+from radix_compile.passes import pipeline
 from tests.compatibility import cuda, versions
 from tests.compatibility.cells import Cell, run_cell
 from tests.compatibility.families import FAMILIES, attentions

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import radix_compile
 from radix_compile.backend import RadixBackend
-from radix_compile.report import GraphReport
+from radix_compile.passes.report import GraphReport
 from tests.compatibility.families import build_family
 from tests.compatibility.forms import FORMS, without_gradients
 from tests.models import assert_as_exact, in_float64

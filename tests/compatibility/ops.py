@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from radix_compile.capture import CaptureError, capture
+from radix_compile.passes.capture import CaptureError, capture
 from tests.compatibility.cells import ERRORS
 from tests.compatibility.families import FAMILIES, attentions, build_family
 from tests.compatibility.forms import FORMS, without_gradients

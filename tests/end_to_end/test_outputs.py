@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import radix_compile
 from radix_compile import backend
-from radix_compile.op_rules import table
-from radix_compile.op_rules.custom import register_rule
+from radix_compile.analysis.rules import table
+from radix_compile.analysis.rules.custom import register_rule
 from tests.models import build, shared_batch
 
 B, S, D, H, E = 4, 12, 12, 3, 4

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import radix_compile
-from radix_compile.batching import SharedPrefixBatchSampler
+from radix_compile.plan.batching import SharedPrefixBatchSampler
 from tests.models import VOCABULARY, build
 
 OPTIONS = {"inner": "aot_eager", "threshold": 1.0, "strict": True}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from radix_compile.capture import CaptureError
-from radix_compile.passes.mark_token_axes import CannotFold
+from radix_compile.ir.errors import CannotFold
+from radix_compile.passes.capture import CaptureError
 from tests.fuzz.compare import assert_close, assert_same_gradients, generator, gradients, is_usable
 from tests.fuzz.example import Call, Example, Module, Outcome, draw_example
 from tests.fuzz.routes import check_compiled, check_passes, fails_by_itself

@@ -16,16 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import radix_compile
 from radix_compile import backend
-from radix_compile.capture import capture
-from radix_compile.op_rules.check.claims import check_claims
+from radix_compile.ir.errors import CannotFold, RunsPlain
+from radix_compile.passes.capture import capture
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.lower_index_ops import lower_index_ops
-from radix_compile.passes.mark_token_axes import CannotFold
+from radix_compile.passes.pipeline import run_pass, run_pipeline
+from radix_compile.passes.report import report_on
 from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
-from radix_compile.pipeline import run_pass, run_pipeline
-from radix_compile.plan_inputs import PlanInputs, plan_inputs
-from radix_compile.report import report_on
-from radix_compile.row_contents import RunsPlain
+from radix_compile.runtime.call_planner import PlanInputs, plan_inputs
+from radix_compile.testing.claims import check_claims
 from tests.fuzz.compare import assert_same, assert_same_writes
 from tests.fuzz.example import Batch, Call, Example, Module, Outcome
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from radix_compile.op_rules.table import RULES
-from radix_compile.token_axes import Value, value_of
+from radix_compile.analysis.rules.table import RULES
+from radix_compile.ir.value import Value, value_of
 from tests.fuzz.check import FAILURES, Outcome, check, draw_example
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radix_compile.inspection.prefix_tree import Edge, edges_of
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 
 def test_two_levels() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from radix_compile.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan
 
 
 class Plan(NamedTuple):

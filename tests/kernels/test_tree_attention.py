@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radix_compile import tree_tiles as tree_tiles_module
 from radix_compile.kernels import attention_reference, attention_tiles, tree_attention
 from radix_compile.kernels.tree_arguments import Carried, TreeArrays
-from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.tree_tiles import ROWS, tree_tiles
+from radix_compile.plan import tiles as tree_tiles_module
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.tiles import ROWS, tree_tiles
 from tests.models import features_apart
 
 radix = torch.ops.radix

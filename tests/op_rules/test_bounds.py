@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from radix_compile.op_rules.bounds import Bounds, bounds_of
+from radix_compile.analysis.bounds import Bounds, bounds_of
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from tests.graphs import captured
 from tests.models import shared_batch

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from radix_compile.op_rules import check as sweep
-from radix_compile.op_rules import rule_for
-from radix_compile.op_rules.check.__main__ import main
-from radix_compile.op_rules.check.samples import NO_RULE, POINTWISE, SAMPLES
-from radix_compile.op_rules.elementwise import elementwise
-from radix_compile.op_rules.table import RULES
-from radix_compile.token_axes import Value, value_of
+from radix_compile import testing as sweep
+from radix_compile.analysis.rules import rule_for
+from radix_compile.analysis.rules.elementwise import elementwise
+from radix_compile.analysis.rules.table import RULES
+from radix_compile.ir.value import Value, value_of
+from radix_compile.testing.__main__ import main
+from radix_compile.testing.samples import NO_RULE, POINTWISE, SAMPLES
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import radix_compile
-from radix_compile.op_rules.table import RULES
-from radix_compile.token_axes import Value, value_of
+from radix_compile.analysis.rules.table import RULES
+from radix_compile.ir.value import Value, value_of
 from tests.models import VOCABULARY, shared_batch
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 import radix_compile
-from radix_compile.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
-from radix_compile.row_contents import RunsPlain
+from radix_compile.ir.errors import RunsPlain
+from radix_compile.runtime.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
 from tests.models import VOCABULARY, paths, shared_batch
 
 B, S, H, E, BLOCK = 4, 48, 2, 8, 16

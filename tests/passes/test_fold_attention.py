@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import radix_compile
-from radix_compile import plan_inputs
-from radix_compile.op_rules.table import argument
+from radix_compile.analysis.rules.table import argument
 from radix_compile.passes import fold_graph
+from radix_compile.runtime import call_planner
 from tests.graphs import calls, folded
 from tests.models import VOCABULARY, build, shared_batch
 
@@ -441,7 +441,7 @@ def test_rows_that_see_no_key_count_though_attention_is_only_wanted_in_full_form
 
 def test_the_lists_of_tiles_go_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with new sizes of everything in the second call, and no second compilation for them."""
-    for module in (fold_graph, plan_inputs):
+    for module in (fold_graph, call_planner):
         monkeypatch.setattr(module, "needs_tiles", lambda captured: True)
     model = build("Qwen3", num_hidden_layers=1)
     compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})

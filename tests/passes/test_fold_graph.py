@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from radix_compile.passes.choose_cuts import Form
+from radix_compile.ir.graph import Form
 from tests.graphs import calls, folded, scattered
 from tests.models import VOCABULARY, build, shared_batch
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radix_compile.plan_inputs import plan_inputs
-from radix_compile.token_axes import BATCH, SEQ, Feature, value_of
+from radix_compile.ir.axes import BATCH, SEQ, Feature
+from radix_compile.ir.value import value_of
+from radix_compile.runtime.call_planner import plan_inputs
 from tests.graphs import calls, folded
 from tests.models import VOCABULARY, build, shared_batch
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import radix_compile
 from radix_compile import backend
 from radix_compile.passes.prove_shift import prove_shift
-from radix_compile.plan_inputs import numbers_in_paths, sequence_breaks
+from radix_compile.runtime.call_planner import numbers_in_paths, sequence_breaks
 from tests.graphs import folded
 from tests.models import VOCABULARY, assert_as_exact, build, in_float64
 

@@ -1,0 +1,39 @@
+"""Masks that the caller made, ``[B, H, S, S]``: taken for causal when compiling, and checked by value in every call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from radix_compile import torch_internals as internals
+from radix_compile.ir.axes import BATCH, SEQ, Axis, as_size, plain_axes, plain_axis
+from radix_compile.ir.facts import Given, Masked, Predicate
+from radix_compile.ir.value import Value
+
+
+def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
+    """The inputs with an entry for each pair of rows of a sequence; one sequence may stand for all of them."""
+    return [node for node in graph.find_nodes(op="placeholder") if _is_given_mask(node, ids)]
+
+
+def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
+    tensor, (batch, seq) = node.meta.get("val"), ids.meta["val"].shape[:2]
+    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or node.meta.get("is_static"):
+        return False
+    if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):
+        return False
+    first, _, query, key = tensor.shape
+    pairs = internals.same_size(query, seq) and internals.same_size(key, seq)
+    return pairs and (as_size(first) == 1 or internals.same_size(first, batch))
+
+
+def given_mask_value(node: fx.Node) -> Value:
+    """What is known of such an input if :func:`rows_seen` accepts it."""
+    tensor = node.meta["val"]
+    visible = Given(node, -2, -1)
+    is_bool = tensor.dtype == torch.bool
+    fact = Predicate(visible) if is_bool else Masked.of(visible, torch.finfo(tensor.dtype).min / 2, 0.0)
+    if as_size(tensor.shape[0]) == 1:
+        return Value(plain_axes(node), fact=fact)
+    heads: Axis = plain_axis(as_size(tensor.shape[1]))
+    return Value(((BATCH,), heads, (SEQ,), (SEQ,)), fact=fact)

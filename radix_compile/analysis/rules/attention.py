@@ -1,0 +1,72 @@
+"""Attention as one op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.rules.contractions import attend
+from radix_compile.analysis.rules.masks import as_formula, in_attention
+from radix_compile.analysis.rules.table import argument, rule
+from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens
+from radix_compile.ir.facts import And, Diff, Formula, Masked, Weights, implies_causal
+from radix_compile.ir.value import Operand, Uses, Value, broadcast, value_of
+
+aten = torch.ops.aten
+
+
+@rule(aten._transformer_encoder_layer_fwd.default)
+def fused_encoder_layer(node: fx.Node, layout: Layout) -> Value:
+    raise Mixes("a whole layer in one op: torch.backends.mha.set_fastpath_enabled(False) makes its parts visible")
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    q, k, v = value_of(query), value_of(key), value_of(value)
+    if argument(node, "dropout_p"):
+        raise Mixes("attention dropout is on")
+    for what, source in (("query", q), ("key", k), ("value", v)):
+        if not source.is_row or source.axes[-2] != (SEQ,) or has_tokens(source.axes[-1]):
+            raise Mixes(f"the {what} of attention does not have one vector for each row")
+    grouped = argument(node, "enable_gqa")
+    for source in (q, k, v) if grouped else ():
+        feature(source.axes[-3], "groups heads along")
+    heads, _ = broadcast(layout, [Operand(n, w, _leading(w, grouped)) for n, w in ((query, q), (key, k), (value, v))])
+    leading = q.axes[:-2] if grouped else heads[:-2]
+    scores = Operand(query, q, (*leading, (SEQ,), (SEQ,)))
+    visible, uses = _visible(node, layout, scores)
+    if not implies_causal(visible, -2, -1):
+        raise Mixes(
+            "attention is bidirectional"
+            if visible == And(())
+            else "the attention mask lets a token see later ones (or is not understood)"
+        )
+    mask = argument(node, "attn_mask")
+    keys = (k, v) if mask is None else (k, v, value_of(mask))
+    attended = attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), *keys)
+    return replace(attended, operands=uses)
+
+
+def _leading(value: Value, grouped: bool) -> Axes:
+    """Batch and head dimensions; with ``enable_gqa`` the numbers of heads differ."""
+    leading = (*value.axes[:-3], ()) if grouped else value.axes[:-2]
+    return (*leading, (), ())
+
+
+def _visible(node: fx.Node, layout: Layout, scores: Operand) -> tuple[Formula, Uses]:
+    """Which keys are seen, and how the mask meets the scores (``Value.operands``)."""
+    mask = argument(node, "attn_mask")
+    if argument(node, "is_causal"):
+        return Diff(-1, -2, 0), ()
+    if mask is None:
+        return And(()), ()
+    marks = value_of(mask)
+    _, uses = broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
+    if mask.meta["val"].dtype == torch.bool:
+        return as_formula(marks), uses
+    if isinstance(marks.fact, Masked) and in_attention(marks.fact).is_certain:
+        return marks.fact.visible, uses
+    raise Mixes("the attention mask is not understood")

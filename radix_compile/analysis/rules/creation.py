@@ -1,0 +1,109 @@
+"""Ops that make tensors out of shapes and numbers: constants of the call, whatever their inputs hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.rules.elementwise import lined_up
+from radix_compile.analysis.rules.masks import as_formula, counted, is_hidden
+from radix_compile.analysis.rules.table import argument, rule, source_of
+from radix_compile.ir.axes import Layout, feature, plain_axes, uniform_axes
+from radix_compile.ir.facts import (
+    Diff,
+    Fact,
+    Filled,
+    Formula,
+    Index,
+    Masked,
+    Ones,
+    Predicate,
+    conjunction,
+    negation,
+    stored,
+)
+from radix_compile.ir.value import Value, value_of
+
+aten = torch.ops.aten
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def arange(node: fx.Node, layout: Layout) -> Value:
+    start, step = (0, 1) if node.target is aten.arange.default else (argument(node, "start"), 1)
+    if node.target is aten.arange.start_step:
+        step = argument(node, "step")
+    # A narrower type might wrap around, here or in arithmetic on it.
+    counts = isinstance(start, int) and step == 1 and node.meta["val"].dtype in (torch.int32, torch.int64)
+    return Value(plain_axes(node), fact=counted(node, Index(-1, start)) if counts else None)
+
+
+def _fill_value(node: fx.Node) -> float | None:
+    name = node.target._schema.name.removeprefix("aten::") if hasattr(node.target, "_schema") else ""
+    if "ones" in name:
+        return 1.0
+    if "zeros" in name:
+        return 0.0
+    if "empty" in name:
+        return None
+    filled = argument(node, "s" if name == "scalar_tensor" else "fill_value")
+    return float(filled) if isinstance(filled, bool | int | float) else None
+
+
+def _filled(node: fx.Node) -> Fact | None:
+    value = _fill_value(node)
+    return None if value is None else stored(Filled(value), node.meta["val"].dtype)
+
+
+@rule(
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.scalar_tensor.default,
+    aten.new_full.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.empty.memory_format,
+    aten.new_empty.default,
+    any_input=True,
+)
+def fill(node: fx.Node, layout: Layout) -> Value:
+    return Value(uniform_axes(node), fact=_filled(node))
+
+
+@rule(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
+def fill_like(node: fx.Node, layout: Layout) -> Value:
+    axes, uses = lined_up(node, layout)
+    return Value(axes, fact=_filled(node), operands=uses)
+
+
+@rule(aten.tril.default, aten.triu.default)
+def triangle(node: fx.Node, layout: Layout) -> Value:
+    """Zero outside a triangle of the last two dimensions: of ones a predicate, of minus infinity a mask."""
+    value = value_of(source_of(node))
+    if not value.is_constant and not value.is_pair:
+        return _features_only(value)
+    diagonal = argument(node, "diagonal")
+    axes = value.axes
+    if value.is_constant:  # no longer the same along these two
+        axes = (*axes[:-2], *plain_axes(node)[-2:])
+    if not isinstance(diagonal, int):
+        return Value(axes)
+    kept: Formula = Diff(-1, -2, diagonal) if node.target is aten.tril.default else Diff(-2, -1, -diagonal)
+    return Value(axes, fact=_triangle_fact(value, kept, node.meta["val"].dtype))
+
+
+def _features_only(value: Value) -> Value:
+    for axis in value.axes[-2:]:
+        feature(axis, "takes a triangle of")
+    return Value(value.axes)
+
+
+def _triangle_fact(value: Value, kept: Formula, dtype: torch.dtype) -> Fact | None:
+    fact = value.fact
+    if dtype == torch.bool:
+        return Predicate(conjunction(kept, as_formula(value)))
+    if isinstance(fact, Filled) and dtype.is_floating_point and is_hidden(fact, dtype):
+        return Masked.of(negation(kept), fact.value, 0.0, zero=True)
+    if isinstance(fact, Filled) and fact.value == 1:
+        return Ones(kept)
+    return None

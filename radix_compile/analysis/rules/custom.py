@@ -1,0 +1,105 @@
+"""Rules for ops that are not torch's: what a library's own kernels do to the rows of a batch."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from radix_compile.analysis.rules.elementwise import lined_up
+from radix_compile.analysis.rules.table import RULES, Rule, tensor_inputs
+from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
+from radix_compile.ir.value import Marks, Value, value_of
+from radix_compile.plan.arrays import describe
+from radix_compile.torch_internals import OpOverload
+
+
+def register_rule(op: OpOverload, rule: str | Rule) -> None:
+    """Say what an op does to the rows of a batch, so that folding does not stop at it.
+
+    It is taken at its word: a wrong rule gives wrong numbers. So does an op whose gradient is not linear in the one
+    that comes in, since rows of equal path are given the sum of theirs. Rules count for what is compiled after this
+    call.
+
+    Args:
+        op: an overload, such as ``torch.ops.mylib.fused_norm.default``; one that writes to its inputs cannot have a
+            rule.
+        rule: what the op does:
+
+            - ``"pointwise"``: each entry of its results reads the entries of its tensors that line up with it, as in
+              broadcasting.
+            - ``"rowwise"``: its results are shaped like its first tensor up to the last dimension, each entry reads
+              its own row of that tensor along the last dimension, and the other tensors are weights (a norm, a
+              projection, a quantised product).
+            - ``"causal"``: its tensors are ``[batch, sequence, ...]`` and so are its results; each row of these reads
+              that row and earlier ones of its own sequence, and other tensors are weights (a scan, a short
+              convolution). It runs on all rows; what follows can fold.
+            - or a function ``(node, layout) -> Value``: see the page "Add an op in ten minutes".
+
+    Raises:
+        TypeError: `op` is not an overload, or `rule` neither a name nor a function.
+        ValueError: `op` writes to an input, has a rule, or `rule` is not one of the names.
+    """
+    if not isinstance(op, OpOverload):
+        raise TypeError(f"op must be an overload such as torch.ops.mylib.norm.default, got {describe(op)}")
+    if op._schema.is_mutable:
+        raise ValueError(f"op must not write to its inputs, but {op} does")
+    if op in RULES or op.name() in RULES:
+        raise ValueError(f"op has a rule already: {op}")
+    if isinstance(rule, str):
+        if rule not in KINDS:
+            raise ValueError(f"rule must be one of {', '.join(map(repr, KINDS))} or a function, got {rule!r}")
+        RULES[op] = KINDS[rule]
+    elif callable(rule):
+        RULES[op] = rule
+    else:
+        raise TypeError(f"rule must be a name or a function, got {describe(rule)}")
+
+
+def _pointwise(node: fx.Node, layout: Layout) -> Marks:
+    axes, uses = lined_up(node, layout)
+    return _each(node, Value(axes, operands=uses))
+
+
+def _rowwise(node: fx.Node, layout: Layout) -> Marks:
+    source, *weights = tensor_inputs(node)
+    _constant(weights)
+    axes = value_of(source).axes
+    feature(axes[-1], "reads along")
+    return _each(node, Value(axes), last_differs=True)
+
+
+def _causal(node: fx.Node, layout: Layout) -> Marks:
+    rows = [one for one in tensor_inputs(node) if value_of(one).is_row]
+    _constant([one for one in tensor_inputs(node) if one not in rows])
+    if not rows:
+        raise Mixes("none of its tensors has one entry for each row")
+    for one in rows:
+        if value_of(one).axes[:2] != layout.rows:
+            raise Mixes("its tensors are not [batch, sequence, ...]")
+        if value_of(one).blind:
+            raise Mixes("reads rows that saw no key in an earlier layer")
+    outputs = node.meta["val"]
+    shapes = [one.shape for one in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]
+    features = [tuple(plain_axis(as_size(size)) for size in shape[2:]) for shape in shapes]
+    values = [Value((*layout.rows, *axes), full_only=True) for axes in features]
+    return tuple(values) if isinstance(outputs, tuple | list) else values[0]
+
+
+KINDS: dict[str, Rule] = {"pointwise": _pointwise, "rowwise": _rowwise, "causal": _causal}
+
+
+def _constant(nodes: list[fx.Node]) -> None:
+    if not all(value_of(node).is_constant for node in nodes):
+        raise Mixes("the weights differ from row to row")
+
+
+def _each(node: fx.Node, value: Value, last_differs: bool = False) -> Marks:
+    """The value for each result, with a last dimension of its own size."""
+
+    def of(shape: tuple[int, ...]) -> Value:
+        axes = (*value.axes[:-1], plain_axis(as_size(shape[-1]))) if last_differs else value.axes
+        if len(axes) != len(shape):
+            raise Mixes("its results are not shaped as its rule says")
+        return Value(axes, operands=value.operands)
+
+    outputs = node.meta["val"]
+    return tuple(of(one.shape) for one in outputs) if isinstance(outputs, tuple | list) else of(outputs.shape)

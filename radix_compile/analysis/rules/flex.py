@@ -1,0 +1,114 @@
+"""flex_attention: a mask in two parts, a predicate on pairs and a table of blocks.
+
+In the blocks that the table lists as partial the predicate hides pairs; in full ones nothing is hidden, and blocks
+that are not listed are. The predicate is read as any mask is. The tables are inputs: two rows see the same keys if
+their tables say the same, so what those say is part of the rows' keys, and each call checks that no full block is
+above the diagonal (``block_tables``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.rules.masks import as_formula
+from radix_compile.analysis.rules.table import is_tensor, operand
+from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens
+from radix_compile.ir.facts import Formula, Given, Weights, disjunction, hides, implies_causal
+from radix_compile.ir.value import Marks, Value, broadcast, value_of
+
+FLEX = torch.ops.higher_order.flex_attention
+
+
+class Flex(NamedTuple):
+    """The arguments of a flex_attention: ``blocks`` are its tables of blocks."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    score_mod: fx.Node
+    mask_mod: fx.Node
+    blocks: Blocks
+    scale: float
+    score_buffers: Sequence[fx.Node]
+    mask_buffers: Sequence[fx.Node]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tables ``[B or 1, H or 1, query blocks(, key blocks)]``: how many key blocks are listed, and which.
+
+    ``full`` are those in which nothing is hidden, if there may be any.
+    """
+
+    partial: tuple[fx.Node, fx.Node]
+    full: tuple[fx.Node, fx.Node] | None
+    query_size: int
+    key_size: int
+
+    @property
+    def tables(self) -> tuple[fx.Node, ...]:
+        return (*self.partial, *(self.full or ()))
+
+
+def arguments_of(node: fx.Node) -> Flex:
+    arguments: tuple[Any, ...] = node.args
+    query, key, value, score_mod, mask, scale, _, *buffers = arguments
+    _, _, count, index, full_count, full_index, *_, query_size, key_size, mask_mod = mask
+    score_buffers, mask_buffers = (*buffers, (), ())[:2]
+    full = None if full_count is None else (full_count, full_index)
+    blocks = Blocks((count, index), full, query_size, key_size)
+    return Flex(query, key, value, score_mod, mask_mod, blocks, scale, score_buffers, mask_buffers)
+
+
+def flex_attention(node: fx.Node, layout: Layout) -> Marks:
+    found = arguments_of(node)
+    q, k, v = (value_of(one) for one in (found.query, found.key, found.value))
+    for what, source in (("query", q), ("key", k), ("value", v)):
+        batch = (BATCH,) if layout.batch != 1 else ()
+        if not source.is_row or source.axes[0] != batch or source.axes[2] != (SEQ,):
+            raise Mixes(f"the {what} of attention does not have one vector for each row")
+        if has_tokens(source.axes[1]) or has_tokens(source.axes[3]):
+            raise Mixes(f"the {what} of attention does not have one vector for each row")
+    if any(table.op != "placeholder" for table in found.blocks.tables):
+        raise Mixes("the block mask is made in the graph: make it outside of the compiled function")
+    if not all(isinstance(size, int) for size in (found.blocks.query_size, found.blocks.key_size)):
+        raise Mixes("the size of the block mask's blocks is a symbol: it is a number without dynamic=True")
+    visible = _visible(node, layout)
+    if found.blocks.full is not None:
+        visible = disjunction(visible, Given(found.blocks.full[1], -2, -1))
+    if not implies_causal(visible, -2, -1):
+        raise Mixes("the mask_mod lets a token see later ones (or is not understood)")
+    buffers = [value_of(one) for one in (*found.score_buffers, *found.mask_buffers) if is_tensor(one)]
+    for source in (k, v, *buffers):
+        if not all(hides(visible, blind, -1) for blind in source.blind):
+            raise Mixes("a row that sees no key in an earlier layer is seen by others here")
+    # A row that sees no key is zero, whatever the others are.
+    weights = Weights(visible, -2, -1)
+    result = Value((*q.axes[:3], v.axes[3]), full_only=True, attends=weights)
+    statistics = Value(q.axes[:3], full_only=True)
+    return (result, *(statistics for _ in node.meta["val"][1:]))
+
+
+def _visible(node: fx.Node, layout: Layout) -> Formula:
+    """What ``mask_mod`` shows, if ``score_mod`` makes scores out of scores."""
+    mask, scores = value_of(node.meta["visible"]), value_of(node.meta["scores"])
+    for what, value in (("mask_mod", mask), ("score_mod", scores)):
+        if value.mixed is not None:
+            raise Mixes(f"the {what} {value.mixed.reason}")
+    if not scores.is_pair:
+        raise Mixes("the score_mod is not understood")
+    try:
+        broadcast(layout, [operand(node.meta["scores"]), operand(node.meta["visible"])])
+    except Mixes as reason:
+        raise Mixes(f"the mask_mod {reason}") from reason
+    return mask_of(node)
+
+
+def mask_of(node: fx.Node) -> Formula:
+    """What the ``mask_mod`` of a flex_attention shows."""
+    return as_formula(value_of(node.meta["visible"]))

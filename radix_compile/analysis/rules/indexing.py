@@ -1,0 +1,115 @@
+"""Looking things up: tables by token, columns by index, features by position."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.rules.sorting import rearranged
+from radix_compile.analysis.rules.table import argument, operand, rule, tensor_inputs
+from radix_compile.ir.axes import Axis, Layout, Mixes, feature, has_tokens, plain_axes, shape_of
+from radix_compile.ir.facts import Fact, Index, PerRow
+from radix_compile.ir.value import Value, broadcast, value_of
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def embedding(node: fx.Node, layout: Layout) -> Value:
+    weight, indices = value_of(argument(node, "weight")), value_of(argument(node, "indices"))
+    if not weight.is_constant:
+        raise Mixes("the table differs from row to row")
+    # The gradient of this one depends on how often a token occurs in the batch.
+    return Value((*indices.axes, *weight.axes[1:]), full_only=bool(argument(node, "scale_grad_by_freq")))
+
+
+@rule(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
+def gather(node: fx.Node, layout: Layout) -> Value:
+    """Features taken or written by index; the other dimensions line up (these ops do not broadcast, they cut)."""
+    rank = len(shape_of(node))
+    dim = argument(node, "dim") % rank
+    tensors = tensor_inputs(node)
+    from_table = node.target is aten.gather.default and value_of(tensors[0]).is_constant
+    parts = []
+    for part in tensors:
+        axes = value_of(part).axes
+        if len(axes) != rank:
+            raise Mixes("looks up rows with an index of another rank")
+        if not from_table:
+            feature(axes[dim], "looks up along")
+        parts.append(operand(part, (*axes[:dim], (), *axes[dim + 1 :])))
+    for other, sizes in enumerate(zip(*map(shape_of, tensors), strict=True)):
+        if other != dim and len(set(sizes)) != 1:
+            raise Mixes("looks up only a part of the rows")
+    axes, uses = broadcast(layout, parts, exact=True)
+    along = value_of(tensors[1]).axes[dim] if from_table else ()
+    found = along if has_tokens(along) else plain_axes(node)[dim]
+    return Value((*axes[:dim], found, *axes[dim + 1 :]), operands=uses)
+
+
+@rule(aten.index_select.default)
+def index_select(node: fx.Node, layout: Layout) -> Value:
+    source, indices = value_of(argument(node, "self")), value_of(argument(node, "index"))
+    dim = argument(node, "dim") % len(source.axes)
+    feature(source.axes[dim], "selects along")
+    if not indices.is_constant:
+        if not source.is_constant:
+            raise Mixes("selects by an index that differs from row to row")
+        return Value((*source.axes[:dim], *indices.axes, *source.axes[dim + 1 :]))
+    return Value((*source.axes[:dim], *plain_axes(node)[dim : dim + 1], *source.axes[dim + 1 :]))
+
+
+@rule(aten.index.Tensor, arranged=True)
+def index(node: fx.Node, layout: Layout) -> Value:
+    """``source[i, j, ...]``: a table look-up, or indices that are known to count ``0, 1, 2, ...``."""
+    source, indices = argument(node, "self"), argument(node, "indices")
+    value = value_of(source)
+    if any(value_of(i).arrangement for i in (source, *indices) if i is not None):
+        return rearranged(source, indices, layout)
+    if any(i is None for i in indices):
+        return _some_features(node, value, indices)
+    if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+        raise Mixes("selects by a mask")
+    if all(value_of(i).is_constant for i in indices):
+        counted = _counted(node, value, source, indices)
+        if counted is not None:
+            return counted
+    if not value.is_constant:
+        raise Mixes("looks up rows by an index that is not known to leave them in place")
+    axes, uses = broadcast(layout, [operand(i) for i in indices])
+    return Value((*axes, *value.axes[len(indices) :]), operands=uses)
+
+
+def _some_features(node: fx.Node, value: Value, indices: list[fx.Node | None]) -> Value:
+    """``source[..., i]`` with one index, the same for all rows, along features."""
+    (dim, chosen), *others = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if others or not value_of(chosen).is_constant or len(shape_of(chosen)) != 1:
+        raise Mixes("indexes some dimensions and skips others")
+    feature(value.axes[dim], "selects along")
+    return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]))
+
+
+def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node]) -> Value | None:
+    """Every index counts all of its dimension from zero, each along a dimension of its own: entries stay in place."""
+    if len(indices) != len(value.axes):
+        return None
+    rank = len(shape_of(node))
+    axes: list[Axis] = [()] * rank
+    moved: dict[int, int] = {}
+    sizes = shape_of(source)
+    for dim, counter in enumerate(indices):
+        fact = value_of(counter).fact
+        own = [size for size in shape_of(counter) if size != 1]
+        if value.axes[dim] == () and own == []:
+            continue  # whatever the index is, there is one entry only
+        if not isinstance(fact, Index) or fact.offset != 0 or own != [sizes[dim]] or fact.dim in moved.values():
+            return None
+        axes[fact.dim] = value.axes[dim]
+        moved[dim - len(indices)] = fact.dim
+    return Value(tuple(axes), fact=_moved_fact(value.fact, moved), full_only=not value.is_constant)
+
+
+def _moved_fact(fact: Fact | None, moved: dict[int, int]) -> Fact | None:
+    return replace(fact, dim=moved[fact.dim]) if isinstance(fact, PerRow | Index) else None

@@ -1,0 +1,419 @@
+"""What elementwise ops do to facts: comparisons of indices become predicates, predicates become masks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.bounds import bounds_of
+from radix_compile.analysis.rules.table import argument
+from radix_compile.ir.axes import SEQ, shape_of
+from radix_compile.ir.facts import (
+    FALSE,
+    OPAQUE,
+    ORDINARY,
+    TRUE,
+    AtMost,
+    Blind,
+    Break,
+    Diff,
+    Distance,
+    Fact,
+    Filled,
+    Formula,
+    Index,
+    Masked,
+    Ones,
+    PerRow,
+    Predicate,
+    RowMax,
+    RowTrue,
+    Same,
+    Score,
+    Shifted,
+    Step,
+    Weights,
+    conjunction,
+    disjunction,
+    negation,
+)
+from radix_compile.ir.value import Value, value_of
+from radix_compile.torch_internals import OpOverload
+
+aten = torch.ops.aten
+FACTS: dict[OpOverload, Callable[[fx.Node], Fact | None]] = {}
+
+LONGEST = 2**30
+"""What no sequence is longer than whose length is a symbol: a mask of its columns would have 2**60 entries."""
+
+LARGEST_OFFSET = 2**30
+"""What may be added to an integer of a row in all, so that none wraps around that ``PlanInputs.orders`` lets pass."""
+
+
+def elementwise_fact(node: fx.Node) -> Fact | None:
+    assert isinstance(node.target, OpOverload)
+    derive = FACTS.get(node.target)
+    return derive(node) if derive else None
+
+
+def fact_of(argument: Any) -> Fact | None:
+    """The fact of a tensor argument; a Python number is a tensor filled with it."""
+    if isinstance(argument, fx.Node):
+        return value_of(argument).fact if isinstance(argument.meta.get("val"), torch.Tensor) else None
+    return Filled(float(argument)) if isinstance(argument, bool | int | float) else None
+
+
+def as_formula(value: Value) -> Formula:
+    """A bool tensor as a formula."""
+    match value.fact:
+        case Predicate(formula):
+            return formula
+        case Filled(filled):
+            return TRUE if filled else FALSE
+        case PerRow(source, dim):
+            return RowTrue(source, dim)
+        case _:
+            return OPAQUE
+
+
+def _derives(*ops: OpOverload) -> Callable[[Callable[[fx.Node], Fact | None]], Callable[[fx.Node], Fact | None]]:
+    def register(derive: Callable[[fx.Node], Fact | None]) -> Callable[[fx.Node], Fact | None]:
+        FACTS.update(dict.fromkeys(ops, derive))
+        return derive
+
+    return register
+
+
+def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
+    """Is this the floor of a mask: minus infinity, or so near the lowest number that no score comes near it?
+
+    A floor such as -1e9 is not: there is no proof that scores are smaller than that.
+    """
+    return isinstance(fact, Filled) and fact.value <= torch.finfo(dtype).min / 2
+
+
+def size_of(value: Any) -> float:
+    """What no entry of a tensor or number is larger than, of either sign; infinite if that is not known."""
+    fact = fact_of(value)
+    if isinstance(fact, Score):
+        return fact.size
+    bounds = bounds_of(value)
+    return math.inf if bounds is None else max(map(abs, bounds))
+
+
+def _score(size: float, dtype: torch.dtype) -> Score | None:
+    """Scores of that size, if the dtype holds them."""
+    return Score(size) if dtype.is_floating_point and size <= torch.finfo(dtype).max else None
+
+
+# ------------------------------------------------------------------------------------------- comparing two columns
+
+
+def _compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
+    """``sign * (left - right) <= slack``, for indices or for the same per-row quantity at two columns."""
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(left, Index) and isinstance(right, Index) and left.dim != right.dim:
+        a, b = (left, right) if sign > 0 else (right, left)
+        return Predicate(Diff(a.dim, b.dim, slack - (a.offset - b.offset)))
+    first, second = _as_shifted(left), _as_shifted(right)
+    if first and second and first.source is second.source and first.dim != second.dim:
+        one, other = (first, second) if sign > 0 else (second, first)
+        return Predicate(AtMost(one.source, one.dim, other.dim, slack - (one.offset - other.offset)))
+    return None
+
+
+def _compare_distance(node: fx.Node, sign: int, slack: int) -> Fact | None:
+    """``sign * (distance - number) <= slack``."""
+    fact, number = fact_of(node.args[0]), node.args[1]
+    if not isinstance(fact, Distance) or isinstance(number, bool) or not isinstance(number, int):
+        return None
+    a, b = (fact.a, fact.b) if sign > 0 else (fact.b, fact.a)
+    return Predicate(Diff(a, b, slack + sign * (number - fact.offset)))
+
+
+def _as_shifted(fact: Fact | None) -> Shifted | None:
+    if isinstance(fact, PerRow) and fact.exact:
+        return Shifted(fact.source, fact.dim, 0)
+    return fact if isinstance(fact, Shifted) else None
+
+
+def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
+    """An index or a row's integer plus a number, in a type in which that does not wrap around.
+
+    Of the integers of rows nothing is known before the call, which looks at them (``PlanInputs.orders``).
+    """
+    if isinstance(fact, Index | Distance):
+        return counted(node, replace(fact, offset=fact.offset + amount))
+    shifted = _as_shifted(fact)
+    if shifted is None or node.meta["val"].dtype not in (torch.int32, torch.int64):
+        return None
+    offset = shifted.offset + amount
+    return Shifted(shifted.source, shifted.dim, offset) if abs(offset) <= LARGEST_OFFSET else None
+
+
+def counted(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
+    """The fact, if the integer type of the node holds all numbers that it says are there: else some wrap around."""
+    shape, limits = shape_of(node), torch.iinfo(node.meta["val"].dtype)
+
+    def last(dim: int) -> int:
+        return int(shape[dim]) - 1 if shape[dim].is_Integer else LONGEST
+
+    if isinstance(fact, Index):
+        low, high = fact.offset, fact.offset + last(fact.dim)
+    else:
+        low, high = fact.offset - last(fact.b), fact.offset + last(fact.a)
+    return fact if limits.min <= low <= high <= limits.max else None
+
+
+def _same_source(left: PerRow, right: PerRow) -> bool:
+    return left.source is right.source and left.exact and right.exact and left.dim != right.dim
+
+
+_COMPARISONS = {"le": (1, 0), "lt": (1, -1), "ge": (-1, 0), "gt": (-1, -1)}
+for _name, (_sign, _slack) in _COMPARISONS.items():
+    FACTS[getattr(aten, _name).Tensor] = functools.partial(_compare, sign=_sign, slack=_slack)
+    FACTS[getattr(aten, _name).Scalar] = functools.partial(_compare_distance, sign=_sign, slack=_slack)
+
+
+@_derives(aten.eq.Tensor)
+def _eq(node: fx.Node) -> Fact | None:
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(left, PerRow) and isinstance(right, PerRow) and _same_source(left, right):
+        return Predicate(Same(left.source, left.dim, right.dim, left.runs_of))
+    low, high = _compare(node, 1, 0), _compare(node, -1, 0)
+    if isinstance(low, Predicate) and isinstance(high, Predicate):
+        return Predicate(conjunction(low.formula, high.formula))
+    return None
+
+
+@_derives(aten.eq.Scalar)
+def _eq_scalar(node: fx.Node) -> Fact | None:
+    fact = fact_of(node.args[0])
+    if isinstance(fact, Ones) and node.args[1] in (0, 1):
+        return Predicate(fact.formula if node.args[1] == 1 else negation(fact.formula))
+    return None
+
+
+@_derives(aten.ne.Scalar)
+def _ne_scalar(node: fx.Node) -> Fact | None:
+    fact = fact_of(node.args[0])
+    if isinstance(fact, Ones) and node.args[1] == 0:
+        return Predicate(fact.formula)
+    if isinstance(fact, Step) and node.args[1] == 1:
+        return Break(fact.source)
+    if isinstance(fact, PerRow) and node.args[1] == 0:
+        return PerRow(fact.source, fact.dim, exact=False)
+    return None
+
+
+# ------------------------------------------------------------------------------------------- combining predicates
+
+
+def _formulas(node: fx.Node) -> tuple[Formula, Formula] | None:
+    if node.meta["val"].dtype != torch.bool:
+        return None
+    left, right = node.args[0], node.args[1]
+    assert isinstance(left, fx.Node)
+    first = as_formula(value_of(left))
+    if isinstance(right, fx.Node):
+        return first, as_formula(value_of(right))
+    return first, TRUE if right else FALSE
+
+
+@_derives(aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
+def _and(node: fx.Node) -> Fact | None:
+    formulas = _formulas(node)
+    if formulas is not None:
+        return Predicate(conjunction(*formulas))
+    return _scaled(node) if node.target is aten.mul.Tensor else None
+
+
+@_derives(aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default)
+def _or(node: fx.Node) -> Fact | None:
+    formulas = _formulas(node)
+    return Predicate(disjunction(*formulas)) if formulas is not None else None
+
+
+@_derives(aten.bitwise_not.default, aten.logical_not.default)
+def _not(node: fx.Node) -> Fact | None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if source.meta["val"].dtype != torch.bool:
+        return None
+    return Predicate(negation(as_formula(value_of(source))))
+
+
+# --------------------------------------------------------------------------------------------- arithmetic on facts
+
+
+@_derives(aten.add.Tensor)
+def _add(node: fx.Node) -> Fact | None:
+    if argument(node, "alpha") != 1:
+        return None
+    (first, second), dtype = node.args[:2], node.meta["val"].dtype
+    left, right = fact_of(first), fact_of(second)
+    if isinstance(node.args[1], int) and isinstance(left, Index | Distance | PerRow | Shifted):
+        return _shifted(node, left, node.args[1])
+    for fact, other in ((left, right), (right, left)):
+        if isinstance(fact, Masked):
+            if isinstance(other, Masked):
+                both = conjunction(fact.visible, other.visible)
+                floor = max(
+                    _floor_plus(fact, max(other.size, other.floor)), _floor_plus(other, max(fact.size, fact.floor))
+                )
+                return Masked.of(both, floor, fact.size + other.size, fact.zero and other.zero)
+            return _added(fact, size_of(second if fact is left else first))
+    return _score(size_of(first) + size_of(second), dtype)
+
+
+def _added(mask: Masked, size: float) -> Masked:
+    """A mask plus numbers of that size, which are finite whatever else they are."""
+    return Masked.of(mask.visible, _floor_plus(mask, size), mask.size + size)
+
+
+def _floor_plus(mask: Masked, size: float) -> float:
+    return -math.inf if mask.is_strict else mask.floor + size
+
+
+def in_attention(mask: Masked) -> Masked:
+    """A mask that is added to query-key products."""
+    return _added(mask, ORDINARY)
+
+
+def biased_scores(bias: fx.Node, beta: Any, alpha: Any, dtype: torch.dtype) -> Fact | None:
+    """``beta * bias + alpha * product`` of queries and keys."""
+    if not all(isinstance(one, int | float) and math.isfinite(one) for one in (alpha, beta)):
+        return None
+    products, fact = ORDINARY * abs(alpha), fact_of(bias)
+    if beta == 0:  # then the bias is not read
+        return _score(products, dtype)
+    if isinstance(fact, Masked):
+        scaled = _times(fact, beta, dtype)
+        return None if scaled is None else _added(scaled, products)
+    return _score(products + size_of(bias) * abs(beta), dtype)
+
+
+@_derives(aten.sub.Tensor)
+def _sub(node: fx.Node) -> Fact | None:
+    fact, other = fact_of(node.args[0]), fact_of(node.args[1])
+    if isinstance(node.args[1], int) and isinstance(fact, Index | Distance | PerRow | Shifted):
+        return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
+    if isinstance(fact, Index) and isinstance(other, Index) and fact.dim != other.dim:
+        distance = Distance(fact.dim, other.dim, fact.offset - other.offset)
+        return counted(node, distance) if argument(node, "alpha") == 1 else None
+    if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
+        # The largest visible entry of a row is zero now, and how far hidden ones are below it has not changed.
+        floor = -math.inf if fact.is_strict else -fact.gap
+        return Masked(fact.visible, floor, math.inf, fact.gap) if argument(node, "alpha") == 1 else None
+    return None
+
+
+@_derives(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
+def _scaled(node: fx.Node) -> Fact | None:
+    """Scores stay scores under a factor, masks masks under one that is positive, zero weights stay zero under any."""
+    fact, factor = fact_of(node.args[0]), fact_of(node.args[1])
+    if not isinstance(factor, Filled) or not math.isfinite(factor.value) or factor.value == 0:
+        return None
+    divides, dtype = node.target in (aten.div.Tensor, aten.div.Scalar), node.meta["val"].dtype
+    by = 1 / factor.value if divides else factor.value
+    if isinstance(fact, Score):
+        return _score(fact.size * abs(by), dtype)
+    if isinstance(fact, Masked):
+        return _times(fact, by, dtype)
+    return fact if isinstance(fact, Weights) else None
+
+
+def _times(mask: Masked, by: float, dtype: torch.dtype) -> Masked | None:
+    if by <= 0:
+        return None
+    scaled = _held(replace(mask, floor=mask.floor * by, size=mask.size * by, gap=mask.gap * by), dtype)
+    return scaled if scaled.is_certain or not mask.is_certain else None  # lifted off the floor, it is no mask
+
+
+def _held(mask: Masked, dtype: torch.dtype) -> Masked:
+    """A mask in a dtype in which large visible entries may be infinite (and hidden ones, which is no harm)."""
+    fits = not mask.size < math.inf or mask.size <= torch.finfo(dtype).max
+    return mask if fits else Masked.of(mask.visible, mask.floor, math.inf)
+
+
+def in_other_dtype(fact: Fact | None, dtype: torch.dtype) -> Fact | None:
+    """Of a floating point tensor, in another such dtype. A floor stays where it is: in a wider dtype it is none."""
+    if isinstance(fact, Masked):
+        return _held(fact, dtype)
+    return _score(fact.size, dtype) if isinstance(fact, Score) else fact
+
+
+@_derives(aten.max.other, aten.maximum.default)
+def _maximum(node: fx.Node) -> Fact | None:
+    """Nothing visible is as low as the floor, so raising everything to it keeps the mask."""
+    left, right = fact_of(node.args[0]), fact_of(node.args[1])
+    for fact, other in ((left, right), (right, left)):
+        if isinstance(fact, Masked) and is_hidden(other, node.meta["val"].dtype):
+            assert isinstance(other, Filled)
+            if other.value <= -fact.size:
+                return Masked.of(fact.visible, max(fact.floor, other.value), fact.size, fact.zero)
+    return None
+
+
+@_derives(aten.tanh.default)
+def _tanh(node: fx.Node) -> Fact | None:
+    return Score(1.0)
+
+
+def blanked(node: fx.Node) -> frozenset[Blind]:
+    """What is blind no longer: times zero where they are padding, as before a scan, rows that saw no key are zero."""
+    if node.target is not aten.mul.Tensor:
+        return frozenset()
+    found: set[Blind] = set()
+    for fact, rows in (node.args[:2], node.args[1::-1]):
+        mask = fact_of(fact)
+        if isinstance(mask, PerRow) and isinstance(rows, fx.Node) and value_of(rows).is_row:
+            axes = value_of(rows).axes
+            if -mask.dim <= len(axes) and axes[mask.dim] == (SEQ,):
+                found |= {b for b in value_of(rows).blind if b.source is mask.source and b.truth}
+    return frozenset(found)
+
+
+# ------------------------------------------------------------------------------------------------- applying masks
+
+
+def _masked(visible: Formula, source: Any, floor: Fact | None) -> Fact:
+    kept = fact_of(source)
+    assert isinstance(floor, Filled)
+    if isinstance(kept, Masked):
+        both = conjunction(visible, kept.visible)
+        return Masked.of(both, max(floor.value, kept.floor), kept.size, kept.zero)
+    return Masked.of(visible, floor.value, size_of(source), zero=kept == Filled(0))
+
+
+@_derives(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def _where(node: fx.Node) -> Fact | None:
+    condition, first, second = node.args
+    assert isinstance(condition, fx.Node)
+    dtype = node.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return None
+    formula = as_formula(value_of(condition))
+    kept, other = fact_of(first), fact_of(second)
+    if is_hidden(other, dtype):
+        return _masked(formula, first, other)
+    if is_hidden(kept, dtype):
+        return _masked(negation(formula), second, kept)
+    return None
+
+
+@_derives(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(node: fx.Node) -> Fact | None:
+    source, mask, value = node.args
+    assert isinstance(mask, fx.Node)
+    dtype = node.meta["val"].dtype
+    floor = fact_of(value)
+    if not dtype.is_floating_point or not is_hidden(floor, dtype):
+        return None
+    return _masked(negation(as_formula(value_of(mask))), source, floor)

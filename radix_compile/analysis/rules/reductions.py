@@ -1,0 +1,140 @@
+"""Ops that read along named dimensions: sums, norms, softmax, sorting. Position-wise where those hold no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.rules.contractions import attend
+from radix_compile.analysis.rules.table import argument, rule, source_of
+from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, as_size, feature, has_tokens, is_longer, plain_axis
+from radix_compile.ir.facts import Masked, RowMax, Weights, implies_causal
+from radix_compile.ir.value import Marks, Value, value_of
+
+aten = torch.ops.aten
+
+
+def _results(node: fx.Node, axes: Axes) -> Marks:
+    outputs = node.meta["val"]
+    return tuple(Value(axes) for _ in outputs) if isinstance(outputs, tuple | list) else Value(axes)
+
+
+def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
+    if named is None or (not isinstance(named, int) and len(named) == 0):
+        return set(range(rank))
+    return {dim % max(rank, 1) for dim in ([named] if isinstance(named, int) else named)}
+
+
+@rule(
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.any.dim,
+    aten.all.dim,
+    aten.prod.dim_int,
+    aten.logsumexp.default,
+    aten.var.correction,
+    aten.std.correction,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+)
+def reduce(node: fx.Node, layout: Layout) -> Marks:
+    source = source_of(node)
+    value = value_of(source)
+    rank = len(value.axes)
+    dims = _dims(argument(node, "dim"), rank)
+    if node.target in (aten.amax.default, aten.max.dim) and value.is_pair and isinstance(value.fact, Masked):
+        return _largest_score(node, source, *dims)
+    for dim in dims:
+        feature(value.axes[dim], "reduces over")
+    keep = argument(node, "keepdim")
+    axes = tuple(() if dim in dims else axis for dim, axis in enumerate(value.axes) if keep or dim not in dims)
+    return _results(node, axes)
+
+
+def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
+    """Over the keys of causally masked scores, whose hidden entries are never the largest; for rows that see a key."""
+    value = value_of(source)
+    (dim,) = dims if len(dims) == 1 else (0,)
+    if not (len(dims) == 1 and argument(node, "keepdim")):
+        raise Mixes("reduces scores over more than their keys, or without keepdim")
+    weights = _weights(value, dim)
+    axes = (*value.axes[:dim], (), *value.axes[dim + 1 :])
+    which = attend(axes, weights, value)
+    largest = which.with_fact(RowMax(source))
+    if node.target is aten.amax.default:
+        return largest
+    if any(user.args[1] == 1 and user.users for user in node.users):  # its number is where it is in the sequence
+        raise Mixes("asks which of the keys has the largest score")
+    return largest, which
+
+
+@rule(aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default)
+def reduce_all(node: fx.Node, layout: Layout) -> Marks:
+    value = value_of(source_of(node))
+    for axis in value.axes:
+        feature(axis, "reduces over")
+    return Value(())
+
+
+@rule(aten.log_softmax.int, aten.topk.default)
+def along(node: fx.Node, layout: Layout) -> Marks:
+    """Entries along one dimension are rearranged or normalised together; ``topk`` also shortens it."""
+    value = value_of(source_of(node))
+    dim = argument(node, "dim") % max(len(value.axes), 1)
+    feature(value.axes[dim], "reads along")
+    outputs = node.meta["val"]
+    size = (outputs[0] if isinstance(outputs, tuple | list) else outputs).shape[dim]
+    axis = plain_axis(as_size(size))  # even if the source is uniform: the indices are not
+    return _results(node, (*value.axes[:dim], axis, *value.axes[dim + 1 :]))
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+def softmax(node: fx.Node, layout: Layout) -> Value:
+    """Position-wise over features. Over the keys of causally masked scores it makes attention weights."""
+    value = value_of(source_of(node))
+    rank = len(value.axes)
+    dim = argument(node, "dim") % rank
+    if not has_tokens(value.axes[dim]):
+        return Value(value.axes)
+    return Value(value.axes, fact=_weights(value, dim))
+
+
+def _weights(value: Value, dim: int) -> Weights:
+    """What a softmax over the keys in ``dim`` makes of causally masked scores."""
+    rank, axis = len(value.axes), value.axes[dim]
+    if not value.is_pair or not (axis == (SEQ,) or is_longer(axis)):
+        feature(axis, "normalises over")
+    fact = value.fact
+    if not isinstance(fact, Masked):
+        raise Mixes("attention scores reach the softmax without a mask that is understood")
+    if not fact.is_certain:
+        raise Mixes("the mask is finite and is added to something that could be as large as it")
+    query = next((other for other, axis in enumerate(value.axes) if other != dim and SEQ in axis), None)
+    if query is None or not implies_causal(fact.visible, query - rank, dim - rank):
+        raise Mixes("the attention mask lets a token see later ones (or is not understood)")
+    return Weights(fact.visible, query - rank, dim - rank, undefined=fact.is_strict and not is_longer(axis))
+
+
+@rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
+def layer_norm(node: fx.Node, layout: Layout) -> Marks:
+    value = value_of(source_of(node))
+    normalised = len(argument(node, "normalized_shape"))
+    for axis in value.axes[len(value.axes) - normalised :]:
+        feature(axis, "normalises over")
+    for other in node.all_input_nodes[1:]:
+        if not value_of(other).is_constant:
+            raise Mixes("the norm's weights differ from row to row")
+    kept = value.axes[: len(value.axes) - normalised]
+    axes = (*kept, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
+    if node.target is aten.native_layer_norm.default:
+        statistics = (*kept, *((),) * normalised)
+        return Value(axes), Value(statistics), Value(statistics)
+    return Value(axes)

@@ -1,0 +1,192 @@
+"""Rows in another order and back: how mixtures of experts bring together the rows of each expert.
+
+A sort of one number for each row (or for each of several slots of a row) takes part in every row, and what it returns
+is of no use in the other form. But a program that puts rows in that order, computes on each of them by itself or by
+its key, and puts them back has computed row by row. So values in sorted order are tracked like rows, along an axis of
+their own (:class:`~radix_compile.ir.axes.Sorted`), and numbers about the order as an ``Arrangement``: either form of
+the program computes its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.rules.elementwise import elementwise
+from radix_compile.analysis.rules.reductions import along
+from radix_compile.analysis.rules.table import VIEW_LIKE, argument, rule, source_of
+from radix_compile.ir.axes import (
+    Arrangement,
+    Kind,
+    Layout,
+    Mixes,
+    Size,
+    Sorted,
+    feature,
+    has_tokens,
+    plain_axes,
+    shape_of,
+    uniform_axes,
+)
+from radix_compile.ir.facts import Index
+from radix_compile.ir.value import Marks, Value, value_of
+
+aten = torch.ops.aten
+
+GROUPED_PRODUCTS = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+"""``(rows [N, K], weights [E, K, M], ends [E])``; transformers has one of its own for devices without torch's."""
+
+_USES = "computes with the order of the rows, in which every row has a part"
+_INTEGERS = (torch.int32, torch.int64)
+_EXACT = (*_INTEGERS, torch.float32, torch.float64)
+"""Types that hold the number of an expert as it is."""
+
+
+def _arranged(by: Sorted, kind: Kind, number: int = 1) -> Value:
+    return Value((), arrangement=Arrangement(kind, by, number))
+
+
+@rule(aten.sort.default, aten.sort.stable, aten.argsort.default, arranged=True)
+def sort(node: fx.Node, layout: Layout) -> Marks:
+    value = value_of(source_of(node))
+    if value.arrangement:
+        return _inverse(node, value.arrangement)
+    dim = argument(node, "dim") % max(len(value.axes), 1)
+    if not any(map(has_tokens, value.axes[dim : dim + 1])):
+        return along(node, layout)
+    if len(value.axes) != 1 or value.axes[0][: len(layout.row)] != layout.row:
+        feature(value.axes[dim], "sorts along")
+    by = Sorted("sorted", node, value.axes[0])
+    order = _arranged(by, Kind.ORDER)
+    return order if node.target is aten.argsort.default else (Value(((by,),)), order)
+
+
+def _inverse(node: fx.Node, order: Arrangement) -> Value:
+    """The numbers of an order, sorted, count; where each of them was is its place in the order."""
+    ascending = not argument(node, "descending")
+    if node.target is aten.argsort.default and ascending and (order.kind, order.number) == (Kind.ORDER, 1):
+        return _arranged(order.by, Kind.PLACE)
+    raise Mixes(_USES)
+
+
+@rule(aten.floor_divide.default, arranged=True)
+def floor_divide(node: fx.Node, layout: Layout) -> Marks:
+    """The number of an entry, divided by how many entries a row has, is the number of its row."""
+    order, divisor = value_of(source_of(node)).arrangement, node.args[1]
+    if order is None:
+        return elementwise(node, layout)
+    if order.kind is not Kind.ORDER or not isinstance(divisor, int) or divisor < 1:
+        raise Mixes(_USES)
+    return _arranged(order.by, Kind.ORDER, order.number * divisor)
+
+
+def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layout) -> Value:
+    """``rows[order]`` puts rows in order, ``in_order[place]`` puts them back."""
+    value = value_of(source)
+    arrangement = value_of(indices[0]).arrangement if len(indices) == 1 and indices[0] is not None else None
+    if arrangement is None or value.arrangement or not value.axes:
+        raise Mixes(_USES)
+    by, first = arrangement.by, value.axes[0]
+    if arrangement.kind is Kind.PLACE and first == (by,):
+        return Value((by.axis, *value.axes[1:]))
+    slots = by.axis[len(first) :]
+    theirs = arrangement.kind is Kind.ORDER and (*first, *slots) == by.axis
+    if theirs and value.is_row and layout.axis_size(slots) == arrangement.number:
+        return Value(((by,), *value.axes[1:]))
+    raise Mixes("looks up rows by an order that is not theirs")
+
+
+@rule(aten.empty_like.default, arranged=True)
+def empty_like(node: fx.Node, layout: Layout) -> Value:
+    like = value_of(source_of(node)).arrangement
+    if like is None:
+        return Value(uniform_axes(node))
+    if like.kind is not Kind.ORDER:
+        raise Mixes(_USES)
+    return _arranged(like.by, Kind.BLANK)
+
+
+@rule(aten.index_put.default, arranged=True)
+def index_put(node: fx.Node, layout: Layout) -> Value:
+    """``blank[order] = 0, 1, 2, ...`` is the place of each entry."""
+    indices: list[fx.Node | None] = argument(node, "indices")
+    values: fx.Node = argument(node, "values")
+    blank = value_of(source_of(node)).arrangement
+    if blank is None or len(indices) != 1 or indices[0] is None:
+        raise Mixes("writes to rows by index")
+    counted = value_of(values).fact == Index(-1, 0) and len(shape_of(values)) == 1 and shape_of(values) != (1,)
+    arrangement = value_of(indices[0]).arrangement
+    same = blank.kind is Kind.BLANK and arrangement == Arrangement(Kind.ORDER, blank.by)
+    if not same or not counted or argument(node, "accumulate"):
+        raise Mixes(_USES)
+    place = Arrangement(Kind.PLACE, blank.by)
+    return Value((), arrangement=place, operands=((values, 0, "count"),))
+
+
+@rule(aten.histc.default)
+def histc(node: fx.Node, layout: Layout) -> Value:
+    """How many rows there are for each key, if keys are counted one by one from zero."""
+    by = _sorted_by(source_of(node))
+    bins, least, most = (argument(node, name) for name in ("bins", "min", "max"))
+    if by is None or not isinstance(bins, int) or (least, most) != (0, bins - 1) or bins < 2:
+        raise Mixes("counts values over rows")
+    return _arranged(by, Kind.COUNTS, bins)
+
+
+def _sorted_by(keys: fx.Node) -> Sorted | None:
+    """The order, of keys as an ascending sort returns them."""
+    while keys.target is aten._to_copy.default and keys.meta["val"].dtype in _EXACT:
+        keys = source_of(keys)
+    sorted_keys = keys.target is operator.getitem and keys.args[1] == 0 and _is_ascending(keys.args[0])
+    axes = value_of(keys).axes
+    atom = axes[0][0] if len(axes) == 1 and len(axes[0]) == 1 else None
+    return atom if sorted_keys and isinstance(atom, Sorted) and atom.sort is keys.args[0] else None
+
+
+def _is_ascending(node: object) -> bool:
+    sorts = (aten.sort.default, aten.sort.stable)
+    return isinstance(node, fx.Node) and node.target in sorts and not argument(node, "descending")
+
+
+def ends_of_groups(node: fx.Node, counts: Arrangement) -> Value:
+    """The running sum of counts."""
+    exact = node.target is aten.cumsum.default and node.meta["val"].dtype in _INTEGERS
+    if counts.kind is not Kind.COUNTS or not exact:
+        raise Mixes(_USES)
+    return _arranged(counts.by, Kind.ENDS, counts.number)
+
+
+@rule(*GROUPED_PRODUCTS, arranged=True)
+def grouped_mm(node: fx.Node, layout: Layout) -> Value:
+    """Each row times the weights of its key, if groups are the rows of each key."""
+    rows, weights, ends = node.args[:3]
+    assert isinstance(rows, fx.Node) and isinstance(weights, fx.Node) and isinstance(ends, fx.Node)  # noqa: PT018
+    groups, value = value_of(ends).arrangement, value_of(rows)
+    in_order = groups is not None and groups.kind is Kind.ENDS and value.axes[:1] == ((groups.by,),)
+    if groups is None or not in_order or len(value.axes) != 2 or not value_of(weights).is_constant:
+        raise Mixes("multiplies groups of rows that are not known to be those of each key")
+    experts = shape_of(weights)[0]
+    keys = _keys_below(source_of(groups.by.sort))
+    if experts != groups.number or keys is None or not bool(keys <= experts):
+        raise Mixes("a row may have a key for which there are no weights, and shift the groups of others")
+    if any(argument(node, name) is not None for name in ("bias",) if _has(node, name)):
+        raise Mixes("a grouped product with a bias")
+    return Value(((groups.by,), *plain_axes(node)[1:]))
+
+
+def _has(node: fx.Node, name: str) -> bool:
+    return any(parameter.name == name for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
+
+
+def _keys_below(keys: fx.Node) -> Size | None:
+    """A bound of keys that are the places of largest entries, as a router chooses them."""
+    while keys.target in VIEW_LIKE or (keys.target is aten._to_copy.default and keys.meta["val"].dtype in _INTEGERS):
+        keys = source_of(keys)
+    chosen = keys.args[0] if keys.target is operator.getitem and keys.args[1] == 1 else None
+    if not isinstance(chosen, fx.Node) or chosen.target is not aten.topk.default:
+        return None
+    size: Size = shape_of(source_of(chosen))[argument(chosen, "dim")]
+    return size

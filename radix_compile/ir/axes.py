@@ -1,0 +1,181 @@
+"""What every dimension of a tensor means to the tokens of a batch, and who may say so.
+
+A captured graph is annotated node by node with a :class:`Value`: the meaning of each dimension (its axis) and whether
+the value is *prefix-determined*, which is what makes it safe to compute once per distinct prefix. This module is the
+only reader and writer of that annotation (``node.meta["radix"]``); the rules that produce it live in ``op_rules``.
+
+An axis is a tuple of atoms, outermost first, because a reshape merges and splits dimensions: ``[B, S, D]`` has the axes
+``((BATCH,), (SEQ,), (Feature(D),))`` and its reshape to ``[B*S, D]`` has ``((BATCH, SEQ), (Feature(D),))``. A dimension
+of size one has the empty axis ``()``, the batch too where it is one row of packed sequences. Axes come from the
+structure of the program, never from a size that happens to be equal: a feature dimension as long as the sequence stays
+a feature dimension.
+
+The definition everything rests on: a value with axes is *determined* when its entry at sequence ``b`` and columns
+``i, j, ...`` (one for each ``SEQ`` atom) is a function of the paths of the rows ``(b, i), (b, j), ...`` alone, the same
+function for every ``b``. A value without token atoms is a constant of the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    pass
+
+Size: TypeAlias = sympy.Expr
+"""A dimension's size, as an expression over the symbols of the capture (an ``Integer`` when it is static)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token axis: sequences (``BATCH``) or columns (``SEQ``)."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A dimension that has nothing to do with tokens."""
+
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """A dimension along which the value does not change (what ``expand`` and ``full`` make)."""
+
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted(Token):
+    """The entries of a merged axis of rows, ``((BATCH, SEQ, ...),)``, in the order that a sort of them gave."""
+
+    sort: fx.Node
+    axis: Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Longer(Token):
+    """The columns of a sequence, and after them ``more`` entries that have no column (attention sinks)."""
+
+    more: Size
+
+
+class Kind(Enum):
+    """What an :class:`Arrangement` holds."""
+
+    ORDER = "for each place in the order, the number of the entry that is there, floor-divided"
+    PLACE = "for each entry, its place in the order"
+    BLANK = "nothing yet, for each place"
+    COUNTS = "how many entries have the key 0, 1, 2, ..."
+    ENDS = "where the entries with the key 0, 1, 2, ... end in the order"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Numbers about an order of rows: of no use but together with it, and other ones in compact form.
+
+    ``number`` is what an ORDER was divided by, or of how many keys there are COUNTS or ENDS.
+    """
+
+    kind: Kind
+    by: Sorted
+    number: int = 1
+
+
+BATCH = Token("batch")
+SEQ = Token("seq")
+Atom = Token | Feature | Uniform
+Axis = tuple[Atom, ...]
+Axes = tuple[Axis, ...]
+
+
+def as_size(size: int | torch.SymInt) -> Size:
+    """A dimension's size as a simplified expression, without adding a guard."""
+    if isinstance(size, torch.SymInt):
+        node = size.node
+        return node.shape_env.simplify(node.expr)
+    return sympy.Integer(size)
+
+
+def shape_of(node: fx.Node) -> tuple[Size, ...]:
+    return tuple(as_size(size) for size in node.meta["val"].shape)
+
+
+def plain_axis(size: Size) -> Axis:
+    """The axis of a dimension that no token axis runs along."""
+    return () if size == 1 else (Feature(size),)
+
+
+def plain_axes(node: fx.Node) -> Axes:
+    return tuple(plain_axis(size) for size in shape_of(node))
+
+
+def uniform_axes(node: fx.Node) -> Axes:
+    return tuple(() if size == 1 else (Uniform(size),) for size in shape_of(node))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The sizes of the two token axes of one captured graph."""
+
+    batch: Size
+    seq: Size
+
+    @property
+    def rows(self) -> Axes:
+        """The axes of ``[batch, sequence]``."""
+        return ((BATCH,), (SEQ,)) if self.batch != 1 else ((), (SEQ,))
+
+    @property
+    def row(self) -> Axis:
+        """The axis of ``[batch * sequence]``."""
+        return tuple(atom for axis in self.rows for atom in axis)
+
+    def atom_size(self, atom: Atom) -> Size:
+        if isinstance(atom, Sorted):
+            return self.axis_size(atom.axis)
+        if isinstance(atom, Longer):
+            return self.seq + atom.more
+        if isinstance(atom, Token):
+            return self.batch if atom is BATCH else self.seq
+        return atom.size
+
+    def axis_size(self, axis: Axis) -> Size:
+        return sympy.prod([self.atom_size(atom) for atom in axis]) if axis else sympy.Integer(1)
+
+
+class Mixes(Exception):  # noqa: N818 - a verdict about an op, not an error in the program
+    """Raised by a rule: with these inputs the op's result is not prefix-determined. The message is the reason."""
+
+
+def count_tokens(axes: Axes) -> tuple[int, int]:
+    """How many axes of sequences and of columns there are."""
+    atoms = [atom for axis in axes for atom in axis]
+    return sum(atom is BATCH for atom in atoms), sum(atom is SEQ or isinstance(atom, Longer) for atom in atoms)
+
+
+def is_longer(axis: Axis) -> bool:
+    """Columns with entries behind them that have none?"""
+    return len(axis) == 1 and isinstance(axis[0], Longer)
+
+
+def has_tokens(axis: Axis) -> bool:
+    return any(isinstance(atom, Token) for atom in axis)
+
+
+def feature(axis: Axis, what: str) -> None:
+    """Demand that an axis an op reads along has no tokens in it."""
+    if has_tokens(axis):
+        along = "sequence" if SEQ in axis or is_longer(axis) else "batch" if BATCH in axis else "sorted"
+        raise Mixes(f"{what} the {along} axis, so it reads other rows")

@@ -1,0 +1,256 @@
+"""What is known of each node's result, node by node, and how the operands of a broadcasting op line up.
+
+``node.meta["radix"]`` is read and written here alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import fx
+
+from radix_compile.ir.axes import (
+    BATCH,
+    SEQ,
+    Arrangement,
+    Atom,
+    Axes,
+    Axis,
+    Feature,
+    Layout,
+    Mixes,
+    Sorted,
+    Token,
+    Uniform,
+    count_tokens,
+    has_tokens,
+    plain_axis,
+)
+from radix_compile.ir.facts import Blind, Fact, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why folding stops at a node: the reason, the op, and where the user wrote it."""
+
+    reason: str
+    op: str
+    node: str
+    module: str
+    source: str
+
+    def __str__(self) -> str:
+        where = f" at {self.source}" if self.source else ""
+        inside = f" in {self.module}" if self.module else ""
+        return f"{self.op}{inside}: {self.reason}{where}"
+
+
+def refuse(node: fx.Node, reason: str) -> Refusal:
+    """A refusal at ``node``, with the place in the user's program it came from."""
+    modules = node.meta.get("nn_module_stack") or {}
+    module = next(reversed(modules.values()))[0] if modules else ""
+    return Refusal(reason, str(node.target), node.name, _tidy_path(module), source_line(node))
+
+
+def _tidy_path(path: str) -> str:
+    return (
+        path.replace("L['self'].", "")
+        .replace("L['fn'].", "")
+        .replace("['", ".")
+        .replace("']", "")
+        .replace("_modules.", "")
+    )
+
+
+_PACKAGE = f'"{Path(__file__).parent.parent}{os.sep}'
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    frames = [
+        (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
+        for i, line in enumerate(trace)
+        if line.strip().startswith("File ") and _PACKAGE not in line
+    ]
+    if not frames:
+        return ""
+    where, code = frames[-1]
+    parts = where.split('"')
+    line = where.split("line ")[1].split(",")[0] if "line " in where else "?"
+    return f"{parts[1] if len(parts) > 1 else where}:{line}: {code}"
+
+
+Uses: TypeAlias = tuple[tuple[fx.Node, int, str], ...]
+"""How operands meet token axes: see ``Value.operands``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What is known of one node's result.
+
+    ``axes``        the meaning of each dimension.
+    ``mixed``       the refusal because of which the value is not prefix-determined; then nothing else holds.
+    ``blind``       masks whose sightless rows are excepted: at a row that sees no key the value is not determined.
+    ``fact``        what else is known of the entries (an index, a mask, attention weights, ...).
+    ``full_only``   determined, but the op must run in full form: it reads earlier rows (causal), or counts columns.
+    ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
+    ``attends``     for the result of causal attention, who sees whom.
+    ``arrangement`` numbers about an order of rows; then there are no axes.
+    ``operands``    how each operand without a token axis at ``dim`` meets one there: ``(node, dim, how)`` with ``how``
+                    "column" (a constant with one entry per column: gather), "first" (one whose entries are all equal:
+                    take one), "count" (0, 1, 2, ...: count the entries there are) or "pairs" (a value of rows, whose
+                    features turn out to be the columns that each row is compared with).
+    """
+
+    axes: Axes
+    mixed: Refusal | None = None
+    blind: frozenset[Blind] = frozenset()
+    fact: Fact | None = None
+    full_only: bool = False
+    identity: fx.Node | None = None
+    attends: Weights | None = None
+    arrangement: Arrangement | None = None
+    operands: Uses = field(default=(), compare=False)
+
+    @property
+    def is_constant(self) -> bool:
+        """No token axis: the same for every row of the call."""
+        return not (self.mixed or self.arrangement or any(map(has_tokens, self.axes)))
+
+    @property
+    def is_arranged(self) -> bool:
+        """Rows in an order that depends on all of them, or numbers about it: right in either form, but not across."""
+        return self.arrangement is not None or any(isinstance(atom, Sorted) for axis in self.axes for atom in axis)
+
+    @property
+    def is_row(self) -> bool:
+        """One entry per row: may live in compact form."""
+        return self.mixed is None and count_tokens(self.axes) in (
+            (1, 1),
+            (0, 1),
+        )  # no batch axis: one row of packed ones
+
+    @property
+    def is_pair(self) -> bool:
+        """One entry per pair of rows of a sequence (scores, masks)."""
+        return self.mixed is None and count_tokens(self.axes)[1] == 2
+
+    def with_fact(self, fact: Fact | None) -> Value:
+        return replace(self, fact=fact)
+
+
+Marks = Value | tuple[Value, ...]
+"""The annotation of a node: one value, or one for each of its results."""
+
+
+def mark(node: fx.Node, marks: Marks) -> None:
+    node.meta["radix"] = marks
+
+
+def marks_of(node: fx.Node) -> Marks:
+    marks: Marks = node.meta["radix"]
+    return marks
+
+
+def value_of(node: fx.Node) -> Value:
+    """The annotation of a node with one result."""
+    marks = marks_of(node)
+    assert isinstance(marks, Value), f"{node} has several results"
+    return marks
+
+
+def values_of(node: fx.Node) -> tuple[Value, ...]:
+    marks = marks_of(node)
+    return marks if isinstance(marks, tuple) else (marks,)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor of a broadcasting op: its node, its value, and the dimensions that take part (default: all)."""
+
+    node: fx.Node
+    value: Value
+    axes: Axes
+
+
+def _coarse(axis: Axis) -> Axis:
+    """One feature atom for each run of atoms that are no tokens."""
+    result: list[Atom] = []
+    for atom in axis:
+        last = result[-1] if result else None
+        if isinstance(atom, Token) or last is None or isinstance(last, Token):
+            result.append(atom)
+        else:
+            kind = Uniform if isinstance(atom, Uniform) and isinstance(last, Uniform) else Feature
+            result[-1] = kind(last.size * atom.size)
+    return tuple(result)
+
+
+def _repeats_for_sequences(layout: Layout, own: Axis, axis: Axis) -> bool:
+    """Is a constant's dimension, that lines up with sequences and something else, the same for all sequences?"""
+    return len(axis) > 1 and axis[0] is BATCH and not has_tokens(axis[1:]) and own[0] == Uniform(layout.batch)
+
+
+def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
+    """The one meaning of dimensions that line up, or ``Mixes`` if they mean different things."""
+    varying = [axis for axis in axes if not all(isinstance(atom, Uniform) for atom in axis)]
+    if not varying:
+        return max(axes, key=len, default=())
+    if all(axis == varying[0] for axis in varying):
+        return varying[0]
+    tokens = [_coarse(axis) for axis in varying if has_tokens(axis)]
+    if not tokens:
+        return plain_axis(layout.axis_size(varying[0]))
+    if all(axis == tokens[0] for axis in tokens):
+        return tokens[0]
+    raise Mixes("dimensions that line up mean different things: " + " and ".join(map(str, dict.fromkeys(varying))))
+
+
+def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) -> tuple[Axes, Uses]:
+    """Line the operands up from the right, as elementwise ops do.
+
+    Returns the axes of the result, and ``Value.operands``. With ``exact`` the op does not broadcast (``cat``), so a
+    uniform dimension must be gathered as well.
+
+    A constant's feature dimension that lines up with ``SEQ`` is a table with one entry per column. The column is part
+    of the row key, so this is prefix-determined. One that lines up with ``BATCH`` would tell sequences apart: refused.
+    """
+    operands = list(operands)
+    rank = max((len(operand.axes) for operand in operands), default=0)
+    result: list[Axis] = []
+    uses: list[tuple[fx.Node, int, str]] = []
+    repeats = False
+    for dim in range(-rank, 0):
+        lined_up = [operand for operand in operands if len(operand.axes) >= -dim]
+        axis = _merge(layout, [operand.axes[dim] for operand in lined_up])
+        result.append(axis)
+        if not has_tokens(axis):
+            continue
+        for operand in lined_up:
+            own = operand.axes[dim]
+            if has_tokens(own) or own == ():
+                continue
+            uniform = all(isinstance(atom, Uniform) for atom in own)
+            if not uniform and axis != (SEQ,) and not operand.value.is_constant:
+                raise Mixes(f"dimensions that line up mean different things: {axis} and {own}")
+            if operand.value.is_constant and _repeats_for_sequences(layout, own, axis):
+                repeats = True
+                continue
+            if len(axis) > 1 and (exact or not uniform):
+                raise Mixes("a table lines up with tokens and something else at once")
+            if axis != (SEQ,) and not uniform:
+                along = "batch" if axis == (BATCH,) else "sorted"
+                raise Mixes(f"a table lines up with the {along} axis, so equal prefixes get different values")
+            gather = axis == (SEQ,) and (exact or not uniform)
+            if operand.value.is_constant:
+                uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))
+            elif not uniform:  # the result is of pairs, which have no compact form to prepare it for
+                uses.append((operand.node, dim + len(operand.axes), "pairs"))
+    if repeats and count_tokens(tuple(result))[1] < 2:  # as above: of pairs nothing need be prepared
+        raise Mixes("a table lines up with tokens and something else at once")
+    return tuple(result), tuple(dict.fromkeys(uses))

@@ -1,0 +1,197 @@
+"""What was folded, what was not and why, of one graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from radix_compile.analysis.attention.parts import attention_steps, compact_attention, is_attention
+from radix_compile.analysis.flops import flops
+from radix_compile.analysis.rules.table import tensor_inputs
+from radix_compile.analysis.tokens import Tokens
+from radix_compile.ir.facts import RowMax
+from radix_compile.ir.graph import Form, Wanted
+from radix_compile.ir.value import Refusal, refuse, values_of
+from radix_compile.kernels.tree_attention import why_tiles
+from radix_compile.torch_internals import size_hint
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: ``causal`` if it was proved so; ``status`` in words; where it is; and if it was proved causal and
+    does not run on the prefix tree, why not (``full_form``).
+    """
+
+    causal: bool
+    status: str
+    module: str
+    source: str
+    full_form: str = ""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of the graph that runs once per node: how many ops, and from which module to which."""
+
+    ops: int
+    first: str
+    last: str
+
+
+@dataclass
+class GraphReport:
+    """One captured graph. FLOPs are those of matrix products and attention as written, at the captured shapes.
+
+    ``flops_compact`` is of what runs once per node, ``flops_tree`` of attention on the tree, ``flops_full`` the rest.
+    ``place`` is what runs once per node: ``layers 0-27``, or the module if it is not in numbered layers. ``model`` is
+    the class of the outermost module. ``bytes_folded`` and ``bytes_scattered`` are those of tensors that go from rows
+    to nodes and back, counted as rows.
+    """
+
+    folded: bool
+    reason: str = ""
+    place: str = ""
+    model: str = ""
+    bytes_folded: int = 0
+    bytes_scattered: int = 0
+    regions: list[Region] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    flops_compact: int = 0
+    flops_tree: int = 0
+    flops_full: int = 0
+
+    @property
+    def foldable_share(self) -> float:
+        total = self.flops_compact + self.flops_tree + self.flops_full
+        return (self.flops_compact + self.flops_tree) / total if total else 0.0
+
+
+def report_on(captured: fx.GraphModule) -> GraphReport:
+    """The report of a graph that has been through the pipeline."""
+    tokens: Tokens = captured.meta["tokens"]
+    wanted: Wanted = captured.meta["wanted"]
+    compact = {node for node, runs in wanted.runs.items() if Form.COMPACT in runs}
+    report = GraphReport(folded=any(flops(node) for node in compact))
+    for node in captured.graph.nodes:
+        if node in compact and is_attention(node):
+            report.flops_tree += sum(flops(step) for step in attention_steps(node))
+        elif node in compact:
+            report.flops_compact += flops(node)
+        elif node.op == "call_function" and node in wanted.runs:
+            report.flops_full += flops(node)
+        attention = _attention(node, on_tree=node in compact)
+        if attention is not None:
+            report.attentions.append(attention)
+    report.regions = _regions(captured.graph, compact)
+    report.model = captured.meta["model"]
+    report.bytes_folded, report.bytes_scattered = (_moved(wanted, form) for form in (Form.COMPACT, Form.FULL))
+    report.place = _place([refuse(node, "").module for node in captured.graph.nodes if node in compact and flops(node)])
+    report.notes += [*captured.meta.get("notes", []), *_scans(tokens, wanted)]
+    report.refusals = _that_matter(captured.graph, tokens)
+    return report
+
+
+def _moved(wanted: Wanted, form: Form) -> int:
+    """The bytes of what is wanted in this form and does not run in it. Inputs come in full form."""
+    runs = {node: wanted.runs.get(node, set()) if node.op == "call_function" else {Form.FULL} for node in wanted.forms}
+    return sum(_bytes(node) for node, forms in wanted.forms.items() if form in forms and form not in runs[node])
+
+
+def _bytes(node: fx.Node) -> int:
+    tensor = node.meta["val"]
+    return size_hint(tensor.numel()) * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+
+
+_NUMBERED = re.compile(r"(?:(?P<stack>\w+)\.)?(?P<number>\d+)(?=\.|$)")
+
+
+def _place(modules: Sequence[str]) -> str:
+    found = [numbered for module in modules if (numbered := _NUMBERED.search(module))]
+    if not found:
+        return next((module for module in modules if module), "graph")
+    numbers = [int(one["number"]) for one in found]
+    first, last = min(numbers), max(numbers)
+    return f"{found[0]['stack'] or 'layers'} {first}" + (f"-{last}" if first != last else "")
+
+
+def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
+    followed = [node for node in tokens.scans if Form.COMPACT in wanted.forms.get(node, ())]
+    modules = dict.fromkeys(refuse(node, "").module for node in followed)
+    return [f"scan or convolution in {module}: proved causal; runs in full form" for module in modules]
+
+
+def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
+    if node.op != "call_function":
+        return None
+    value = values_of(node)[0]
+    if isinstance(value.fact, RowMax):  # a step of attention written out
+        return None
+    if not is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
+        return None
+    place = refuse(node, "")
+    if value.attends is not None:
+        if on_tree:
+            status = f"proved causal; runs on the prefix tree{_lowering(node)}"
+            return Attention(True, status, place.module, place.source)
+        why: str = node.meta["attention"]
+        return Attention(True, f"proved causal; runs in full form: {why}", place.module, place.source, why)
+    reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
+    return Attention(False, reason, place.module, place.source)
+
+
+def _lowering(node: fx.Node) -> str:
+    found = compact_attention(node)
+    assert found is not None
+    why = why_tiles(*found.operands)
+    return ", by Triton kernels" if why is None else f", in tiles ({why})"
+
+
+def _that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:
+    """Refusals with arithmetic behind them. (Picking the last token of a finished output is one without.)
+
+    A scan is not all proved causal: its last state is not. Of what it refuses, only products with weights matter.
+    """
+    blamed: set[Refusal] = set()
+    scanned = {step.name for step in tokens.steps}
+    for node in graph.nodes:
+        if node.op == "call_function" and flops(node) and node not in tokens.steps:
+            refusals = {value.mixed for value in values_of(node) if value.mixed is not None}
+            if not _has_weights(node):
+                refusals = {refusal for refusal in refusals if refusal.node not in scanned}
+            blamed |= refusals
+    return [refusal for refusal in tokens.refusals if refusal in blamed]
+
+
+def _has_weights(node: fx.Node) -> bool:
+    return any(value.is_constant for arg in tensor_inputs(node) for value in values_of(arg))
+
+
+def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
+    """Connected stretches of compact ops with arithmetic in them."""
+    leader: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            leader[node] = leader[leader[node]]
+            node = leader[node]
+        return node
+
+    for node in graph.nodes:
+        if node in compact:
+            leader[node] = node
+            for arg in node.all_input_nodes:
+                if arg in compact:
+                    leader[find(arg)] = find(node)
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in leader:
+        members.setdefault(find(node), []).append(node)
+    members = {node: nodes for node, nodes in members.items() if any(flops(member) for member in nodes)}
+    return [Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()]

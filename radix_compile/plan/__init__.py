@@ -1,0 +1,1 @@
+"""What a batch shares: the prefix tree of its rows, and the arrays that folded programs read."""

@@ -1,0 +1,367 @@
+"""How the plan of a call is made from the call's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from radix_compile.analysis.reach.column_reach import ReachCheck
+from radix_compile.analysis.rules.flex import Blocks
+from radix_compile.analysis.tokens import Tokens
+from radix_compile.ir.axes import as_size
+from radix_compile.ir.errors import CannotFold, RunsPlain
+from radix_compile.ir.facts import Blind, ordered_by
+from radix_compile.ir.graph import Wanted
+from radix_compile.ir.source import ancestors
+from radix_compile.ir.value import Refusal, values_of
+from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_sight, shown_keys, with_blocks
+from radix_compile.passes.prove_shift import attentions, hidden_padding, prove_shift
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.tiles import tree_tiles
+from radix_compile.runtime.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
+from radix_compile.runtime.checks import TriangleCheck, rows_seen
+from radix_compile.runtime.row_contents import row_numbers
+from radix_compile.torch_internals import size_symbols
+
+BoolArray = NDArray[np.bool_]
+
+
+class OffTheTree(RunsPlain):
+    """In this call attention on the tree would be wrong; in full form it is not."""
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """A ``[B, S]`` tensor computed from the call's inputs: the few ops of the graph that lead to it."""
+
+    run: Callable[..., torch.Tensor]
+    inputs: tuple[int, ...]
+    is_constant: bool = False
+    """Is it the same for all sequences?"""
+    last: dict[tuple[int, ...], NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
+    """What it was for the sizes of the call before, if it depends on no tensor: most often, position ids do not."""
+
+    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
+        given = [args[i] for i in self.inputs]
+        if any(isinstance(one, torch.Tensor) for one in given):
+            return self._computed(given, shape)
+        sizes = (*given, *shape)
+        rows = self.last.get(sizes)
+        if rows is None:
+            rows = self._computed(given, shape)
+            rows.flags.writeable = False
+            self.last.clear()
+            self.last[sizes] = rows
+        return rows
+
+    def _computed(self, given: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
+        rows = self.run(*given)
+        if self.is_constant:  # perhaps a buffer for longer sequences, of which the columns in front are read
+            rows = rows.reshape(-1, rows.shape[-1])[:1, : shape[1]].expand(shape)
+        result: NDArray[Any] = rows.reshape(shape).numpy(force=True)
+        return result
+
+
+@dataclass(frozen=True)
+class BlockCheck:
+    """That tables of blocks show and hide what a mask does: see ``leave_the_mask_alone``."""
+
+    tables: BlockTables
+    window: int | None
+    shown: tuple[tuple[RowProgram, bool], ...]
+    runs: RowProgram | None
+
+    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> bool:
+        shown = np.ones(shape, np.bool_)
+        for program, truth in self.shown:
+            shown &= (program(args, shape) != 0) == truth
+        runs = None if self.runs is None else self.runs(args, shape)
+        return leave_the_mask_alone(self.tables, args, shown, self.window, runs)
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Which inputs are the row keys, which rows are nodes of their own, which are left out.
+
+    ``keys``  positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
+    ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
+    ``skip``  program for the rows to leave out, and the truth value of a row that stays.
+    ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
+    ``blocks`` where the tables of flex_attention's blocks are.
+    ``listed`` what those of attention on the tree must say.
+    ``orders`` programs for integers that masks order or count by, which arithmetic on them must not wrap around.
+    ``triangles`` the buffers that masks were read from, which must hold what they did.
+    ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
+    ``runs``  program for the numbers of sequences that are packed in a row.
+    ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
+              back, or if there are no ``runs`` not change.
+    ``sighted`` if every row must see a key, because attention runs on the tree.
+    ``undefined`` if rows that see no key are not numbers: a softmax of minus infinity alone.
+    ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
+    ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
+              the truth values of those that are; ``tiles`` whether it takes those too.
+    ``lists`` whether it takes the row lists of the nodes, for gradients.
+    ``filled_up`` if arrays whose size varies are given entries that do nothing, up to a power of two.
+    """
+
+    keys: tuple[int, ...]
+    blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
+    skip: tuple[RowProgram, bool] | None = None
+    tree: tuple[tuple[RowProgram, bool], ...] | None = None
+    tiles: bool = False
+    lists: bool = False
+    front: tuple[RowProgram, bool] | None = None
+    masks: tuple[int, ...] = ()
+    runs: RowProgram | None = None
+    apart: RowProgram | None = None
+    sighted: bool = False
+    undefined: bool = False
+    scans: ReachCheck | None = None
+    blocks: tuple[BlockTables, ...] = ()
+    listed: tuple[BlockCheck, ...] = ()
+    orders: tuple[RowProgram, ...] = ()
+    triangles: TriangleCheck | None = None
+    filled_up: bool = False
+
+    @property
+    def may_leave_the_tree(self) -> bool:
+        """May a call be ``OffTheTree``? Numbers of sequences that are computed from no key never change."""
+        return self.sighted or bool(self.listed) or (self.apart is not None and bool(self.apart.inputs))
+
+    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, apart: bool = False) -> PrefixPlan:
+        """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
+
+        If ``apart``, sequences share nothing, as if each of them began with a token of its own. A multiple above the
+        number of rows counts as that number.
+        """
+        if self.scans is not None and not self.scans(args):
+            raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
+        keys = [args[i] for i in self.keys]
+        shape = (keys[0].shape[0], keys[0].shape[1])
+        if self.triangles is not None and not self.triangles(args, shape[1]):
+            raise RunsPlain("a mask that is kept in a buffer has changed since this was compiled")
+        if any(may_wrap(program(args, shape)) for program in self.orders):
+            raise RunsPlain("positions so large that integers may wrap around")
+        seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
+        if not all(check(args, shape) for check in self.listed):
+            raise OffTheTree("flex_attention's table of blocks shows or hides others than its mask_mod")
+        rows = [*_on_host(keys), *(one for one in seen if one is not None)]
+        if apart:
+            rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
+        unique: BoolArray | None = None
+        skip: BoolArray | None = None
+        if self.skip is not None:
+            program, truth = self.skip
+            skip = (program(args, shape) != 0) != truth
+        for program, window, truth in self.blind:
+            blind = sightless((program(args, shape) != 0) == truth, window)
+            if blind.any():
+                if self.undefined:  # and a weight of zero hides no such row, from whoever else is computed beside it
+                    raise RunsPlain("a row sees no key, and is not a number")
+                if self.sighted:
+                    raise OffTheTree("a row sees no key, and attends to all of them or is a key itself")
+                unique = blind if unique is None else unique | blind
+        breaks = None
+        if self.runs is not None:
+            numbers = self.runs(args, shape)
+            breaks, come_back = sequence_breaks(numbers)
+            if come_back.any() and self.apart is not None:
+                raise OffTheTree("a sequence goes on behind another one that is packed in its row")
+            if come_back.any():
+                rows += numbers_in_paths(numbers, come_back)
+        elif self.apart is not None and (np.diff(self.apart(args, shape), axis=1) != 0).any():
+            raise OffTheTree("several sequences are packed in a row, and rows depend on their column")
+        start: NDArray[Any] | None = None
+        if self.front is not None and breaks is None:
+            program, truth = self.front
+            shown = (program(args, shape) != 0) == truth
+            start = np.where(shown.any(1), shown.argmax(1), 0)
+        options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
+        if pad_multiple_of is not None:
+            pad_multiple_of = min(pad_multiple_of, max(shape[0] * shape[1], 1))  # more would be more work than plain
+        return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
+
+    def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+        """What the folded program takes of the plan, on its device, in one copy."""
+        arrays = [plan.fold, plan.scatter]
+        if self.tree is not None:
+            shape = args[self.keys[0]].shape[:2]
+            shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
+            begin, end = plan.tree(np.logical_and.reduce(shown) if shown else None)
+            arrays += [begin, end]
+            if self.tiles:
+                tiles = tree_tiles(plan, begin, end)
+                arrays += (tiles.filled_up() if self.filled_up else tiles).arrays
+        arrays += plan.row_lists(self.filled_up) if self.lists else ()
+        if device.type == "cpu":
+            return [torch.from_numpy(array) for array in arrays]
+        # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.
+        *starts, size = accumulate((-(-array.size // 16) * 16 for array in arrays), initial=0)
+        host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        filled = host.numpy()
+        for array, start in zip(arrays, starts, strict=True):
+            filled[start : start + array.size] = array.ravel()
+        there = host.to(device, non_blocking=True)
+        return [there.narrow(0, at, one.size).view(one.shape) for one, at in zip(arrays, starts, strict=True)]
+
+
+def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
+    """One copy for all keys where they live on a device: each copy waits for it. Embedded rows by their contents."""
+    embedded: list[NDArray[Any]] = [row_numbers(key) for key in keys if key.ndim > 2]
+    keys = [key for key in keys if key.ndim == 2]
+    if len(keys) > 1 and keys[0].device.type != "cpu":
+        return embedded + list(torch.stack([key.long() for key in keys]).numpy(force=True))
+    return embedded + [key.numpy(force=True) for key in keys]
+
+
+def may_wrap(numbers: NDArray[Any]) -> bool:
+    """Are there integers so near the ends of their type that what is added to them (``LARGEST_OFFSET``) may wrap?"""
+    if numbers.dtype not in (np.int32, np.int64) or not numbers.size:  # in others, nothing is known of sums
+        return False
+    limit = np.iinfo(numbers.dtype).max // 2
+    return not -limit <= numbers.min() <= numbers.max() <= limit
+
+
+def sightless(visible: BoolArray, window: int | None) -> BoolArray:
+    """The rows ``[B, S]`` for which none of the last ``window`` columns, their own included, is visible."""
+    seen = np.cumsum(visible, axis=1)
+    if window is not None and window < visible.shape[1]:
+        seen[:, window:] = seen[:, window:] - seen[:, :-window]
+    blind: BoolArray = seen == 0
+    return blind
+
+
+def sequence_breaks(numbers: NDArray[Any]) -> tuple[BoolArray | None, BoolArray]:
+    """Where the next sequence of a row starts, from the numbers ``[B, S]`` of its sequences; None if nowhere.
+
+    And in which rows does a number come back, ``[B]``? Where one comes back after another one, the rows between see
+    none of it, but those behind do: such a row of the batch is one sequence.
+    """
+    breaks = np.zeros(numbers.shape, np.bool_)
+    np.not_equal(numbers[:, 1:], numbers[:, :-1], out=breaks[:, 1:])
+    come_back = np.zeros(len(numbers), np.bool_)
+    for row in np.flatnonzero((numbers[:, 1:] < numbers[:, :-1]).any(1)):
+        if len(np.unique(numbers[row])) <= breaks[row].sum():
+            breaks[row], come_back[row] = False, True
+    return breaks if breaks.any() else None, come_back
+
+
+def numbers_in_paths(numbers: NDArray[Any], come_back: BoolArray) -> list[NDArray[Any]]:
+    """Keys that say which rows of a sequence go together, in those in which numbers come back.
+
+    Up to the first change such a sequence is like any other. Behind it count the number, and the one it began with.
+    """
+    counted = numbers.astype(np.int64) - numbers.min() + 1
+    changed = come_back[:, None] & np.logical_or.accumulate(numbers != numbers[:, :1], axis=1)
+    return [np.where(changed, counted, 0), np.where(changed, counted[:, :1], 0)]
+
+
+def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
+    """What the plan needs, from an annotated graph and what was folded in it."""
+    tokens: Tokens = captured.meta["tokens"]
+    wanted: Wanted = captured.meta["wanted"]
+    folded = [node for node in wanted.forms if wanted.is_compact(node)]
+    blind = dict.fromkeys(b for node in folded for value in values_of(node) for b in sorted(value.blind, key=str))
+    needed = set(ancestors(*folded, *(b.source for b in blind)))
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    hidden: Blind | None = captured.meta.get("padding")
+    skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
+    programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
+    starts = prove_shift(captured)
+    front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
+    runs = _row_program(captured, starts.runs) if starts.runs else None
+    if runs is None and tokens.layout.batch == 1:
+        raise CannotFold("there is one sequence only", expected=True)
+    shown, relied = shown_keys(captured), relies_on_runs(captured)
+    # Numbers that only tell sequences apart are no part of their rows.
+    keys = tuple(
+        i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
+    )
+    masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
+    symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
+    scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
+    place = {node: i for i, node in enumerate(placeholders)}
+    orders = dict.fromkeys(source for seen in attentions(captured.graph) for source in ordered_by(seen.visible))
+    listed = tuple(
+        BlockCheck(
+            _places(tables, place),
+            visible.window,
+            tuple((_row_program(captured, source), truth) for source, truth in visible.shown),
+            None if visible.runs is None else _row_program(captured, visible.runs),
+        )
+        for tables, visible in with_blocks(captured)
+    )
+    return PlanInputs(
+        keys,
+        programs,
+        skip,
+        tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
+        tiles=shown is not None and needs_tiles(captured),
+        lists=captured.meta["differentiable"],
+        front=front,
+        masks=masks,
+        runs=runs,
+        apart=None if relied is None else _row_program(captured, relied),
+        sighted=relies_on_sight(captured),
+        undefined=any(seen.undefined for seen in attentions(captured.graph)),
+        scans=scans,
+        blocks=tuple(_places(one, place) for one in tokens.blocks),
+        listed=listed,
+        orders=tuple(_row_program(captured, source) for source in orders),
+        triangles=_triangle_check(captured, place),
+    )
+
+
+def _triangle_check(captured: fx.GraphModule, place: dict[fx.Node, int]) -> TriangleCheck | None:
+    found = captured.meta["triangles"]
+    if not found:
+        return None
+    seq = captured.meta["tokens"].layout.seq
+    whole = any(as_size(size) != seq for size in captured.meta["triangle_sizes"])
+    return TriangleCheck(tuple((place[node], triangle) for node, triangle in found.items()), whole)
+
+
+def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
+    full = None if blocks.full is None else (place[blocks.full[0]], place[blocks.full[1]])
+    return BlockTables((place[blocks.partial[0]], place[blocks.partial[1]]), full, blocks.query_size, blocks.key_size)
+
+
+def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:
+    """What a caller with left padding, as in ``args``, could do if rows depend on their column."""
+    column: Refusal | None = captured.meta["column"]
+    padding = hidden_padding(captured)
+    if column is None or padding is None:
+        return None
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    rows = args[placeholders.index(captured.meta["tokens"].keys[0])]  # of sizes, where the captured one has symbols
+    shape = (rows.shape[0], rows.shape[1])
+    shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
+    if shown[:, 0].all():
+        return None
+    return (
+        "with left padding, prompts that start at different columns are not shared, because a row may depend on its"
+        f" column ({column.op} at {column.source}): pass position_ids computed from the mask, or pad on the right"
+    )
+
+
+def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
+    needed = set(ancestors(source))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[int] = []
+    for position, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+        if node in needed:
+            inputs.append(position)
+            copies[node] = graph.placeholder(node.name)
+    for node in captured.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[source])
+    return RowProgram(fx.GraphModule(captured, graph), tuple(inputs), values_of(source)[0].is_constant)

@@ -1,0 +1,371 @@
+"""Every annotation of a graph, executed: is what is claimed of each value true of the numbers that the op returns?
+
+``check_claims`` runs the captured graph and holds each :class:`~radix_compile.ir.axes.Value` against the tensor:
+what is uniform is the same along that dimension, constants stay when the rows change, rows of equal path are equal, and
+facts (columns, integers of rows, formulas, floors of masks, sizes) say what is there. A rule that claims too much is
+found at the op where it does, whether or not a wrong number comes of it in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from radix_compile.analysis.bounds import bounds_of
+from radix_compile.ir.axes import BATCH, SEQ, Axis, Longer, Sorted, Uniform
+from radix_compile.ir.facts import (
+    ORDINARY,
+    And,
+    AtMost,
+    Break,
+    Diff,
+    Distance,
+    Fact,
+    Filled,
+    Formula,
+    Index,
+    Masked,
+    Ones,
+    Or,
+    PerRow,
+    Predicate,
+    RowMax,
+    RowTrue,
+    Same,
+    Score,
+    Shifted,
+    Step,
+    Weights,
+    ordered_by,
+)
+from radix_compile.ir.value import Value, refuse, value_of, values_of
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.runtime.call_planner import may_wrap, sightless
+from radix_compile.runtime.checks import rows_seen
+from radix_compile.runtime.row_contents import row_numbers
+
+ROUNDING = 1e-9
+"""What entries that are equal may differ by, as a share of the largest: all is computed in float64."""
+
+
+LEFT_OUT = 1e-2
+"""Of bounds, sizes and floors, which leave out roundings, of float16 too: what they are held against is far away."""
+
+
+class ClaimError(AssertionError):
+    """An annotation is not true of the numbers. The message names the claim, the op and its place."""
+
+
+def check_claims(gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] | None = None) -> None:
+    """Raise :class:`ClaimError` at the first node whose annotation is not true of what it returns for ``args``.
+
+    ``gm`` is a captured graph that ``mark_token_axes`` has annotated, ``args`` are real inputs in float64 of the sizes
+    that it was captured for. Of ``others`` the row keys are taken, for which constants have to be the same. With random
+    ops, or tables of blocks, nothing can be said.
+    """
+    _Claims(gm, args, others).check()
+
+
+class _Claims:
+    def __init__(self, gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] | None) -> None:
+        self.gm = gm
+        self.tokens = gm.meta["tokens"]
+        self.env = _run(gm, args)
+        self.others: dict[fx.Node, Any] | None = None
+        if others is not None:
+            inputs = zip(gm.graph.find_nodes(op="placeholder"), args, others, strict=True)
+            self.others = _run(gm, [other if node in self.tokens.keys else arg for node, arg, other in inputs])
+        ids = self.env[self.tokens.keys[0]]
+        self.batch, self.seq = ids.shape[0], ids.shape[1]
+        self.nodes = self._nodes_of_rows()
+
+    def check(self) -> None:
+        if not self._is_ordinary():
+            return
+        for node in self.gm.graph.nodes:
+            if node.op == "output" or "radix" not in node.meta:
+                continue
+            for value, tensor, other in zip(values_of(node), *self._results(node), strict=False):
+                if value.mixed is None and value.arrangement is None and isinstance(tensor, Tensor):
+                    what = self._wrong(node, value, tensor, other)
+                    if what:
+                        raise ClaimError(f"{refuse(node, what)}: {value}")
+
+    def _is_ordinary(self) -> bool:
+        """Products of rows are assumed to be at most ``ORDINARY``. With larger ones nothing can be said."""
+        nodes = [node for node in self.gm.graph.nodes if "radix" in node.meta and node.op != "output"]
+        products = [self.env[node] for node in nodes if [one.fact for one in values_of(node)] == [Score(ORDINARY)]]
+        return all(not one.numel() or bool(one.abs().max() <= ORDINARY) for one in products)
+
+    def _is_used(self, node: fx.Node, value: Value) -> bool:
+        """Does a product trust these weights? It does not if they are of rows that see no key somewhere else."""
+        if not isinstance(value.fact, Weights):
+            return True
+        users = [(user, one) for user in node.users if user.op != "output" for one in values_of(user)]
+        return any(one.mixed is None and self._is_used(user, one) for user, one in users)
+
+    def _results(self, node: fx.Node) -> tuple[Sequence[Any], Sequence[Any]]:
+        ours = self.env[node]
+        other = None if self.others is None else self.others[node]
+        if not isinstance(ours, tuple | list):
+            return [ours], [other]
+        return ours, [None] * len(ours) if other is None else other
+
+    def _wrong(self, node: fx.Node, value: Value, tensor: Tensor, other: Tensor | None) -> str:
+        """What is claimed and does not hold; empty if all does."""
+        if any(isinstance(atom, Sorted) for axis in value.axes for atom in axis):
+            return ""
+        if self._wraps(value.fact):
+            return ""  # of such numbers nothing is claimed: a call with them runs plain
+        if any(not _same(t, t.narrow(dim, 0, 1).expand_as(t)) for t, dim in self._uniform(value, tensor)):
+            return "is claimed to be uniform along a dimension, and is not"
+        if value.is_constant:
+            if other is not None and not _same(tensor, other):
+                return "is claimed to be the same for all rows, and is not"
+        elif not self._is_determined(value, tensor) and self._is_used(node, value):
+            return "is claimed to be determined by the paths of rows, and is not"
+        if not self._holds(node, value, tensor):
+            return f"is claimed to be {value.fact}, and is not"
+        bounds = bounds_of(node) if isinstance(node.meta.get("val"), Tensor) else None
+        if bounds is not None and tensor.numel():
+            slack = LEFT_OUT * max(map(abs, bounds))
+            if tensor.double().min() < bounds[0] - slack or tensor.double().max() > bounds[1] + slack:
+                return f"is claimed to be from {bounds[0]} to {bounds[1]}, and is not"
+        return ""
+
+    # ----------------------------------------------------------------------------------------------------- axes
+
+    def _size(self, axis: Axis) -> list[int]:
+        sizes = []
+        for atom in axis:
+            if atom is BATCH:
+                sizes.append(self.batch)
+            elif atom is SEQ or isinstance(atom, Longer):
+                sizes.append(-1 if isinstance(atom, Longer) else self.seq)
+            else:
+                sizes.append(self.tokens.reaches.number(atom.size))  # type: ignore[union-attr]
+        return sizes
+
+    def _by_atom(self, value: Value, tensor: Tensor) -> tuple[Tensor, list[Any]]:
+        """The tensor with a dimension for each atom, and the atoms; None for dimensions of size one."""
+        sizes: list[int] = []
+        atoms: list[Any] = []
+        for axis in value.axes:
+            sizes += self._size(axis) or [1]
+            atoms += axis or (None,)
+        return tensor.reshape(sizes), atoms
+
+    def _uniform(self, value: Value, tensor: Tensor) -> Iterable[tuple[Tensor, int]]:
+        by_atom, atoms = self._by_atom(value, tensor)
+        return [(by_atom, dim) for dim, atom in enumerate(atoms) if isinstance(atom, Uniform) and by_atom.numel()]
+
+    # ----------------------------------------------------------------------------------------------------- paths
+
+    def _nodes_of_rows(self) -> Tensor:
+        """``[B, S]``: equal for rows of equal path, by all keys that there are. Rows that see no key are not equal."""
+        keys = [self.env[node] for node in self.tokens.keys]
+        rows = [row_numbers(key) if key.ndim > 2 else key.numpy(force=True) for key in keys]
+        rows += [seen for seen in (rows_seen(self.env[mask]) for mask in self.tokens.masks) if seen is not None]
+        blind = {b for node in self.gm.graph.nodes if node.op != "output" for v in values_of(node) for b in v.blind}
+        unique = np.zeros((self.batch, self.seq), np.bool_)
+        for one in blind:
+            visible = (self._entries(one.source).numpy(force=True) != 0) == one.truth
+            unique |= sightless(np.broadcast_to(visible[:, : self.seq], unique.shape), one.window)
+        plan = PrefixPlan.from_rows(*rows, unique=unique)
+        return torch.from_numpy(plan.scatter).view(self.batch, self.seq)
+
+    def _is_determined(self, value: Value, tensor: Tensor) -> bool:
+        """Entries at rows, or pairs of rows, of equal paths are equal."""
+        by_atom, atoms = self._by_atom(value, tensor)
+        if BATCH not in atoms:
+            return True
+        by_sequence = by_atom.movedim(atoms.index(BATCH), 0)
+        del atoms[atoms.index(BATCH)]
+        columns = [dim for dim, atom in enumerate(atoms) if atom is SEQ or isinstance(atom, Longer)]
+        for one in range(self.batch):
+            for other in range(one):
+                same = self.nodes[one] == self.nodes[other]
+                first, second = by_sequence[one], by_sequence[other]
+                for dim in columns:
+                    kept = torch.cat([same, same.new_ones(first.shape[dim] - self.seq)])
+                    first, second = (t.index_select(dim, kept.nonzero()[:, 0]) for t in (first, second))
+                if not _close(first, second):
+                    return False
+        return True
+
+    # ----------------------------------------------------------------------------------------------------- facts
+
+    def _entries(self, source: fx.Node) -> Tensor:
+        """``[B, S]``, or of a constant ``[1, N]``."""
+        tensor: Tensor = self.env[source]
+        if value_of(source).is_constant:
+            return tensor.reshape(-1, tensor.shape[-1])[:1]
+        return tensor.reshape(self.batch, self.seq)
+
+    def _wraps(self, fact: Fact | None) -> bool:
+        match fact:
+            case Predicate(formula) | Ones(formula) | Masked(formula) | Weights(formula):
+                return any(may_wrap(self._entries(source).numpy(force=True)) for source in ordered_by(formula))
+            case _:
+                return False
+
+    def _holds(self, node: fx.Node, value: Value, tensor: Tensor) -> bool:
+        fact, rank = value.fact, tensor.ndim
+        if not tensor.numel():
+            return True
+        frame = _Frame(self, value, tensor)
+        match fact:
+            case Filled(number):
+                return bool((tensor == number).all()) or bool((tensor - number).abs().max() <= ROUNDING * abs(number))
+            case Index(dim, offset):
+                return _same(tensor, (frame.index(dim) + offset).expand_as(tensor))
+            case Distance(a, b, offset):
+                return _same(tensor, (frame.index(a) - frame.index(b) + offset).expand_as(tensor))
+            case PerRow(source, dim, exact, runs_of):
+                entries = frame.entries(source, dim)
+                if entries is None:
+                    return True
+                if runs_of is not None and source is node and not self._numbers_runs(source, runs_of):
+                    return False
+                return (
+                    _same(tensor, entries.expand_as(tensor))
+                    if exact
+                    else _same(tensor != 0, (entries != 0).expand_as(tensor))
+                )
+            case Shifted(source, dim, offset):
+                entries = frame.entries(source, dim)
+                return entries is None or _same(tensor, (entries + offset).expand_as(tensor))
+            case Step(source) | Break(source):
+                entries = self._entries(source)
+                step = torch.cat([entries.new_ones(len(entries), 1), entries.diff(dim=1)], 1)
+                step = step if isinstance(fact, Step) else step != 1
+                return _same(tensor.reshape(-1, tensor.shape[-1])[: len(step)], step[:, : tensor.shape[-1]])
+            case Predicate(formula):
+                known, maybe = frame.formula(formula)
+                return bool(((tensor | ~known) & (maybe | ~tensor)).all())
+            case Ones(formula):
+                known, maybe = frame.formula(formula)
+                return bool((((tensor == 1) | ~known) & ((tensor == 0) | maybe)).all())
+            case Score(size):
+                return bool(tensor.double().abs().max() <= size * (1 + LEFT_OUT))
+            case Masked():
+                return self._is_masked(frame, fact, tensor)
+            case Weights(visible, _, key):
+                known, maybe = frame.formula(visible)
+                sees = known.expand_as(frame.keys_only(tensor)).any(key, keepdim=True)
+                return bool(((frame.keys_only(tensor) == 0) | maybe | ~sees).all())
+            case RowMax(of):
+                scores = self.env[of]
+                (dim,) = [d for d in range(rank) if tensor.shape[d] != scores.shape[d]] or (0,)
+                return _same(tensor, scores.amax(dim, keepdim=True))
+            case _:
+                return fact is None
+
+    def _is_masked(self, frame: _Frame, fact: Masked, tensor: Tensor) -> bool:
+        known, maybe = frame.formula(fact.visible)
+        tensor = frame.keys_only(tensor).double()
+        known, hidden = known.expand_as(tensor), ~maybe.expand_as(tensor)
+        # Where the largest entry of each row was subtracted, the floor is that of rows that see a key.
+        centred = fact.size == math.inf and math.isfinite(fact.gap)
+        floor = fact.floor if fact.is_strict else fact.floor + LEFT_OUT * abs(fact.floor)
+        low = centred or not hidden.any() or bool(tensor[hidden].max() <= floor)
+        size = 0.0 if fact.zero else fact.size * (1 + LEFT_OUT)
+        return low and (not known.any() or bool(tensor[known].abs().max() <= size))
+
+    def _numbers_runs(self, source: fx.Node, runs_of: fx.Node) -> bool:
+        numbers, positions = self._entries(source), self._entries(runs_of)
+        return _same(numbers.diff(dim=1) == 0, (positions.diff(dim=1) == 1)[:, : numbers.shape[1] - 1])
+
+
+class _Frame:
+    """The dimensions of one tensor, for facts that count them from the right."""
+
+    def __init__(self, claims: _Claims, value: Value, tensor: Tensor) -> None:
+        self.claims, self.value, self.tensor = claims, value, tensor
+        self.rank = tensor.ndim
+
+    def keys_only(self, tensor: Tensor) -> Tensor:
+        """Without entries that have no column (sinks), of which formulas say nothing."""
+        for dim, axis in enumerate(self.value.axes):
+            if any(isinstance(atom, Longer) for atom in axis):
+                tensor = tensor.narrow(dim, 0, self.claims.seq)
+        return tensor
+
+    def index(self, dim: int) -> Tensor:
+        size = self.keys_only(self.tensor).shape[dim]
+        shape = [1] * self.rank
+        shape[dim] = size
+        return torch.arange(size).view(shape)
+
+    def entries(self, source: fx.Node, dim: int) -> Tensor | None:
+        """Those of a source along ``dim``, where the tensor's batch is a dimension of its own; None where it is not."""
+        rows = self.claims._entries(source)[:, : self.keys_only(self.tensor).shape[dim]]
+        shape = [1] * self.rank
+        shape[dim] = rows.shape[1]
+        if len(rows) > 1:
+            batch = [d for d, axis in enumerate(self.value.axes) if BATCH in axis]
+            if len(batch) != 1 or len(self.value.axes[batch[0]]) != 1:
+                return None
+            shape[batch[0]] = len(rows)
+            return rows.reshape(shape) if batch[0] < self.rank + dim else rows.mT.reshape(shape)
+        return rows.reshape(shape)
+
+    def formula(self, formula: Formula) -> tuple[Tensor, Tensor]:
+        """Where it is certain to hold, and where it may."""
+        found: Tensor | None = None
+        match formula:
+            case Diff(a, b, bound):
+                found = self.index(a) - self.index(b) <= bound
+            case RowTrue(source, dim, truth):
+                rows = self.entries(source, dim)
+                found = None if rows is None else (rows != 0) == truth
+            case Same(source, a, b):
+                one, other = self.entries(source, a), self.entries(source, b)
+                found = None if one is None or other is None else one == other
+            case AtMost(source, a, b, bound):
+                one, other = self.entries(source, a), self.entries(source, b)
+                found = None if one is None or other is None else one.double() - other.double() <= bound
+            case And(terms) | Or(terms):
+                holds = isinstance(formula, And)
+                known = maybe = torch.full([1] * self.rank, holds)
+                for term in terms:
+                    one, other = self.formula(term)
+                    known, maybe = (known & one, maybe & other) if holds else (known | one, maybe | other)
+                return known, maybe
+        if found is None:
+            return torch.full([1] * self.rank, False), torch.full([1] * self.rank, True)
+        return found, found
+
+
+class _Run(fx.Interpreter):
+    """With zeros where a program has memory that it has not written to: no claim is about what is left there."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        return torch.zeros_like(result) if "empty" in str(target) else result
+
+
+def _run(gm: fx.GraphModule, args: Sequence[Any]) -> dict[fx.Node, Any]:
+    interpreter = _Run(gm, garbage_collect_values=False)
+    with torch.no_grad():
+        interpreter.run(*args)
+    return interpreter.env
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not one.dtype.is_floating_point and not one.dtype.is_complex:
+        return _same(one, other)
+    finite = one.isfinite() & other.isfinite()
+    if not _same(one[~finite], other[~finite]):
+        return False
+    largest = one[finite].abs().max() if finite.any() else torch.zeros(())
+    return bool(((one - other)[finite].abs() <= ROUNDING * largest.clamp(min=1.0)).all())
