@@ -1,8 +1,7 @@
-"""What every dimension of a tensor means to the tokens of a batch, and who may say so.
+"""What every dimension of a tensor means to the tokens of a batch.
 
-A captured graph is annotated node by node with a :class:`Value`: the meaning of each dimension (its axis) and whether
-the value is *prefix-determined*, which is what makes it safe to compute once per distinct prefix. This module is the
-only reader and writer of that annotation (``node.meta["radix"]``); the rules that produce it live in ``op_rules``.
+The meaning of a dimension is its axis; ``value`` says what is known of a node's result, and the rules in
+``analysis.rules`` derive both.
 
 An axis is a tuple of atoms, outermost first, because a reshape merges and splits dimensions: ``[B, S, D]`` has the axes
 ``((BATCH,), (SEQ,), (Feature(D),))`` and its reshape to ``[B*S, D]`` has ``((BATCH, SEQ), (Feature(D),))``. A dimension

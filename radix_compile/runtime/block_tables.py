@@ -1,4 +1,4 @@
-"""The tables of blocks that flex_attention is called with, looked at in every call (see ``op_rules.flex``)."""
+"""The tables of blocks that flex_attention is called with, looked at in every call (see ``analysis.rules.flex``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BlockTables:
-    """Where in a call's inputs the tables are: see ``op_rules.flex.Blocks``."""
+    """Where in a call's inputs the tables are: see ``analysis.rules.flex.Blocks``."""
 
     partial: tuple[int, int]
     full: tuple[int, int] | None

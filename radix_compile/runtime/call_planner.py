@@ -91,7 +91,7 @@ class PlanInputs:
     """Which inputs are the row keys, which rows are nodes of their own, which are left out.
 
     ``keys``  positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
-    ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``mask_facts.Blind``.
+    ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``ir.facts.Blind``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import radix_compile
-from radix_compile.analysis.given_masks import RunsPlain
+from radix_compile.ir.errors import RunsPlain
 from radix_compile.runtime.checks import rows_seen
 from tests.models import assert_as_exact, build, in_float64, shared_batch
 
