@@ -28,9 +28,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
-from torch._inductor.ir import FlexibleLayout
+from torch._inductor.ir import FlexibleLayout, StorageBox, TensorBox, get_stride_order
 from torch._inductor.sizevars import SizeVarAllocator
-from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
@@ -91,26 +90,56 @@ def _weigh_hinted_sizes() -> None:
 _weigh_hinted_sizes()
 
 
-def _order_hinted_strides() -> None:
-    """Has inductor order strides by the hints of sizes; it raises for sizes like T' that no guard can be made about.
+def _lay_out_unbacked_sizes() -> None:
+    """Has inductor lay a tensor of sizes like T' out contiguously where it would ask for the order of its strides.
 
-    It copies the order of strides where a tensor of four dimensions lies in memory as images do, the channels last.
-    Any order is right: it is the order in which a buffer of its own is laid out.
+    It does where a tensor of four dimensions may lie in memory as images do, the channels last, and raises for sizes
+    that no guard can be made about. Contiguous is what the backward pass, too, takes such a tensor for.
     """
-    if not hasattr(SizeVarAllocator, "all_unbacked_explicitly_hinted"):
-        return
     ordered = FlexibleLayout.same_ordered
 
-    def ordered_by_hints(sizes: Sequence[Any], stride: Sequence[Any]) -> Sequence[Any]:
-        sizevars = V.graph.sizevars
-        if sizevars.all_unbacked_explicitly_hinted(stride):
-            stride = sizevars.optimization_hints(stride)
-        return ordered(sizes, stride)
+    def contiguous_if_unbacked(sizes: Sequence[Any], stride: Sequence[Any]) -> Sequence[Any]:
+        return FlexibleLayout.contiguous_strides(sizes) if free_unbacked_symbols(stride) else ordered(sizes, stride)
 
-    FlexibleLayout.same_ordered = staticmethod(ordered_by_hints)  # type: ignore[method-assign]
+    FlexibleLayout.same_ordered = staticmethod(contiguous_if_unbacked)  # type: ignore[method-assign]
 
 
-_order_hinted_strides()
+_lay_out_unbacked_sizes()
+
+
+def _keep_strides_for_backward() -> None:
+    """Has inductor lay out what a forward pass saves in the order that the backward pass was traced with.
+
+    It does so, or tells AOTAutograd what it did instead, unless strides depend on sizes like T'. Left to itself it may
+    choose another order, or make of a tensor a part of a larger one (as ``cat`` does), and the backward pass raises.
+    """
+    call_function = GraphLowering.call_function
+
+    def in_order(graph: GraphLowering, target: Any, args: Any, kwargs: Any) -> Any:
+        result = call_function(graph, target, args, kwargs)
+        node, value = graph.current_node, graph.current_node.meta.get("val")
+        if not isinstance(result, TensorBox) or not isinstance(value, torch.Tensor):
+            return result
+        if isinstance(result.data, StorageBox) and free_unbacked_symbols(value.stride()) and _leaves(node):
+            result.realize()
+            if isinstance(result.get_layout(), FlexibleLayout):
+                strides = [sympy.sympify(one) for one in value.stride()]
+                result.freeze_layout_with_stride_order(get_stride_order(strides, graph.sizevars.shape_env))
+        return result
+
+    GraphLowering.call_function = in_order  # type: ignore[assignment,method-assign]
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Is it, or a view of it, a result of its graph?"""
+
+    def is_view(user: fx.Node) -> bool:
+        return isinstance(user.target, OpOverload) and any(one.alias_info for one in user.target._schema.returns)
+
+    return any(user.op == "output" or (is_view(user) and _leaves(user)) for user in node.users)
+
+
+_keep_strides_for_backward()
 
 
 def must_propagate(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -263,9 +264,33 @@ class WithSink(nn.Module):
         return self.out((scores.softmax(-1)[..., :length] @ v).transpose(1, 2).reshape(batch, length, 4))
 
 
-def test_inductor_orders_strides_that_depend_on_nodes() -> None:
+def test_inductor_lays_out_what_may_be_an_image() -> None:
     run = torch.compile(WithSink(), backend="radix", options={"threshold": 1.0, "strict": True})
     run(shared_batch(4, 6, 4).remainder(9)).sum().backward()
+    assert radix_compile.stats().folded_calls == 1
+
+
+class Joined(nn.Module):
+    """``cat`` makes its operands parts of its result, of which one is saved for the backward pass; so is ``amin``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(99, 8), nn.Linear(16, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        heads = x.reshape(*ids.shape, 2, 4).permute(2, 0, 1, 3)
+        heads = heads * torch.sigmoid(heads - heads.amin(3, keepdim=True))
+        y = F.layer_norm(x + heads.permute(1, 2, 0, 3).reshape(x.shape), (8,))
+        return self.last(torch.cat([y, x.sin()], -1))
+
+
+def test_what_is_saved_lies_as_the_backward_pass_expects() -> None:
+    model, ids = Joined().double(), shared_batch(4, 6, 4)
+    run = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    weights = list(model.parameters())
+    ours, plain = (torch.autograd.grad(call(ids).sin().sum(), weights) for call in (run, model))
+    torch.testing.assert_close(ours, plain)
     assert radix_compile.stats().folded_calls == 1
 
 
