@@ -34,10 +34,10 @@ from radix_compile.runtime.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
 
-LEAST_SHARE = 0.25
+MIN_FOLDABLE_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
 
-SIZES = 64
+PLAN_SIZES = 64
 """For CUDA graphs, numbers of nodes are multiples of the rows by about this many, if the user does not say of what."""
 
 
@@ -75,14 +75,14 @@ class RadixBackend:
         report = GraphReport(folded=False)
         try:
             captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
-            options = _of_few_sizes(options, captured)
+            options = _with_rounded_plan_sizes(options, captured)
             trace_rewrite(captured, rewritten, report)
             name = "full fold" if inputs.tree is not None else "position-wise fold"
             folded = [_compile_folded(name, captured, rewritten, inputs, example_inputs, options)]
             # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
             always = inputs.tiles and options.threshold is None
             if always or inputs.may_leave_the_tree:
-                less = ("fold_attention",) if always else ("sighted", "apart", "listed")
+                less = ("fold_attention",) if always else ("keys_visible", "apart", "listed")
                 captured.meta.update(dict.fromkeys(less, False))
                 rewritten, inputs = _rewrite_again(captured, options, observe)
                 name = "position-wise fold" if always else "fold off the tree"
@@ -157,14 +157,14 @@ def rewrite(
     folded = run_pipeline(captured, observe, options.verify)
     found = report_on(captured)
     report.__dict__.update(found.__dict__)
-    if not report.folded or report.foldable_share < LEAST_SHARE:
+    if not report.folded or report.foldable_share < MIN_FOLDABLE_SHARE:
         report.folded = False
         reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
         if found.folded:
             reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
         raise CannotFold(reason)
     inputs = _finish(captured, folded, options, report, observe)
-    if advice := advice_on_padding(captured, internals.taken_apart(example_inputs)):
+    if advice := advice_on_padding(captured, internals.flatten_subclasses(example_inputs)):
         report.notes.append(advice)
     return captured, folded, inputs
 
@@ -215,14 +215,14 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
     return Measurements(file, key, about)
 
 
-def _of_few_sizes(options: Options, captured: fx.GraphModule) -> Options:
+def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Options:
     """CUDA graphs are recorded for sizes, of which hardly any would come again if plans had all that there are."""
     ids = captured.meta["tokens"].keys[0].meta["val"]
     graphs = internals.records_cuda_graphs(options.inner, options.mode, dict(options.inner_options))
     if options.pad_multiple_of is not None or ids.device.type != "cuda" or not graphs:
         return options
     rows = internals.size_hint(ids.shape[0]) * internals.size_hint(ids.shape[1])
-    return replace(options, pad_multiple_of=max(1 << (rows // SIZES).bit_length() >> 1, 1))
+    return replace(options, pad_multiple_of=max(1 << (rows // PLAN_SIZES).bit_length() >> 1, 1))
 
 
 def _compile_folded(
@@ -243,7 +243,7 @@ def _compile_folded(
     multiple = min(as_multiple(options.pad_multiple_of), bound)
     most = -(-bound // multiple) * multiple
     arrays = internals.unbacked_plan_inputs(rows, most, ids.device, plan.tree is not None, plan.tiles, plan.lists)
-    inputs = [*internals.taken_apart(example_inputs), *arrays]
+    inputs = [*internals.flatten_subclasses(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)
     try:
         cached = internals.cache_unless(captured.meta["checkpointed"])

@@ -168,23 +168,23 @@ def fake_inputs(example_inputs: Sequence[Any]) -> list[Any]:
     return [fake(value) for value in example_inputs]
 
 
-def taken_apart(inputs: Iterable[Any]) -> list[Any]:
+def flatten_subclasses(inputs: Iterable[Any]) -> list[Any]:
     """The inputs, with the tensors inside in place of each that wraps others (a quantised weight)."""
     flat: list[Any] = []
     for value in inputs:
-        flat += taken_apart(_inner(value).values()) if is_traceable_wrapper_subclass(value) else [value]
+        flat += flatten_subclasses(_inner(value).values()) if is_traceable_wrapper_subclass(value) else [value]
     return flat
 
 
-def put_together(like: Sequence[Any], flat: Iterator[Any]) -> list[Any]:
-    """The inverse of :func:`taken_apart`, for values of tensors that are wrapped as those of ``like`` are."""
+def unflatten_subclasses(like: Sequence[Any], flat: Iterator[Any]) -> list[Any]:
+    """The inverse of :func:`flatten_subclasses`, for values of tensors that are wrapped as those of ``like`` are."""
     result: list[Any] = []
     for value in like:
         if not is_traceable_wrapper_subclass(value):
             result.append(next(flat))
             continue
         inner, (_, context) = _inner(value), value.__tensor_flatten__()
-        parts = dict(zip(inner, put_together(list(inner.values()), flat), strict=True))
+        parts = dict(zip(inner, unflatten_subclasses(list(inner.values()), flat), strict=True))
         result.append(type(value).__tensor_unflatten__(parts, context, value.shape, value.stride()))
     return result
 
@@ -206,17 +206,17 @@ class _Module(torch.nn.Module):
 def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
     """Trace the interpreter's run to functional pre-dispatch ATen. Returns the graph and the mutated inputs' names.
 
-    The graph's inputs are those that :func:`taken_apart` gives.
+    The graph's inputs are those that :func:`flatten_subclasses` gives.
     """
     fakes = fake_inputs(example_inputs)
 
     def run(*flat: Any) -> Any:
-        return interpreter.run(*put_together(fakes, iter(flat)))
+        return interpreter.run(*unflatten_subclasses(fakes, iter(flat)))
 
     with fake_mode(), torch.fx.traceback.preserve_node_meta():
         graph, signature = aot_export_module(
             _Module(run),
-            taken_apart(fakes),
+            flatten_subclasses(fakes),
             trace_joint=False,
             pre_dispatch=True,
             decompositions={},

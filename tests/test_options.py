@@ -108,4 +108,4 @@ def test_inductors_cpp_wrapper() -> None:
 def test_cuda_graphs_are_recorded_for_few_sizes(device: str, given: dict[str, Any], expected: int | None) -> None:
     ids = SimpleNamespace(meta={"val": SimpleNamespace(device=torch.device(device), shape=(16, 1280))})
     captured: Any = SimpleNamespace(meta={"tokens": SimpleNamespace(keys=[ids])})
-    assert backend._of_few_sizes(Options(**given), captured).pad_multiple_of == expected
+    assert backend._with_rounded_plan_sizes(Options(**given), captured).pad_multiple_of == expected

@@ -344,9 +344,9 @@ def test_wrapped_tensors_are_taken_apart_and_put_together() -> None:
     inner = TwoTensor(torch.arange(3.0), torch.ones(3))
     nested = TwoTensor(inner, TwoTensor(torch.zeros(3), torch.full((3,), 2.0)))
     inputs = [torch.eye(2), nested, 7, inner]
-    flat = internals.taken_apart(inputs)
+    flat = internals.flatten_subclasses(inputs)
     assert [type(value) for value in flat] == [torch.Tensor] * 5 + [int] + [torch.Tensor] * 2
-    again = internals.put_together(inputs, iter(flat))
+    again = internals.unflatten_subclasses(inputs, iter(flat))
     assert again[0] is inputs[0]
     assert again[2] == 7
     assert type(again[1]) is type(again[1].a) is type(again[3]) is TwoTensor

@@ -183,7 +183,7 @@ def holds_on_diagonal(formula: Formula, query: int, key: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Blind:
+class FullyMasked:
     """The rows that see no key.
 
     None of the last ``window`` columns up to the row (all of them, if ``None``) has a ``source`` entry that is nonzero
@@ -195,7 +195,7 @@ class Blind:
     truth: bool = True
 
 
-def blind_rows(formula: Formula, query: int, key: int) -> Blind | None:
+def fully_masked_rows(formula: Formula, query: int, key: int) -> FullyMasked | None:
     """Which rows a causal mask leaves without a key: ``None`` if every row sees itself.
 
     Such a row is not determined by its prefix: with an additive finite mask it attends to everything, the future too.
@@ -218,12 +218,12 @@ def blind_rows(formula: Formula, query: int, key: int) -> Blind | None:
     if len(keys) != 1:
         raise Mixes("cannot tell which rows the mask leaves without a key to see")
     source, truth = keys.pop()
-    return Blind(source, window, truth)
+    return FullyMasked(source, window, truth)
 
 
-def hides(formula: Formula, blind: Blind, key: int) -> bool:
-    """Are the keys that make rows blind hidden from every row?"""
-    return RowTrue(blind.source, key, blind.truth) in terms_of(formula)
+def hides(formula: Formula, fully_masked: FullyMasked, key: int) -> bool:
+    """Are the keys that make rows fully masked hidden from every row?"""
+    return RowTrue(fully_masked.source, key, fully_masked.truth) in terms_of(formula)
 
 
 # --------------------------------------------------------------------------------------------------------- facts

@@ -30,7 +30,7 @@ from radix_compile.ir.axes import (
     has_tokens,
     plain_axis,
 )
-from radix_compile.ir.facts import Blind, Fact, Weights
+from radix_compile.ir.facts import Fact, FullyMasked, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Value:
 
     ``axes``        the meaning of each dimension.
     ``mixed``       the refusal because of which the value is not prefix-determined; then nothing else holds.
-    ``blind``       masks whose sightless rows are excepted: at a row that sees no key the value is not determined.
+    ``fully_masked``  masks, at whose fully masked rows (those that see no key) the value is not determined.
     ``fact``        what else is known of the entries (an index, a mask, attention weights, ...).
     ``full_only``   determined, but the op must run in full form: it reads earlier rows (causal), or counts columns.
     ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
@@ -109,7 +109,7 @@ class Value:
 
     axes: Axes
     mixed: Refusal | None = None
-    blind: frozenset[Blind] = frozenset()
+    fully_masked: frozenset[FullyMasked] = frozenset()
     fact: Fact | None = None
     full_only: bool = False
     identity: fx.Node | None = None

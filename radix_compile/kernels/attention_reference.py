@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, bias_places
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, bias_places
 
 
 def visible_pairs(plan: TreeArrays, window: int | None = None) -> Tensor:
@@ -23,22 +23,22 @@ def tree_attention(
     key: Tensor,
     value: Tensor,
     plan: TreeArrays,
-    carried: Carried,
+    score_options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:
     """The arguments and results of ``tree_attention``, in float32 at least."""
     exact = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     q, k, v = (one[0].to(exact) for one in (query, key, value))
-    scores = q @ k.repeat_interleave(group, 0).mT * carried.scale
-    if carried.softcap is not None:
-        scores = carried.softcap * torch.tanh(scores / carried.softcap)
-    if carried.bias is not None:
+    scores = q @ k.repeat_interleave(group, 0).mT * score_options.scale
+    if score_options.softcap is not None:
+        scores = score_options.softcap * torch.tanh(scores / score_options.softcap)
+    if score_options.bias is not None:
         everyone = torch.arange(len(plan.fold), device=plan.fold.device)
-        bias = bias_places(plan, carried.bias.shape[3]).of(carried.bias, everyone, everyone)
+        bias = bias_places(plan, score_options.bias.shape[3]).of(score_options.bias, everyone, everyone)
         scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
-    scores = scores.masked_fill(~visible_pairs(plan, carried.window), float("-inf"))
-    if carried.sinks is not None:
-        own = carried.sinks.to(exact)[:, None, None].expand(-1, scores.shape[1], 1)
+    scores = scores.masked_fill(~visible_pairs(plan, score_options.window), float("-inf"))
+    if score_options.sinks is not None:
+        own = score_options.sinks.to(exact)[:, None, None].expand(-1, scores.shape[1], 1)
         total = torch.cat([scores, own], -1).logsumexp(-1)
     else:
         total = scores.logsumexp(-1)

@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, bias_places, dense, heads_inside
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, bias_places, dense, heads_inside
 
 aten = torch.ops.aten
 
-LEAST = 64
+MIN_TILE_NODES = 64
 """Rows of a tile, about, or a quarter of the keys in front of it if that is more. What it hides of itself is waste."""
 
 
 class Tile(NamedTuple):
     """Queries from ``start`` to ``stop``; the keys are ``nodes``. ``mask`` ``[m, L]``, 0 or minus infinity, is None if
-    the tile is plainly causal. ``blind`` are the queries that see no key, if there are any.
+    the tile is plainly causal. ``fully_masked`` are the queries that see no key, if there are any.
     """
 
     start: int
     stop: int
     nodes: Tensor
     mask: Tensor | None
-    blind: Tensor | None
+    fully_masked: Tensor | None
 
 
 def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
@@ -43,11 +43,11 @@ def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
     bounds = [0, *(np.flatnonzero(~same) + 1).tolist(), len(rows)]
     start = 0
     for first, stop in pairwise(bounds):
-        limit = max(LEAST, int(depth[start]) // 4)
-        if first > start and (stop - start > limit or depth[first] + LEAST < depth[start]):
+        limit = max(MIN_TILE_NODES, int(depth[start]) // 4)
+        if first > start and (stop - start > limit or depth[first] + MIN_TILE_NODES < depth[start]):
             yield start, first
             start = first
-            limit = max(LEAST, int(depth[start]) // 4)
+            limit = max(MIN_TILE_NODES, int(depth[start]) // 4)
         if stop - start > limit:  # then it is one sequence
             parts = 1 if causal and depth[start] == 0 else (stop - start) // limit
             edges = np.linspace(start, stop, parts + 1).astype(int).tolist()
@@ -77,8 +77,8 @@ def tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype
             seen[-1] = True  # a tile outside of the tree sees none, and attention of no keys has no shape
             nodes, hidden = nodes[seen], hidden[:, seen]
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        blind = hidden.all(1)
-        yield Tile(start, stop, nodes, mask, blind if blind.any() else None)
+        fully_masked = hidden.all(1)
+        yield Tile(start, stop, nodes, mask, fully_masked if fully_masked.any() else None)
 
 
 Listed = dict[tuple[int | None, bool, torch.dtype], list[Tile]]
@@ -113,25 +113,25 @@ def _keys(rows: Tensor, tile: Tile, heads: int) -> Tensor:
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: TreeArrays, carried: Carried
+    query: Tensor, key: Tensor, value: Tensor, plan: TreeArrays, score_options: ScoreOptions
 ) -> tuple[Tensor, Tensor]:
     """The op ``tree_attention``."""
     (_, heads, count, _), groups, exact = query.shape, key.shape[1], torch.promote_types(query.dtype, torch.float32)
-    sinks, bias, scale, window, softcap = carried
+    sinks, bias, scale, window, softcap = score_options
     query = dense(query)  # torch's op would read others wrong; keys and values are moved anyway
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, count), dtype=exact)
-    fused = _can_fuse(query, value, carried)
+    fused = _can_fuse(query, value, score_options)
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, _may_be_causal(fused, carried), query.dtype if fused else exact):
+    for tile in _tiles(plan, window, _may_be_causal(fused, score_options), query.dtype if fused else exact):
         q, k, v = query[:, :, tile.start : tile.stop], _keys(keys, tile, groups), _keys(values, tile, groups)
-        mask, blind = _mask(tile, bias, plan, exact)
+        mask, fully_masked = _mask(tile, bias, plan, exact)
         attended, summed = _fused(q, k, v, mask, scale) if fused else _spelled(q, k, v, mask, scale, softcap)
         result[:, :, tile.start : tile.stop] = attended
         total[:, tile.start : tile.stop] = summed[0]
-        if blind is not None:
-            result[:, :, tile.start : tile.stop].masked_fill_(blind[..., None], 0)
-            total[:, tile.start : tile.stop].masked_fill_(blind, float("inf"))
+        if fully_masked is not None:
+            result[:, :, tile.start : tile.stop].masked_fill_(fully_masked[..., None], 0)
+            total[:, tile.start : tile.stop].masked_fill_(fully_masked, float("inf"))
     if sinks is not None:
         own = sinks.to(exact)[:, None]
         with_sinks = torch.where(total == float("inf"), own, torch.logaddexp(total, own))
@@ -142,12 +142,12 @@ def tree_attention(
 
 def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """What is added to the scores of a tile, ``[m, L]`` or ``[H or 1, m, L]``, and which queries see no key."""
-    mask, blind, device = tile.mask, tile.blind, plan.fold.device
+    mask, fully_masked, device = tile.mask, tile.fully_masked, plan.fold.device
     if mask is None:
         return None, None
     mask = mask.to(device)
     if bias is None:
-        return mask, blind if blind is None else blind.to(device)
+        return mask, fully_masked if fully_masked is None else fully_masked.to(device)
     nodes = tile.nodes.to(device)
     more = bias_places(plan, bias.shape[3]).of(bias, torch.arange(tile.start, tile.stop, device=device), nodes)
     if more.dtype == torch.bool:
@@ -157,14 +157,14 @@ def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype)
     return mask, mask.amax(-1) == float("-inf")
 
 
-def _can_fuse(query: Tensor, value: Tensor, carried: Carried) -> bool:
+def _can_fuse(query: Tensor, value: Tensor, score_options: ScoreOptions) -> bool:
     """Is there an op of torch for a tile's attention?"""
-    return carried.softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
+    return score_options.softcap is None and query.shape[3] == value.shape[3] and query.device.type == "cpu"
 
 
-def _may_be_causal(fused: bool, carried: Carried) -> bool:
+def _may_be_causal(fused: bool, score_options: ScoreOptions) -> bool:
     """May tiles go without a mask? Else torch multiplies what it has hidden: NaN (2.13)."""
-    return fused and carried.bias is None and carried.scale > 0
+    return fused and score_options.bias is None and score_options.scale > 0
 
 
 def _about(mask: Tensor | None, scale: float) -> dict[str, Any]:
@@ -218,17 +218,17 @@ def tree_attention_backward(
     result: Tensor,
     total: Tensor,
     plan: TreeArrays,
-    carried: Carried,
+    score_options: ScoreOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``tree_attention_backward``. Adds up in float32 at least."""
     exact, groups = total.dtype, key.shape[1]
     grad, query, result = map(dense, (grad, query, result))
     by_query = heads_inside(query)
     by_key, by_value = (heads_inside(one, dtype=exact).zero_() for one in (key, value))
-    _, bias, scale, window, softcap = carried
-    fused = _can_fuse(query, value, carried)
+    _, bias, scale, window, softcap = score_options
+    fused = _can_fuse(query, value, score_options)
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, _may_be_causal(fused, carried), exact):
+    for tile in _tiles(plan, window, _may_be_causal(fused, score_options), exact):
         own = slice(tile.start, tile.stop)
         g, q, attended = (one[:, :, own].to(exact) for one in (grad, query, result))
         k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))

@@ -26,7 +26,7 @@ class TreeArrays(NamedTuple):
     divided: Tensor | None = None
 
 
-class Carried(NamedTuple):
+class ScoreOptions(NamedTuple):
     """``sinks`` ``[H]``: one more score for each head, of a key whose value is zero. ``window``: how many of the last
     columns a node sees, its own included. ``softcap``: scores are ``softcap * tanh(score / softcap)``. ``bias``, of
     rows: what is then added (or, if bool, which keys are seen), see ``BiasPlaces``.

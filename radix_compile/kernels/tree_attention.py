@@ -3,7 +3,7 @@
 The schema, shapes and gradient of the op, and which code runs it (:func:`lowering`).
 
     query ``[1, H, T', E]``, key ``[1, Hkv, T', E]``, value ``[1, Hkv, T', V]``; ``H`` is a multiple of ``Hkv``
-    the plan: ``TreeArrays``, of which the lists are for "triton"; what else is carried over: ``Carried``
+    the plan: ``TreeArrays``, of which the lists are for "triton"; what else is carried over: ``ScoreOptions``
 
 The results are ``[1, H, T', V]`` and the logarithm of the sum of exponentials of each node's scores, ``[H, T']`` in
 float32 (float64 for float64). A node that sees no key is zero, and its sum infinite.
@@ -23,7 +23,7 @@ from torch import Tensor
 from radix_compile import torch_internals as internals
 from radix_compile.kernels import attention_tiles
 from radix_compile.kernels.index_ops import has_triton
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, heads_inside, row_bytes
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, heads_inside, row_bytes
 
 radix = torch.ops.radix
 
@@ -65,7 +65,7 @@ def why_tiles(query: Tensor, value: Tensor) -> str | None:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    given = query, key, value, TreeArrays(*rest[:PLAN]), Carried(*rest[PLAN:])
+    given = query, key, value, TreeArrays(*rest[:PLAN]), ScoreOptions(*rest[PLAN:])
     if lowering(query, value) == "triton":
         from radix_compile.kernels import triton_attention
 
@@ -76,7 +76,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
 
 
 def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given = grad, query, *rest[:4], TreeArrays(*rest[4 : 4 + PLAN]), Carried(*rest[4 + PLAN :])
+    given = grad, query, *rest[:4], TreeArrays(*rest[4 : 4 + PLAN]), ScoreOptions(*rest[4 + PLAN :])
     if lowering(query, rest[1]) == "triton":
         from radix_compile.kernels import triton_attention_backward
 
@@ -99,7 +99,7 @@ def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *re
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, scale, window, softcap = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-    ctx.carried = scale, window, softcap
+    ctx.score_options = scale, window, softcap
     ctx.mark_non_differentiable(output[1])
 
 
@@ -107,7 +107,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     query, key, value, result, total, *plan, sinks, bias = ctx.saved_tensors
     if bias is not None and ctx.needs_input_grad[3 + PLAN + 1]:
         raise RuntimeError("tree_attention has no gradient for its bias")
-    gradients = radix.tree_attention_backward(grad, query, key, value, result, total, *plan, sinks, bias, *ctx.carried)
+    gradients = radix.tree_attention_backward(
+        grad, query, key, value, result, total, *plan, sinks, bias, *ctx.score_options
+    )
     by_sink = None
     if sinks is not None and ctx.needs_input_grad[3 + PLAN]:
         shares = (sinks.to(total.dtype)[:, None] - total).exp()

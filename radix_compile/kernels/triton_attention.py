@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, dense, heads_inside
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, dense, heads_inside
 from radix_compile.kernels.triton_launch import kernel
 from radix_compile.kernels.triton_tree import (
     bias_rows,
@@ -113,7 +113,7 @@ def _forward(
         largest, total, attended = _attend_to(
             largest, total, attended, q, k, v, visible, scale, softcap, True, BIASED, CAPPED, FUSED, PRECISION
         )
-    blind = total == 0
+    fully_masked = total == 0
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         base = tl.maximum(largest, sink)
@@ -122,10 +122,10 @@ def _forward(
         attended = attended * decay[:, None]
         largest = base
     total = tl.where(total == 0, 1.0, total)
-    attended = attended * tl.where(blind, 0.0, 1 / total)[:, None]
+    attended = attended * tl.where(fully_masked, 0.0, 1 / total)[:, None]
     logarithm = (largest + tl.log2(total)) / 1.4426950408889634
     if not SINKS:
-        logarithm = tl.where(blind, float("inf"), logarithm)
+        logarithm = tl.where(fully_masked, float("inf"), logarithm)
     tl.store(sums + head * nodes + i, logarithm, mask=inside)
     column = tl.arange(0, V_BLOCK)
     tl.store(
@@ -139,21 +139,21 @@ def tree_attention(
     key: Tensor,
     value: Tensor,
     plan: TreeArrays,
-    carried: Carried,
+    score_options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:
     """The op ``tree_attention``."""
     query, key, value = map(dense, (query, key, value))
     heads, nodes = query.shape[1:3]
     result = heads_inside(query, value.shape[3])
     total = query.new_empty((heads, nodes), dtype=torch.float32)
-    tile = tile_of(query, value, carried, "forward")
-    sinks = None if carried.sinks is None else carried.sinks.contiguous()
-    fused = carried.scale > 0 and carried.softcap is None and carried.bias is None
+    tile = tile_of(query, value, score_options, "forward")
+    sinks = None if score_options.sinks is None else score_options.sinks.contiguous()
+    fused = score_options.scale > 0 and score_options.softcap is None and score_options.bias is None
     _forward(
         (-(-nodes // tile["ROWS"]), heads),
-        (query, key, value, result, total, *lists_of(plan), sinks, carried.bias),
-        (nodes, *numbers_of(carried), *strides_of(query, key, value, result)),
-        **shape_of(query, key, value, carried),
+        (query, key, value, result, total, *lists_of(plan), sinks, score_options.bias),
+        (nodes, *numbers_of(score_options), *strides_of(query, key, value, result)),
+        **shape_of(query, key, value, score_options),
         SINKS=sinks is not None,
         FUSED=fused,
         **tile,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, dense, heads_inside
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, dense, heads_inside
 from radix_compile.kernels.triton_launch import kernel
 from radix_compile.kernels.triton_tree import (
     bias_of,
@@ -267,7 +267,7 @@ def tree_attention_backward(
     result: Tensor,
     total: Tensor,
     plan: TreeArrays,
-    carried: Carried,
+    score_options: ScoreOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``tree_attention_backward``."""
     grad, query, key, value, result = map(dense, (grad, query, key, value, result))
@@ -275,23 +275,23 @@ def tree_attention_backward(
     parts, divided = parts_of(plan)
     by_query, by_key, by_value = map(heads_inside, (query, key, value))
     deltas = total.new_empty(total.shape)
-    about = shape_of(query, key, value, carried)
-    numbers = nodes, carried.scale, *numbers_of(carried)
-    tile = tile_of(query, value, carried, "query")
+    about = shape_of(query, key, value, score_options)
+    numbers = nodes, score_options.scale, *numbers_of(score_options)
+    tile = tile_of(query, value, score_options, "query")
     _backward_query(
         (-(-nodes // tile["ROWS"]), query.shape[1]),
-        (grad, query, key, value, result, total, deltas, by_query, *lists_of(plan), carried.bias),
+        (grad, query, key, value, result, total, deltas, by_query, *lists_of(plan), score_options.bias),
         (*numbers, *strides_of(grad, query, key, value, result, by_query)),
         **about,
         **tile,
     )
-    tile = tile_of(query, value, carried, "key")
+    tile = tile_of(query, value, score_options, "key")
     slots = len(parts) - -(-nodes // tile["ROWS"]) + len(divided)
     more_k, more_v = (
         query.new_empty((slots, groups, tile["ROWS"], about[size]), dtype=torch.float32)
         for size in ("E_BLOCK", "V_BLOCK")
     )
-    arrays = plan.fold, plan.begin, plan.end, parts, carried.bias
+    arrays = plan.fold, plan.begin, plan.end, parts, score_options.bias
     _backward_key(
         (len(parts), groups),
         (grad, query, key, value, total, deltas, by_key, by_value, more_k, more_v, *arrays),
@@ -303,7 +303,7 @@ def tree_attention_backward(
         _add_parts(
             (len(divided) * tile["ROWS"] // AT_ONCE, groups),
             (by_key, by_value, more_k, more_v, plan.end, divided),
-            (nodes, carried.scale, *strides_of(by_key, by_value)),
+            (nodes, score_options.scale, *strides_of(by_key, by_value)),
             **{size: about[size] for size in ("E", "E_BLOCK", "V", "V_BLOCK")},
             ROWS=tile["ROWS"],
             AT_ONCE=AT_ONCE,

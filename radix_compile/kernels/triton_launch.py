@@ -12,7 +12,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
-MOST = 4096
+MAX_COMPILED = 4096
 """Numbers of nodes and strides that are remembered; then from the beginning."""
 
 
@@ -42,7 +42,7 @@ class Kernel:
             compiled = self.function[grid](*tensors, *numbers, **constants)
             if compiled is not None and compiled.metadata.target.backend == "cuda":  # None: from the interpreter
                 names = self.function.arg_names[len(tensors) + len(numbers) :]
-                if len(self._compiled) >= MOST:
+                if len(self._compiled) >= MAX_COMPILED:
                     self._compiled.clear()
                 self._compiled[key] = compiled, [constants[name] for name in names]
         else:

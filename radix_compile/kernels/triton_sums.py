@@ -2,7 +2,7 @@
 
 A sum starts with the one row that ``fold`` gives for a node, whose load waits for no list, and adds the rest of the
 node's list. So that a node with thousands of rows does not keep one program busy after all others are done, the plan
-divides lists longer than ``PIECE``: each piece is added up on its own, and ``_long_sums`` adds up the pieces of a list.
+divides lists longer than ``PIECE_SIZE``: each piece is added up on its own, and ``_long_sums`` adds up the pieces.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from radix_compile.kernels.triton_rows import TILE, WARPS, Moved, offset_of, start_of
-from radix_compile.plan.prefix_plan import PIECE
+from radix_compile.plan.prefix_plan import PIECE_SIZE
 
 LONG_TILE = 8192
 """Entries that one program of ``_long_sums`` loads before it adds the first."""
@@ -59,12 +59,12 @@ def _list_sum(
 def _piece_sum(
     partials, sources, strides, scatter, rows, starts, pieces, seq, piece, block,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECE_SIZE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``partials[piece]``: the sum over that piece of a long list."""
     piece = piece + tl.arange(0, 1)
     begin = tl.load(pieces + piece)
-    end = tl.minimum(begin + PIECE, tl.load(starts + tl.load(scatter + tl.load(rows + begin)) + 1))
+    end = tl.minimum(begin + PIECE_SIZE, tl.load(starts + tl.load(scatter + tl.load(rows + begin)) + 1))
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
         blocks = (WIDTHS[i] + COLUMNS - 1) // COLUMNS
@@ -73,7 +73,7 @@ def _piece_sum(
             wanted = column < WIDTHS[i]
             offset = offset_of(column, strides[i][2], strides[i][3], INNERS[i], WIDTHS[i])
             total = _list_sum(
-                sources[i], rows, begin, end, PIECE, seq, strides[i][0], strides[i][1], offset, wanted,
+                sources[i], rows, begin, end, PIECE_SIZE, seq, strides[i][0], strides[i][1], offset, wanted,
                 FLATS[i], SUMS[i], 1, AHEAD, COLUMNS,
             )  # fmt: skip
             tl.store(partials[i] + piece[:, None] * WIDTHS[i] + column[None, :], total, mask=wanted[None, :])
@@ -134,7 +134,7 @@ def _node_sums(
 def _sum_rows(
     targets, partials, sources, strides, fold, scatter, rows, starts, pieces, nodes, count, seq,
     WIDTHS: tl.constexpr, INNERS: tl.constexpr, FLATS: tl.constexpr, SUMS: tl.constexpr,
-    PIECE: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    PIECE_SIZE: tl.constexpr, NODES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """For each block of columns, the first programs take one of ``count`` pieces each, the others ``NODES`` nodes.
 
@@ -147,27 +147,27 @@ def _sum_rows(
         _piece_sum(
             partials, sources, strides, scatter, rows, starts, pieces, seq,
             (program % count).to(tl.int64), block * EARLY + program // count,
-            WIDTHS, INNERS, FLATS, SUMS, PIECE, NODES, COLUMNS,
+            WIDTHS, INNERS, FLATS, SUMS, PIECE_SIZE, NODES, COLUMNS,
         )  # fmt: skip
     else:
         _node_sums(
             targets, sources, strides, fold, rows, starts, nodes, seq,
             (program - of_pieces).to(tl.int64) * NODES, block,
-            WIDTHS, INNERS, FLATS, SUMS, PIECE, NODES, COLUMNS,
+            WIDTHS, INNERS, FLATS, SUMS, PIECE_SIZE, NODES, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def _long_sums(
     targets, partials, scatter, rows, starts, pieces,
-    WIDTHS: tl.constexpr, SUMS: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr, SUMS: tl.constexpr, PIECE_SIZE: tl.constexpr, AHEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``target[n]`` for a node with a long list: by the program of its first piece."""
     piece = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     position = tl.load(pieces + piece)
     node = tl.load(scatter + tl.load(rows + position))
     begin = tl.load(starts + node)
-    last = piece + (tl.load(starts + node + 1) - begin + PIECE - 1) // PIECE
+    last = piece + (tl.load(starts + node + 1) - begin + PIECE_SIZE - 1) // PIECE_SIZE
     block = tl.program_id(1)
     first_block = 0
     for i in tl.static_range(len(WIDTHS)):
@@ -211,7 +211,7 @@ def foreach_sum_rows(
     partials = tuple(
         [scatter.new_empty((count, width), dtype=of) for width, of in zip(moved.widths, dtypes, strict=True)]
     )
-    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "PIECE": PIECE}
+    sums = {"SUMS": tuple(_SUM_DTYPES[dtype] for dtype in dtypes), "PIECE_SIZE": PIECE_SIZE}
     with torch.cuda.device_of(scatter):
         early = min(EARLY, blocks)
         _sum_rows[count * early + triton.cdiv(nodes, moved.at_once), blocks](

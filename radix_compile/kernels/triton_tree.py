@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from radix_compile import torch_internals as internals
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays, row_bytes
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, row_bytes
 from radix_compile.plan.tiles import KEYS, ROWS
 
 LOG2E = math.log2(math.e)
@@ -135,16 +135,16 @@ def blocks(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def shape_of(query: Tensor, key: Tensor, value: Tensor, carried: Carried) -> dict[str, Any]:
+def shape_of(query: Tensor, key: Tensor, value: Tensor, score_options: ScoreOptions) -> dict[str, Any]:
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "E": query.shape[3],
         "E_BLOCK": blocks(query.shape[3]),
         "V": value.shape[3],
         "V_BLOCK": blocks(value.shape[3]),
-        "WINDOW": carried.window is not None,
-        "CAPPED": carried.softcap is not None,
-        "BIASED": carried.bias is not None,
+        "WINDOW": score_options.window is not None,
+        "CAPPED": score_options.softcap is not None,
+        "BIASED": score_options.bias is not None,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
     }
 
@@ -154,11 +154,11 @@ def room(query: Tensor) -> int:
     return internals.shared_memory(query.device) if query.is_cuda else sys.maxsize
 
 
-def tile_of(query: Tensor, value: Tensor, carried: Carried, kernel: str) -> dict[str, int]:
+def tile_of(query: Tensor, value: Tensor, score_options: ScoreOptions, kernel: str) -> dict[str, int]:
     """Nodes of a tile, keys or queries at a time, and how the kernel is compiled."""
     narrow, half = row_bytes(query, value) <= 256, query.dtype.itemsize == 2
     size = FINE
-    if half and narrow and carried.bias is None and room(query) >= 114 * 1024:
+    if half and narrow and score_options.bias is None and room(query) >= 114 * 1024:
         size = COARSE[kernel]
     elif half and room(query) >= (75 if narrow else 137) * 1024:
         size = MEDIUM
@@ -181,13 +181,13 @@ def _all(*arrays: Tensor | None) -> tuple[Tensor, ...]:
     return arrays  # type: ignore[return-value]
 
 
-def numbers_of(carried: Carried) -> tuple[float, ...]:
+def numbers_of(score_options: ScoreOptions) -> tuple[float, ...]:
     """``window``, ``scale`` and ``softcap`` as :func:`scores_of` takes them, and of the bias the columns of its rows
     and its strides by sequence, head, query and key; 0 for a size of one.
     """
-    window, scale, softcap, bias = carried.window or 0, carried.scale * LOG2E, 0.0, carried.bias
-    if carried.softcap is not None:
-        scale, softcap = 2 * scale / carried.softcap, carried.softcap * LOG2E
+    window, scale, softcap, bias = score_options.window or 0, score_options.scale * LOG2E, 0.0, score_options.bias
+    if score_options.softcap is not None:
+        scale, softcap = 2 * scale / score_options.softcap, score_options.softcap * LOG2E
     if bias is None:
         return window, scale, softcap, 1, 0, 0, 0, 0
     strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))

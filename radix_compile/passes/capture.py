@@ -41,7 +41,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     _refuse_what_would_go_wrong(gm)
     _refuse_unknown_sizes(gm, example_inputs)
     trains = _records_gradients(gm) and any(map(_has_gradient, example_inputs))
-    if trains and any(_has_gradient(one) and internals.taken_apart([one])[0] is not one for one in example_inputs):
+    if trains and any(
+        _has_gradient(one) and internals.flatten_subclasses([one])[0] is not one for one in example_inputs
+    ):
         raise CaptureError("a weight with a gradient is made of several tensors: it folds under torch.no_grad()")
     checkpointed = _tag_checkpointed_regions(gm)
     try:
@@ -189,7 +191,7 @@ def _copy_placeholder_facts(
     for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
         if key in gm.meta:
             captured.meta[key] = gm.meta[key]
-    parts = [internals.taken_apart([example]) for example in example_inputs]
+    parts = [internals.flatten_subclasses([example]) for example in example_inputs]
     wrapped = captured.meta["wrapped"] = any(
         part[0] is not one for part, one in zip(parts, example_inputs, strict=True)
     )

@@ -17,11 +17,11 @@ from torch import fx
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.masks import Visible, read_mask
 from radix_compile.analysis.attention.parts import Parts, TreeAttention, attention_steps, is_attention
-from radix_compile.analysis.attention.rows import NotCarried, Rows, are_side_by_side, narrow
+from radix_compile.analysis.attention.rows import NotOnTree, Rows, are_side_by_side, narrow
 from radix_compile.analysis.rules.flex import mask_of
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
-from radix_compile.ir.facts import Blind, Masked, Weights, blind_rows, hides, is_known, terms_of
+from radix_compile.ir.facts import FullyMasked, Masked, Weights, fully_masked_rows, hides, is_known, terms_of
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.value import value_of, values_of
 
@@ -33,46 +33,48 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
 
     Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless ``gm.meta`` says
     otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``); that every row
-    sees a key ("sighted"), where one that sees none in some attention would attend to all of them, is a key, or sees
-    keys in this attention: such rows are not in the tree; and that tables of blocks say what masks do ("listed").
+    sees a key ("keys_visible"), where one that sees none in some attention would attend to all of them, is a key, or
+    sees keys in this attention: such rows are not in the tree; and that tables of blocks say what masks do ("listed").
     """
-    blind = {one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.blind}
+    fully_masked = {
+        one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.fully_masked
+    }
     wanted = gm.meta.get("fold_attention", True)
-    apart, sighted, listed = (gm.meta.get(name, True) for name in ("apart", "sighted", "listed"))
+    apart, keys_visible, listed = (gm.meta.get(name, True) for name in ("apart", "keys_visible", "listed"))
     shown = runs = None
     records = grad_modes(gm.graph, gm.meta["grad_mode"])
     for node in gm.graph.nodes:
         if is_attention(node):
             try:
                 if not wanted:
-                    raise NotCarried("the option fold_attention is off")
-                node.meta["attention"] = found = _found(node, blind)
+                    raise NotOnTree("the option fold_attention is off")
+                node.meta["attention"] = found = _found(node, fully_masked)
                 if gm.meta["differentiable"] and records[node] and _stops_gradient(node, found, records):
-                    raise NotCarried("a part of it has no gradient (detach, or torch.no_grad())")
+                    raise NotOnTree("a part of it has no gradient (detach, or torch.no_grad())")
                 if any(bias.may_be_large() for bias in found.biases):
-                    raise NotCarried("it adds a bias with so large numbers that sums would lose their digits")
+                    raise NotOnTree("it adds a bias with so large numbers that sums would lose their digits")
                 if found.visible.runs is not None and not apart:
-                    raise NotCarried("several sequences may be packed in a row")
+                    raise NotOnTree("several sequences may be packed in a row")
                 if found.parts.blocks is not None and not listed:
-                    raise NotCarried("its table of blocks may show or hide others than its mask_mod")
-                if found.needs_sight and not sighted:
-                    raise NotCarried("some rows see no key: they attend to all of them, or are keys themselves")
+                    raise NotOnTree("its table of blocks may show or hide others than its mask_mod")
+                if found.needs_visible_keys and not keys_visible:
+                    raise NotOnTree("some rows see no key: they attend to all of them, or are keys themselves")
                 shown = found.visible.shown if shown is None else shown
                 runs = found.visible.runs if runs is None else runs
                 if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
-                    raise NotCarried("another attention hides other keys, and the plan is made for those")
-            except NotCarried as reason:
+                    raise NotOnTree("another attention hides other keys, and the plan is made for those")
+            except NotOnTree as reason:
                 node.meta["attention"] = str(reason)
     return gm
 
 
-def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
+def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
     if node.target is aten.scaled_dot_product_attention.default:
         parts = _parts(node)
     else:
         parts = node.meta["parts"]
         if isinstance(parts, str):
-            raise NotCarried(parts)
+            raise NotOnTree(parts)
     value = values_of(node)[0]
     attends = value.attends
     assert attends is not None
@@ -81,7 +83,7 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
     visible, biases = Visible(), parts.biases
     try:
         visible = read_mask(attends)
-    except NotCarried:
+    except NotOnTree:
         biases += parts.masks
         said = {term for bias in biases for term in terms_of(bias.says)}
         if not all(term in said and is_known(term) for term in terms_of(attends.visible)):
@@ -90,16 +92,16 @@ def _found(node: fx.Node, blind: set[Blind]) -> TreeAttention:
         bias.check()
     _check(parts)
     if Rows(node, parts.order).heads()[0] != parts.query.heads()[0]:
-        raise NotCarried("its mask, its bias or its values have more heads than its queries")
+        raise NotOnTree("its mask, its bias or its values have more heads than its queries")
     key, values = narrow(parts.key), narrow(parts.value)
     if key.heads()[0] == values.heads()[0]:
         parts = replace(parts, key=key, value=values)
-    left_out = all(hides(attends.visible, one, attends.key) and _is_blind(attends, one) for one in blind)
-    needs_sight = not left_out or (bool(value.blind) and not parts.zero)
+    left_out = all(hides(attends.visible, one, attends.key) and _is_fully_masked(attends, one) for one in fully_masked)
+    needs_visible_keys = not left_out or (bool(value.fully_masked) and not parts.zero)
     dtypes = {_result(step).dtype for step in attention_steps(node)}
     if len(dtypes) > 1:
-        raise NotCarried("its two products have different dtypes")
-    return TreeAttention(parts, visible, biases, needs_sight, *dtypes)
+        raise NotOnTree("its two products have different dtypes")
+    return TreeAttention(parts, visible, biases, needs_visible_keys, *dtypes)
 
 
 def _stops_gradient(node: fx.Node, found: TreeAttention, records: Mapping[fx.Node, bool]) -> bool:
@@ -123,10 +125,10 @@ def _result(node: fx.Node) -> torch.Tensor:
     return result
 
 
-def _is_blind(attends: Weights, rows: Blind) -> bool:
+def _is_fully_masked(attends: Weights, rows: FullyMasked) -> bool:
     """Do the rows that see no key somewhere see none here either?"""
     try:
-        own = blind_rows(attends.visible, attends.query, attends.key)
+        own = fully_masked_rows(attends.visible, attends.query, attends.key)
     except Mixes:  # flex_attention need not tell: such rows are zero there
         return False
     if own is None or (own.source, own.truth) != (rows.source, rows.truth):
@@ -155,11 +157,11 @@ def _parts(node: fx.Node) -> Parts:
 
 
 def _check(parts: Parts) -> None:
-    """Do the heads fit together? Raises :class:`NotCarried`."""
+    """Do the heads fit together? Raises :class:`NotOnTree`."""
     rows = (parts.query, parts.key, parts.value)
     (heads, size), (groups, key_size), (value_groups, _) = (one.heads() for one in rows)
     apart = not all(are_side_by_side(parts.query, one, parts.grouped) for one in rows[1:])
     if groups != value_groups or heads % groups or size != key_size or apart:
-        raise NotCarried(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
+        raise NotOnTree(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
     if parts.sinks is not None and parts.sinks.meta["val"].numel() != heads:
-        raise NotCarried("its sinks are not one number for each head")
+        raise NotOnTree("its sinks are not one number for each head")

@@ -221,8 +221,8 @@ class _Rewriter:
         bias = self._bias(attention.biases)
         if bias is not None and self.gm.meta["differentiable"]:  # it has no gradient, and the op has none for it
             bias = self.graph.call_function(aten.detach.default, (bias,))
-        carried = sinks, bias, parts.scale, visible.window, parts.softcap
-        made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *carried))
+        score_options = sinks, bias, parts.scale, visible.window, parts.softcap
+        made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *score_options))
         made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
         result = self.graph.call_function(operator.getitem, (made, 0))
         own = Rows(node, parts.order)
@@ -411,9 +411,9 @@ def needs_tiles(captured: fx.GraphModule) -> bool:
     return any(lowering(*one.operands) == "triton" for one in _on_the_tree(captured))
 
 
-def relies_on_sight(captured: fx.GraphModule) -> bool:
+def relies_on_visible_keys(captured: fx.GraphModule) -> bool:
     """Does attention run on the tree that would be wrong in calls in which rows see no key?"""
-    return any(one.needs_sight for one in _on_the_tree(captured))
+    return any(one.needs_visible_keys for one in _on_the_tree(captured))
 
 
 def relies_on_runs(captured: fx.GraphModule) -> fx.Node | None:

@@ -179,11 +179,13 @@ def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
         raise Mixes("no rule for this op, so it may mix rows")
-    blind = frozenset().union(*(value.blind for value in inputs)) - blanked(node)
+    fully_masked = frozenset().union(*(value.fully_masked for value in inputs)) - blanked(node)
     marks = rule(node, tokens.layout)
     if isinstance(marks, tuple):
-        return tuple(replace(value, blind=value.blind | blind) for value in marks)
-    return _with_row(node, replace(marks, blind=marks.blind | blind) if marks.mixed is None else marks)
+        return tuple(replace(value, fully_masked=value.fully_masked | fully_masked) for value in marks)
+    return _with_row(
+        node, replace(marks, fully_masked=marks.fully_masked | fully_masked) if marks.mixed is None else marks
+    )
 
 
 def _is_random(node: fx.Node) -> bool:

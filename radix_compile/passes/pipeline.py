@@ -9,15 +9,15 @@ from collections.abc import Callable
 from torch import fx
 
 from radix_compile.passes.choose_cuts import choose_cuts
+from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
 from radix_compile.passes.fold_graph import fold_graph
+from radix_compile.passes.inline_flex_functions import inline_flex_functions
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
 from radix_compile.passes.read_attention import read_attention
-from radix_compile.passes.spell_out_flex import spell_out_flex
 from radix_compile.passes.verify import verify_graph
-from radix_compile.passes.write_out_triangles import write_out_triangles
 from radix_compile.torch_internals import must_propagate
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ ALWAYS_VERIFY = False
 """Check what ``verify_graph`` checks after every pass, whether asked to or not. The tests do."""
 
 PASSES: tuple[Pass, ...] = (
-    write_out_triangles,  # first, so that what it writes out for every layer is merged
+    expand_mask_buffers,  # first, so that what it writes out for every layer is merged
     merge_duplicates,  # next, because what is one node is annotated, gathered and scattered once
-    spell_out_flex,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
+    inline_flex_functions,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
     read_attention,  # after mark_token_axes, because it reads what masks were found to say
     fold_attention,  # after read_attention, so that it need not matter how attention was written

@@ -22,8 +22,8 @@ from radix_compile.analysis.attention.parts import biases_of
 from radix_compile.ir.axes import Uniform
 from radix_compile.ir.facts import (
     AtMost,
-    Blind,
     Formula,
+    FullyMasked,
     Given,
     Masked,
     PerRow,
@@ -47,7 +47,7 @@ aten = torch.ops.aten
 class Starts:
     """Where paths may start: behind ``padding``, and where the numbers ``runs`` ``[B, S]`` of sequences change."""
 
-    padding: Blind | None = None
+    padding: FullyMasked | None = None
     runs: fx.Node | None = None
 
 
@@ -64,14 +64,14 @@ def prove_shift(captured: fx.GraphModule) -> Starts:
     return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)
 
 
-def hidden_padding(captured: fx.GraphModule) -> Blind | None:
+def hidden_padding(captured: fx.GraphModule) -> FullyMasked | None:
     """The rows that every attention hides as keys, if they are the only ones that can be without a key to see."""
     values = [value for node in captured.graph.nodes if node.op != "output" for value in values_of(node)]
-    sources = {(blind.source, blind.truth) for value in values for blind in value.blind}
+    sources = {(fully_masked.source, fully_masked.truth) for value in values for fully_masked in value.fully_masked}
     if len(sources) != 1:
         return None
     source, truth = sources.pop()
-    padding = Blind(source, None, truth)
+    padding = FullyMasked(source, None, truth)
     return padding if all(hides(seen.visible, padding, seen.key) for seen in attentions(captured.graph)) else None
 
 

@@ -11,7 +11,7 @@ from torch import fx
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.parts import Parts, is_attention
 from radix_compile.analysis.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
-from radix_compile.analysis.attention.rows import SAME_ORDER, NotCarried, Rows
+from radix_compile.analysis.attention.rows import SAME_ORDER, NotOnTree, Rows
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.rules.flex import FLEX, arguments_of, mask_of
 from radix_compile.analysis.rules.masks import fact_of, is_hidden
@@ -34,7 +34,7 @@ def read_attention(gm: fx.GraphModule) -> fx.GraphModule:
         if is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
             try:
                 node.meta["parts"] = _parts(node)
-            except NotCarried as reason:
+            except NotOnTree as reason:
                 node.meta["parts"] = str(reason)
     return gm
 
@@ -48,7 +48,7 @@ def _parts(node: fx.Node) -> Parts:
     assert attends is not None
     scores = _Scores(softmax.args[0], attends.visible)
     if sliced != (scores.sinks is not None):
-        raise NotCarried("its softmax has entries of no key that are not sinks")
+        raise NotOnTree("its softmax has entries of no key that are not sinks")
     return Parts(
         *queries_and_keys(scores.product),
         values,
@@ -63,9 +63,9 @@ def _parts(node: fx.Node) -> Parts:
 
 
 def _flex_parts(node: fx.Node) -> Parts:
-    """Of flex_attention, whose functions ``spell_out_flex`` has written out on products of queries."""
+    """Of flex_attention, whose functions ``inline_flex_functions`` has written out on products of queries."""
     if any(user.args[1] != 0 for user in node.users):
-        raise NotCarried("the sums of its weights are read")
+        raise NotOnTree("the sums of its weights are read")
     found = arguments_of(node)
     scores = _Scores(node.meta["scores"], mask_of(node))
     scale, softcap = scores.scaling()
@@ -90,10 +90,10 @@ def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:
         if node.target is aten.slice.Tensor and not sliced:
             sliced = True  # mark_token_axes has seen that what is left are weights of keys
         elif not node.meta["val"].is_floating_point() or not (node.target in COPIES or _is_no_dropout(node)):
-            raise NotCarried(f"its weights go through {node.target}")
+            raise NotOnTree(f"its weights go through {node.target}")
         (node, *_) = node.all_input_nodes
     if argument(node, "dim") not in (-1, node.meta["val"].ndim - 1):
-        raise NotCarried("its softmax is not over the last dimension")
+        raise NotOnTree("its softmax is not over the last dimension")
     return node, sliced
 
 
@@ -134,13 +134,13 @@ class _Scores:
             return node.all_input_nodes[0]
         if target is aten.cat.default and self.sinks is None:
             if self.outer != 1 or self.capped or self.masks or self.biases:
-                raise NotCarried("something is done to its sinks")
+                raise NotOnTree("something is done to its sinks")
             scores, *sinks = argument(node, "tensors")  # of which mark_token_axes has seen that those of keys are first
             self.sinks = _by_head(*sinks)
             return scores  # type: ignore[no-any-return]
         if target is aten.sub.Tensor and isinstance(fact := fact_of(args[1]), RowMax) and fact.of is args[0]:
             if self.sinks is not None or self.capped:  # of sinks nothing has been subtracted, and a cap is no sum
-                raise NotCarried("something was subtracted from its scores in front of sinks or a soft cap")
+                raise NotOnTree("something was subtracted from its scores in front of sinks or a soft cap")
             return args[0]
         if target is aten.tanh.default and not self.capped:
             self.capped = True
@@ -161,25 +161,25 @@ class _Scores:
             scores = _other(args[0], args[1], _has_no_product, "adds one product to another")
             bias = args[1] if scores is args[0] else args[0]
             if not isinstance(bias, fx.Node):
-                raise NotCarried("it adds a number to its scores")
+                raise NotOnTree("it adds a number to its scores")
             self._add(bias, node)
             return scores
         if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return self._scaled(node)
-        raise NotCarried(f"its scores go through {target}")
+        raise NotOnTree(f"its scores go through {target}")
 
     def _add(self, node: fx.Node, scores: fx.Node, factor: float = 1.0) -> None:
         bias = Bias(node, scores, self.outer * factor)
         if _is_mask(node) and self._is_said(fact_of(node)):
             self.masks.append(bias)
         elif self.capped:
-            raise NotCarried("it adds a bias under a soft cap")
+            raise NotOnTree("it adds a bias under a soft cap")
         else:
             self.biases.append(bias)
 
     def _scale(self, by: float) -> None:
         if not 0 < by < math.inf:
-            raise NotCarried("it multiplies its scores by what is not a positive number")
+            raise NotOnTree("it multiplies its scores by what is not a positive number")
         if self.capped:
             self.inner *= by
         else:
@@ -192,9 +192,9 @@ class _Scores:
     def _expect_said(self, node: fx.Node) -> None:
         fact = fact_of(node)
         if isinstance(fact, Masked) and not self._is_said(fact):
-            raise NotCarried("not all that its masks hide stays hidden")
+            raise NotOnTree("not all that its masks hide stays hidden")
         if not isinstance(fact, Masked) and node.target is not aten.add.Tensor:
-            raise NotCarried("what its masks hide is not understood")
+            raise NotOnTree("what its masks hide is not understood")
 
     def _scaled(self, node: fx.Node) -> fx.Node:
         scores, number = node.args[:2]
@@ -203,9 +203,9 @@ class _Scores:
         factor = fact_of(number)
         divides = node.target in (aten.div.Tensor, aten.div.Scalar)
         if not isinstance(factor, Filled) or not factor.value or not isinstance(scores, fx.Node):
-            raise NotCarried("it multiplies its scores by what is not a number")
+            raise NotOnTree("it multiplies its scores by what is not a number")
         if divides and scores is not node.args[0]:
-            raise NotCarried("it divides by its scores")
+            raise NotOnTree("it divides by its scores")
         self._scale(1 / factor.value if divides else factor.value)
         return scores
 
@@ -215,7 +215,7 @@ def _other(one: Any, other: Any, is_ours: Any, what: str) -> fx.Node:
     for mask, scores in ((one, other), (other, one)):
         if is_ours(mask) and isinstance(scores, fx.Node):
             return scores
-    raise NotCarried(f"it {what}")
+    raise NotOnTree(f"it {what}")
 
 
 def _has_no_product(operand: Any) -> bool:
@@ -236,5 +236,5 @@ def _by_head(node: fx.Node) -> fx.Node:
     (size, *more), by_head = shape_of(node) or (0,), axes[-3] if len(axes) > 2 else ()
     alike = [axis for dim, axis in enumerate(axes) if dim != len(axes) - 3]
     if more or by_head != (Feature(size),) or not all(isinstance(atom, Uniform) for axis in alike for atom in axis):
-        raise NotCarried("its sinks are not one number for each head")
+        raise NotOnTree("its sinks are not one number for each head")
     return node

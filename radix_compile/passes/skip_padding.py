@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.ir.facts import Blind, Score
+from radix_compile.ir.facts import FullyMasked, Score
 from radix_compile.ir.graph import Form, Wanted, home, is_row
 from radix_compile.ir.value import values_of
 from radix_compile.passes.choose_cuts import is_light, is_view, thin_source
@@ -30,7 +30,7 @@ def skip_padding(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _padding(captured: fx.GraphModule, wanted: Wanted) -> Blind:
+def _padding(captured: fx.GraphModule, wanted: Wanted) -> FullyMasked:
     """The rows every attention hides, if nothing else reads them."""
     padding = hidden_padding(captured)
     if padding is None:

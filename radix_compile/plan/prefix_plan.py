@@ -23,7 +23,7 @@ from radix_compile.plan.prefix_sort import sort_equal_lengths, sort_ragged
 
 __all__ = ["PrefixPlan", "compute_fold_and_scatter", "compute_fold_and_scatter_torch"]
 
-PIECE = 64
+PIECE_SIZE = 64
 """Rows that one worker adds up at most, in sums over the rows of a node: longer lists are done in pieces."""
 
 
@@ -75,8 +75,8 @@ class PrefixPlan:
         ``rows`` is ``[B * S]``, ``starts`` ``[T' + 1]``. The rows of node ``n`` are ``rows[starts[n]:starts[n + 1]]``,
         those of sequences earlier in `order` first. What of `rows` lies behind ``starts[T']`` is 0: rows that are left
         out are in no list, and padding of `fold` has an empty one. ``pieces`` ``[P]`` are the places in `rows` where
-        the pieces of `PIECE` entries start, of lists that are longer than one; often there are none. With `filled_up`,
-        the last of them comes again, up to a power of two, and nobody reads its further sums.
+        the pieces of `PIECE_SIZE` entries start, of lists that are longer than one; often there are none. With
+        `filled_up`, the last of them comes again, up to a power of two, and nobody reads its further sums.
         """
         sequences, count, nodes = len(self.order), len(self.scatter), len(self.fold)
         starts = np.zeros(nodes + 1, np.int64)
@@ -91,7 +91,7 @@ class PrefixPlan:
         target[self.scatter < 0] = count
         rows = np.zeros(count + 1, np.int64)
         rows[target] = np.arange(count)
-        pieces = _pieces(starts) if sequences > PIECE else np.empty(0, np.int64)
+        pieces = _pieces(starts) if sequences > PIECE_SIZE else np.empty(0, np.int64)
         if filled_up:
             pieces = np.append(pieces, pieces[-1:].repeat(short_of_power_of_two(len(pieces))))
         return rows[:-1], starts, pieces
@@ -279,8 +279,8 @@ def _turn(start: Array, shape: tuple[int, ...]) -> Int64 | None:
 
 def _pieces(starts: Int64) -> Int64:
     sizes = np.diff(starts)
-    long = np.flatnonzero(sizes > PIECE)
-    counts = -(-sizes[long] // PIECE)
+    long = np.flatnonzero(sizes > PIECE_SIZE)
+    counts = -(-sizes[long] // PIECE_SIZE)
     nth = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    pieces: Int64 = np.repeat(starts[long], counts) + nth * PIECE
+    pieces: Int64 = np.repeat(starts[long], counts) + nth * PIECE_SIZE
     return pieces

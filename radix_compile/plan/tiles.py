@@ -22,7 +22,7 @@ ROWS = 64
 """Nodes of a tile, as queries."""
 KEYS = 64
 """And as keys that gradients are for."""
-LEAST = 256
+MIN_PART_KEYS = 256
 """No tile is divided into parts of fewer queries,"""
 PARTS = 128
 """nor all queries of all tiles into many more: each part of a divided tile takes memory. Heads multiply this."""
@@ -119,7 +119,7 @@ def _parts(end: Int64) -> tuple[Int64, Int64]:
     """`parts` and `divided`."""
     first = np.arange(0, len(end), KEYS)
     queries = np.maximum(np.maximum.reduceat(end, first) - first, 0)
-    room = max(LEAST, int(queries.sum()) // PARTS // KEYS * KEYS)
+    room = max(MIN_PART_KEYS, int(queries.sum()) // PARTS // KEYS * KEYS)
     counts = np.maximum(-(-queries // room), 1)
     tile = np.repeat(np.arange(len(first)), counts)
     behind = np.cumsum(counts)

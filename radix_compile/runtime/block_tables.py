@@ -55,7 +55,7 @@ def _listed(count: torch.Tensor, index: torch.Tensor) -> NDArray[np.int64]:
     return np.where(place < count.numpy(force=True)[..., None], blocks, -1)
 
 
-def leave_the_mask_alone(
+def agree_with_mask(
     tables: BlockTables,
     args: Sequence[Any],
     shown: BoolArray,

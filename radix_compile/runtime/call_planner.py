@@ -17,15 +17,15 @@ from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.axes import as_size
 from radix_compile.ir.errors import CannotFold, RunsPlain
-from radix_compile.ir.facts import Blind, ordered_by
+from radix_compile.ir.facts import FullyMasked, ordered_by
 from radix_compile.ir.graph import Wanted
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import Refusal, values_of
-from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_sight, shown_keys, with_blocks
+from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_visible_keys, shown_keys, with_blocks
 from radix_compile.passes.prove_shift import attentions, hidden_padding, prove_shift
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.tiles import tree_tiles
-from radix_compile.runtime.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
+from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
 from radix_compile.runtime.checks import TriangleCheck, rows_seen
 from radix_compile.runtime.row_contents import row_numbers
 from radix_compile.torch_internals import size_symbols
@@ -33,7 +33,7 @@ from radix_compile.torch_internals import size_symbols
 BoolArray = NDArray[np.bool_]
 
 
-class OffTheTree(RunsPlain):
+class NeedsFullAttention(RunsPlain):
     """In this call attention on the tree would be wrong; in full form it is not."""
 
 
@@ -71,7 +71,7 @@ class RowProgram:
 
 @dataclass(frozen=True)
 class BlockCheck:
-    """That tables of blocks show and hide what a mask does: see ``leave_the_mask_alone``."""
+    """That tables of blocks show and hide what a mask does: see ``agree_with_mask``."""
 
     tables: BlockTables
     window: int | None
@@ -83,7 +83,7 @@ class BlockCheck:
         for program, truth in self.shown:
             shown &= (program(args, shape) != 0) == truth
         runs = None if self.runs is None else self.runs(args, shape)
-        return leave_the_mask_alone(self.tables, args, shown, self.window, runs)
+        return agree_with_mask(self.tables, args, shown, self.window, runs)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PlanInputs:
     """Which inputs are the row keys, which rows are nodes of their own, which are left out.
 
     ``keys``  positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
-    ``blind`` programs for the rows that see no key: ``(source, window, truth)`` as in ``ir.facts.Blind``.
+    ``fully_masked`` programs for the rows that see no key: ``(source, window, truth)`` as in ``ir.facts.FullyMasked``.
     ``skip``  program for the rows to leave out, and the truth value of a row that stays.
     ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``blocks`` where the tables of flex_attention's blocks are.
@@ -102,7 +102,7 @@ class PlanInputs:
     ``runs``  program for the numbers of sequences that are packed in a row.
     ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
               back, or if there are no ``runs`` not change.
-    ``sighted`` if every row must see a key, because attention runs on the tree.
+    ``keys_visible`` if every row must see a key, because attention runs on the tree.
     ``undefined`` if rows that see no key are not numbers: a softmax of minus infinity alone.
     ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
     ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
@@ -112,7 +112,7 @@ class PlanInputs:
     """
 
     keys: tuple[int, ...]
-    blind: tuple[tuple[RowProgram, int | None, bool], ...] = ()
+    fully_masked: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
     tree: tuple[tuple[RowProgram, bool], ...] | None = None
     tiles: bool = False
@@ -121,7 +121,7 @@ class PlanInputs:
     masks: tuple[int, ...] = ()
     runs: RowProgram | None = None
     apart: RowProgram | None = None
-    sighted: bool = False
+    keys_visible: bool = False
     undefined: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
@@ -132,8 +132,8 @@ class PlanInputs:
 
     @property
     def may_leave_the_tree(self) -> bool:
-        """May a call be ``OffTheTree``? Numbers of sequences that are computed from no key never change."""
-        return self.sighted or bool(self.listed) or (self.apart is not None and bool(self.apart.inputs))
+        """May a call be ``NeedsFullAttention``? Numbers of sequences that are computed from no key never change."""
+        return self.keys_visible or bool(self.listed) or (self.apart is not None and bool(self.apart.inputs))
 
     def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, apart: bool = False) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
@@ -151,7 +151,7 @@ class PlanInputs:
             raise RunsPlain("positions so large that integers may wrap around")
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
         if not all(check(args, shape) for check in self.listed):
-            raise OffTheTree("flex_attention's table of blocks shows or hides others than its mask_mod")
+            raise NeedsFullAttention("flex_attention's table of blocks shows or hides others than its mask_mod")
         rows = [*_on_host(keys), *(one for one in seen if one is not None)]
         if apart:
             rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
@@ -160,24 +160,24 @@ class PlanInputs:
         if self.skip is not None:
             program, truth = self.skip
             skip = (program(args, shape) != 0) != truth
-        for program, window, truth in self.blind:
-            blind = sightless((program(args, shape) != 0) == truth, window)
-            if blind.any():
+        for program, window, truth in self.fully_masked:
+            fully_masked = rows_without_a_key((program(args, shape) != 0) == truth, window)
+            if fully_masked.any():
                 if self.undefined:  # and a weight of zero hides no such row, from whoever else is computed beside it
                     raise RunsPlain("a row sees no key, and is not a number")
-                if self.sighted:
-                    raise OffTheTree("a row sees no key, and attends to all of them or is a key itself")
-                unique = blind if unique is None else unique | blind
+                if self.keys_visible:
+                    raise NeedsFullAttention("a row sees no key, and attends to all of them or is a key itself")
+                unique = fully_masked if unique is None else unique | fully_masked
         breaks = None
         if self.runs is not None:
             numbers = self.runs(args, shape)
             breaks, come_back = sequence_breaks(numbers)
             if come_back.any() and self.apart is not None:
-                raise OffTheTree("a sequence goes on behind another one that is packed in its row")
+                raise NeedsFullAttention("a sequence goes on behind another one that is packed in its row")
             if come_back.any():
                 rows += numbers_in_paths(numbers, come_back)
         elif self.apart is not None and (np.diff(self.apart(args, shape), axis=1) != 0).any():
-            raise OffTheTree("several sequences are packed in a row, and rows depend on their column")
+            raise NeedsFullAttention("several sequences are packed in a row, and rows depend on their column")
         start: NDArray[Any] | None = None
         if self.front is not None and breaks is None:
             program, truth = self.front
@@ -229,13 +229,13 @@ def may_wrap(numbers: NDArray[Any]) -> bool:
     return not -limit <= numbers.min() <= numbers.max() <= limit
 
 
-def sightless(visible: BoolArray, window: int | None) -> BoolArray:
+def rows_without_a_key(visible: BoolArray, window: int | None) -> BoolArray:
     """The rows ``[B, S]`` for which none of the last ``window`` columns, their own included, is visible."""
     seen = np.cumsum(visible, axis=1)
     if window is not None and window < visible.shape[1]:
         seen[:, window:] = seen[:, window:] - seen[:, :-window]
-    blind: BoolArray = seen == 0
-    return blind
+    fully_masked: BoolArray = seen == 0
+    return fully_masked
 
 
 def sequence_breaks(numbers: NDArray[Any]) -> tuple[BoolArray | None, BoolArray]:
@@ -268,12 +268,14 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     tokens: Tokens = captured.meta["tokens"]
     wanted: Wanted = captured.meta["wanted"]
     folded = [node for node in wanted.forms if wanted.is_compact(node)]
-    blind = dict.fromkeys(b for node in folded for value in values_of(node) for b in sorted(value.blind, key=str))
-    needed = set(ancestors(*folded, *(b.source for b in blind)))
+    fully_masked = dict.fromkeys(
+        b for node in folded for value in values_of(node) for b in sorted(value.fully_masked, key=str)
+    )
+    needed = set(ancestors(*folded, *(b.source for b in fully_masked)))
     placeholders = captured.graph.find_nodes(op="placeholder")
-    hidden: Blind | None = captured.meta.get("padding")
+    hidden: FullyMasked | None = captured.meta.get("padding")
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
-    programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in blind)
+    programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in fully_masked)
     starts = prove_shift(captured)
     front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
     runs = _row_program(captured, starts.runs) if starts.runs else None
@@ -309,7 +311,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
         masks=masks,
         runs=runs,
         apart=None if relied is None else _row_program(captured, relied),
-        sighted=relies_on_sight(captured),
+        keys_visible=relies_on_visible_keys(captured),
         undefined=any(seen.undefined for seen in attentions(captured.graph)),
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),

@@ -15,7 +15,7 @@ from radix_compile.ir.errors import RunsPlain
 from radix_compile.options import Options
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.calibration import Measurements, time_programs
-from radix_compile.runtime.call_planner import OffTheTree, PlanInputs
+from radix_compile.runtime.call_planner import NeedsFullAttention, PlanInputs
 from radix_compile.runtime.cost_model import PLAIN, CostModel, Counts, Point, Timed, Work, fastest
 from radix_compile.runtime.counters import COUNTERS
 from radix_compile.runtime.verify_calls import CallVerifier
@@ -43,7 +43,7 @@ class Choice:
 class Folded:
     """A folded program, how to plan its calls and check them, and its FLOPs.
 
-    ``always`` if it will do for all calls of the graph, and not only for those that are ``OffTheTree`` of the others.
+    ``always`` if it can run all calls of the graph, not only those in which the others raise ``NeedsFullAttention``.
     """
 
     name: str
@@ -88,7 +88,7 @@ class PerCall:
     chose: Callable[[Choice], None]
 
     def __call__(self, *wrapped: Any) -> Any:
-        args = internals.taken_apart(wrapped) if self.takes_wrapped else wrapped
+        args = internals.flatten_subclasses(wrapped) if self.takes_wrapped else wrapped
         ids = args[self.folded[0].inputs.keys[0]]
         batch, seq = ids.shape[:2]
         if batch * seq < self.options.min_tokens:
@@ -133,7 +133,7 @@ class PerCall:
         for i, one in enumerate(others):
             try:
                 plan = one.inputs.plan(args, self.options.pad_multiple_of, apart)
-            except OffTheTree:
+            except NeedsFullAttention:
                 continue
             return plan, [one, *(other for other in self.folded[i + 1 :] if other.always)]
         return last.inputs.plan(args, self.options.pad_multiple_of, apart), [last]

@@ -35,7 +35,7 @@ VERSION = 2
 """Of the file's form. The first one had no version in it."""
 MOST_BYTES = 1 << 24
 """A larger file is left alone: it will be another by mistake, as a graph has some hundred bytes."""
-LEAST, MOST = 1e-30, 1e30
+SMALLEST, LARGEST = 1e-30, 1e30
 """Rows, FLOPs and seconds in the file are between these, so that no quotient divides by zero or overflows."""
 PATIENCE = 2.0
 """Seconds that a call waits for other processes that write to the file."""
@@ -146,11 +146,11 @@ def _point(found: Any) -> Point:
     match found:
         case [flops, seconds] if _is_measure(flops) and (seconds is None or _is_measure(seconds)):
             return float(flops), math.inf if seconds is None else float(seconds)
-    raise _unexpected(f"[FLOPs, seconds], both from {LEAST:g} to {MOST:g}, seconds or null", found)
+    raise _unexpected(f"[FLOPs, seconds], both from {SMALLEST:g} to {LARGEST:g}, seconds or null", found)
 
 
 def _is_measure(found: Any) -> bool:
-    return isinstance(found, int | float) and not isinstance(found, bool) and LEAST <= found <= MOST
+    return isinstance(found, int | float) and not isinstance(found, bool) and SMALLEST <= found <= LARGEST
 
 
 def _unexpected(expected: str, found: Any) -> ValueError:

@@ -26,7 +26,7 @@ from radix_compile.ir.graph import Form
 from radix_compile.ir.value import value_of, values_of
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.pipeline import run_pipeline
-from radix_compile.runtime.call_planner import OffTheTree, plan_inputs
+from radix_compile.runtime.call_planner import NeedsFullAttention, plan_inputs
 from radix_compile.testing.claims import check_claims
 from radix_compile.testing.recorder import BATCH, HEADS, Recorder, Variant, sample_inputs, shuffle_later
 from radix_compile.testing.recorder import SEQ as COLUMNS
@@ -123,8 +123,8 @@ def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> N
     try:
         planned = plan_inputs(graph)
         plan = planned.plan(args)
-    except OffTheTree:
-        graph.meta.update(sighted=False, apart=False)
+    except NeedsFullAttention:
+        graph.meta.update(keys_visible=False, apart=False)
         folded = run_pipeline(graph, first=fold_attention)
         planned = plan_inputs(graph)
         plan = planned.plan(args)

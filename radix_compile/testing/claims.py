@@ -45,7 +45,7 @@ from radix_compile.ir.facts import (
 )
 from radix_compile.ir.value import Value, refuse, value_of, values_of
 from radix_compile.plan.prefix_plan import PrefixPlan
-from radix_compile.runtime.call_planner import may_wrap, sightless
+from radix_compile.runtime.call_planner import may_wrap, rows_without_a_key
 from radix_compile.runtime.checks import rows_seen
 from radix_compile.runtime.row_contents import row_numbers
 
@@ -171,11 +171,13 @@ class _Claims:
         keys = [self.env[node] for node in self.tokens.keys]
         rows = [row_numbers(key) if key.ndim > 2 else key.numpy(force=True) for key in keys]
         rows += [seen for seen in (rows_seen(self.env[mask]) for mask in self.tokens.masks) if seen is not None]
-        blind = {b for node in self.gm.graph.nodes if node.op != "output" for v in values_of(node) for b in v.blind}
+        fully_masked = {
+            b for node in self.gm.graph.nodes if node.op != "output" for v in values_of(node) for b in v.fully_masked
+        }
         unique = np.zeros((self.batch, self.seq), np.bool_)
-        for one in blind:
+        for one in fully_masked:
             visible = (self._entries(one.source).numpy(force=True) != 0) == one.truth
-            unique |= sightless(np.broadcast_to(visible[:, : self.seq], unique.shape), one.window)
+            unique |= rows_without_a_key(np.broadcast_to(visible[:, : self.seq], unique.shape), one.window)
         plan = PrefixPlan.from_rows(*rows, unique=unique)
         return torch.from_numpy(plan.scatter).view(self.batch, self.seq)
 

@@ -102,9 +102,9 @@ def test_a_sliding_window_blinds_padding_far_from_text(padding: str) -> None:
     if padding == "exact":
         compare(model, compiled, ids, attention_mask=mask, use_cache=False)
         seen = mask.cumsum(1)
-        blind = seen - torch.cat([torch.zeros(4, 3, dtype=torch.long), seen[:, :-3]], 1) == 0
-        assert blind[1:3].any()
-        assert radix_compile.stats().compact_tokens == paths(ids, mask, unique=blind)
+        fully_masked = seen - torch.cat([torch.zeros(4, 3, dtype=torch.long), seen[:, :-3]], 1) == 0
+        assert fully_masked[1:3].any()
+        assert radix_compile.stats().compact_tokens == paths(ids, mask, unique=fully_masked)
     else:
         with torch.no_grad():
             ours = compiled(ids, attention_mask=mask, use_cache=False).logits

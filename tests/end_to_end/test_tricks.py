@@ -291,15 +291,15 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         torch.tensor([0, -3]).repeat(B, S // 2),
     ),
     # Rows that see no key, and those who read them.
-    "blind rows, then all see them": (
+    "fully masked rows, then all see them": (
         lambda x, ids, padding: sdpa(attention(x, causal() & seen(padding)), is_causal=True),
         PADDING,
     ),
-    "blind rows, then a running sum": (
+    "fully masked rows, then a running sum": (
         lambda x, ids, padding: attention(x, causal() & seen(padding)).cumsum(1),
         PADDING,
     ),
-    "blind rows, then a mask made of them": (depends_on_blind_rows, PADDING),
+    "fully masked rows, then a mask made of them": (depends_on_blind_rows, PADDING),
     "two paddings": (
         lambda x, ids, padding: attention(x, causal() & seen(padding) & (ids[:, None, :] != 20)),
         PADDING,

@@ -50,9 +50,13 @@ def together(d: Draw) -> str:
     return f"{merged}\ny = F.linear(y, w(D, D))" if d.chance(0.5) else merged
 
 
-def floor(d: Draw, blind: bool) -> str:
+def floor(d: Draw, fully_masked: bool) -> str:
     """What hides a score. A row without a single key is NaN with minus infinity, and what is computed from it."""
-    return LOWEST if blind and d.chance(0.5 if d.relative else 0.75) else d.one_of(LOWEST, "-math.inf", 'float("-inf")')
+    return (
+        LOWEST
+        if fully_masked and d.chance(0.5 if d.relative else 0.75)
+        else d.one_of(LOWEST, "-math.inf", 'float("-inf")')
+    )
 
 
 def can_be_negated(mask: str) -> bool:
@@ -60,15 +64,15 @@ def can_be_negated(mask: str) -> bool:
     return "] == " not in mask
 
 
-def fused(d: Draw, mask: str, blind: bool) -> str:
+def fused(d: Draw, mask: str, fully_masked: bool) -> str:
     lines, grouped = projections(d)
     if d.chance(0.4):
         lines += turned(d)
-    hide = floor(d, blind)
+    hide = floor(d, fully_masked)
     ways = ["mask", f"torch.where(mask, 0.0, {hide})"]
     if can_be_negated(mask):
         ways += ["~mask.logical_not()", f"torch.where(mask.logical_not(), {hide}, 0.0)"]
-        ways += [f"torch.zeros(S, S).masked_fill(~mask, {hide})"] * (blind is False)
+        ways += [f"torch.zeros(S, S).masked_fill(~mask, {hide})"] * (fully_masked is False)
         ways += [f"(1.0 - mask.double()) * {LOWEST}", f"(~mask).double() * {LOWEST}"]
     applied = d.one_of(*ways)
     more = ", enable_gqa=True" if grouped else d.one_of("", ", scale=0.3")
@@ -76,13 +80,13 @@ def fused(d: Draw, mask: str, blind: bool) -> str:
     return "\n".join([*lines, together(d)])
 
 
-def by_hand(d: Draw, mask: str, blind: bool) -> str:
+def by_hand(d: Draw, mask: str, fully_masked: bool) -> str:
     lines, grouped = projections(d)
     if grouped:
         lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
     if d.chance(0.4):
         lines += turned(d)
-    hide = floor(d, blind)
+    hide = floor(d, fully_masked)
     lines += [INDICES, f"mask = {mask}", f"scores = {scores(d)}"]
     if d.chance(0.2):  # queries last
         lines += [

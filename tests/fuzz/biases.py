@@ -23,14 +23,14 @@ def any_mask(d: Draw) -> tuple[str, bool]:
 @piece(Kind.CAUSAL)
 def with_sinks(d: Draw) -> str:
     """A softmax with weights that go to no key."""
-    mask, blind = causal_mask(d)
+    mask, fully_masked = causal_mask(d)
     lines, grouped = projections(d)
     if grouped:
         lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
     sink = d.one_of("w(H, 1, 1).expand(B, H, S, 1)", "x.mean(-1)[:, None, :, None].expand(B, H, S, 1)")
     lines += [
         INDICES,
-        f"scores = torch.where({mask}, {scores(d)}, {floor(d, blind)})",
+        f"scores = torch.where({mask}, {scores(d)}, {floor(d, fully_masked)})",
         *d.one_of([], [], ["scores = scores - scores.amax(-1, keepdim=True)"]),
         f"scores = torch.cat([scores, {sink}], -1)",
         *d.one_of([], [], [f"scores = scores {d.one_of('* 0.5', '/ 3')}"]),
@@ -44,7 +44,7 @@ def with_sinks(d: Draw) -> str:
 @piece(Kind.CAUSAL)
 def biased_by_distance(d: Draw) -> str:
     """ALiBi: a slope for each head, times columns or places."""
-    mask, blind = causal_mask(d)
+    mask, fully_masked = causal_mask(d)
     lines, grouped = projections(d)
     if grouped:
         lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
@@ -62,7 +62,7 @@ def biased_by_distance(d: Draw) -> str:
         lines.append("scores = scores.view(B, H, S, S)")
     else:
         lines.append("scores = q @ k.mT + bias")
-    lines.append(f"y = torch.where({mask}, scores, {floor(d, blind)}).softmax(-1) @ v")
+    lines.append(f"y = torch.where({mask}, scores, {floor(d, fully_masked)}).softmax(-1) @ v")
     return "\n".join([*lines, together(d)])
 
 
@@ -104,8 +104,8 @@ def boost(d: Draw) -> str:
 @piece(Kind.CAUSAL)
 def boosted(d: Draw) -> str:
     """Scores that are changed before they are hidden, and after."""
-    mask, blind = any_mask(d)
-    hide = "-math.inf" if d.chance(0.7) else floor(d, blind)  # nothing is too large for minus infinity
+    mask, fully_masked = any_mask(d)
+    hide = "-math.inf" if d.chance(0.7) else floor(d, fully_masked)  # nothing is too large for minus infinity
     lines = [*separate_heads(d), INDICES, f"scores = {scores(d)}", *(boost(d) for _ in range(d.one_of(1, 1, 2)))]
     lines.append(f"mask = {mask}")
     lines.append(
@@ -173,8 +173,8 @@ def hidden_by_a_number(d: Draw) -> str:
 @piece(Kind.CAUSAL)
 def added_by_baddbmm(d: Draw) -> str:
     """The mask is the first argument, with a factor."""
-    mask, blind = any_mask(d)
-    hide = floor(d, blind)
+    mask, fully_masked = any_mask(d)
+    hide = floor(d, fully_masked)
     later = []
     if d.has("padding") and d.chance(0.5):  # what is hidden by the row first, and by the column later
         mask, lowest = seen_keys(d), d.one_of("-math.inf", LOWEST)

@@ -64,7 +64,7 @@ def seen_keys(d: Draw) -> str:
 
 def causal_mask(d: Draw) -> tuple[str, bool]:
     """A mask, ``[S, S]`` or ``[B, 1, S, S]``, of earlier rows and the row itself; and may a row see none at all?"""
-    mask, blind = f"({d.one_of(*CAUSAL)})", False
+    mask, fully_masked = f"({d.one_of(*CAUSAL)})", False
     if d.chance(0.3):
         mask += f" & {window(d)}"
     if d.chance(0.2) and not d.padded:
@@ -72,7 +72,7 @@ def causal_mask(d: Draw) -> tuple[str, bool]:
         mask += f" & ({name}[:, None, None, :] == {name}[:, None, :, None])"
     elif d.has("padding") and (d.padded or d.chance(0.6)):
         mask += f" & {seen_keys(d)}"
-        blind = True
+        fully_masked = True
         if d.chance(0.25) and not d.padded:
-            mask, blind = f"{mask} | (keys == queries)", False
-    return mask, blind
+            mask, fully_masked = f"{mask} | (keys == queries)", False
+    return mask, fully_masked

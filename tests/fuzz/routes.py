@@ -75,7 +75,7 @@ def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Ou
     if not programs[0][1].keys:  # nothing runs compact
         return
     if programs[0][1].may_leave_the_tree:
-        source.meta.update(sighted=False, apart=False, listed=False)
+        source.meta.update(keys_visible=False, apart=False, listed=False)
         programs.append(_folded(source, example, run_pipeline(source, first=fold_attention)))
     for call in calls:
         compared = [_check_call(folded, inputs, plain, call, outcome) for folded, inputs in programs]
@@ -125,7 +125,7 @@ def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: 
     compiled = torch.compile(plain, backend="radix", options=options, dynamic=example.dynamic or None)
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch.object(backend, "LEAST_SHARE", 0.0),
+        mock.patch.object(backend, "MIN_FOLDABLE_SHARE", 0.0),
         _in_less_time(example.route),
     ):
         warnings.simplefilter("always")

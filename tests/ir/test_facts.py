@@ -22,11 +22,11 @@ from radix_compile.ir.facts import (
     TRUE,
     And,
     AtMost,
-    Blind,
     Break,
     Diff,
     Filled,
     Formula,
+    FullyMasked,
     Index,
     Or,
     PerRow,
@@ -34,9 +34,9 @@ from radix_compile.ir.facts import (
     RowTrue,
     Same,
     Weights,
-    blind_rows,
     conjunction,
     disjunction,
+    fully_masked_rows,
     hides,
     holds_on_diagonal,
     implies_causal,
@@ -45,7 +45,7 @@ from radix_compile.ir.facts import (
     stored,
     without_dims_of_size_one,
 )
-from radix_compile.runtime.call_planner import sightless
+from radix_compile.runtime.call_planner import rows_without_a_key
 
 Grid = NDArray[np.bool_]
 Rows = Mapping[fx.Node, NDArray[np.int64]]
@@ -217,27 +217,29 @@ masks = st.lists(
 @given(masks, batches())
 def test_blind_rows_are_those_without_a_visible_key(formula: Formula, rows: Rows) -> None:
     try:
-        blind = blind_rows(formula, QUERY, KEY)
+        fully_masked = fully_masked_rows(formula, QUERY, KEY)
     except Mixes:
         return
     grid = evaluate(formula, rows)
-    if blind is None:
+    if fully_masked is None:
         assert grid.diagonal().all()
         return
-    visible = (rows[blind.source] != 0) == blind.truth
-    np.testing.assert_array_equal(sightless(visible[None], blind.window)[0], ~grid.any(axis=1))
-    if hides(formula, blind, KEY):
+    visible = (rows[fully_masked.source] != 0) == fully_masked.truth
+    np.testing.assert_array_equal(rows_without_a_key(visible[None], fully_masked.window)[0], ~grid.any(axis=1))
+    if hides(formula, fully_masked, KEY):
         assert not grid[:, ~grid.any(axis=1)].any(), "a row sees the key of a row that sees none"
 
 
 def test_blind_rows_of_the_usual_masks() -> None:
     shown = RowTrue(PADDING, KEY)
-    assert blind_rows(CAUSAL, QUERY, KEY) is None
-    assert blind_rows(conjunction(CAUSAL, shown), QUERY, KEY) == Blind(PADDING, None)
-    assert blind_rows(conjunction(CAUSAL, Diff(QUERY, KEY, 2), shown), QUERY, KEY) == Blind(PADDING, 3)
+    assert fully_masked_rows(CAUSAL, QUERY, KEY) is None
+    assert fully_masked_rows(conjunction(CAUSAL, shown), QUERY, KEY) == FullyMasked(PADDING, None)
+    assert fully_masked_rows(conjunction(CAUSAL, Diff(QUERY, KEY, 2), shown), QUERY, KEY) == FullyMasked(PADDING, 3)
     two_windows = conjunction(CAUSAL, Diff(QUERY, KEY, 4), Diff(QUERY, KEY, 2), shown)
-    assert blind_rows(two_windows, QUERY, KEY) == Blind(PADDING, 3)
-    assert blind_rows(conjunction(CAUSAL, negation(shown)), QUERY, KEY) == Blind(PADDING, None, truth=False)
+    assert fully_masked_rows(two_windows, QUERY, KEY) == FullyMasked(PADDING, 3)
+    assert fully_masked_rows(conjunction(CAUSAL, negation(shown)), QUERY, KEY) == FullyMasked(
+        PADDING, None, truth=False
+    )
     for formula in (
         Diff(KEY, QUERY, -1),
         conjunction(CAUSAL, Diff(KEY, QUERY, -1)),
@@ -249,17 +251,17 @@ def test_blind_rows_of_the_usual_masks() -> None:
         conjunction(CAUSAL, shown, negation(shown)),
     ):
         with pytest.raises(Mixes, match="without a key to see"):
-            blind_rows(formula, QUERY, KEY)
+            fully_masked_rows(formula, QUERY, KEY)
 
 
 def test_hides_asks_for_the_same_rows() -> None:
     formula = conjunction(CAUSAL, RowTrue(PADDING, KEY))
-    assert hides(formula, Blind(PADDING, None), KEY)
-    assert hides(formula, Blind(PADDING, 2), KEY)
-    assert not hides(formula, Blind(PADDING, None, truth=False), KEY)
-    assert not hides(formula, Blind(OTHER_PADDING, None), KEY)
-    assert not hides(conjunction(CAUSAL, RowTrue(PADDING, QUERY)), Blind(PADDING, None), KEY)
-    assert not hides(disjunction(CAUSAL, RowTrue(PADDING, KEY)), Blind(PADDING, None), KEY)
+    assert hides(formula, FullyMasked(PADDING, None), KEY)
+    assert hides(formula, FullyMasked(PADDING, 2), KEY)
+    assert not hides(formula, FullyMasked(PADDING, None, truth=False), KEY)
+    assert not hides(formula, FullyMasked(OTHER_PADDING, None), KEY)
+    assert not hides(conjunction(CAUSAL, RowTrue(PADDING, QUERY)), FullyMasked(PADDING, None), KEY)
+    assert not hides(disjunction(CAUSAL, RowTrue(PADDING, KEY)), FullyMasked(PADDING, None), KEY)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=3), st.integers(1, 9) | st.none())
@@ -267,7 +269,7 @@ def test_sightless(visible: list[list[bool]], window: int | None) -> None:
     expected = [
         [not any(row[max(0, i + 1 - (window or len(row))) : i + 1]) for i in range(len(row))] for row in visible
     ]
-    np.testing.assert_array_equal(sightless(np.array(visible), window), expected)
+    np.testing.assert_array_equal(rows_without_a_key(np.array(visible), window), expected)
 
 
 @given(formulas, batches())

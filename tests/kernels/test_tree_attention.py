@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radix_compile.kernels import attention_reference, attention_tiles, tree_attention
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays
 from radix_compile.plan import tiles as tree_tiles_module
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.tiles import ROWS, tree_tiles
@@ -125,8 +125,8 @@ CARRIED: dict[str, dict[str, Any]] = {
 }
 
 
-def run(code: Any, tree: TreeArrays, given: Inputs, scale: float = 0.3, **carried: Any) -> Any:
-    return code(*given[:3], tree, Carried(given.sinks, given.bias, scale, **carried))
+def run(code: Any, tree: TreeArrays, given: Inputs, scale: float = 0.3, **score_options: Any) -> Any:
+    return code(*given[:3], tree, ScoreOptions(given.sinks, given.bias, scale, **score_options))
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -189,8 +189,8 @@ def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
     ids = prefixes(3, 6, (4, 3))
     shown = torch.ones(3, 6, dtype=torch.long)
     shown[:, :2] = 0
-    blind = shown.cumsum(1) == 0
-    tree = tree_of(ids, shown, unique=blind)
+    fully_masked = shown.cumsum(1) == 0
+    tree = tree_of(ids, shown, unique=fully_masked)
     given = doubled(inputs(tree))
     result, total = run(attention_reference.tree_attention, tree, given)
     rows = result[0][:, tree.scatter].view(-1, 3, 6, 16)
@@ -234,11 +234,11 @@ CASES = [
 @pytest.mark.parametrize("code", FORWARD)
 def test_forward(code: str, batch: str, name: str) -> None:
     ids = BATCHES[batch]
-    tree, (about, carried) = tree_of(ids), split(CARRIED[name])
+    tree, (about, score_options) = tree_of(ids), split(CARRIED[name])
     given = inputs(tree, ids=ids, **about)
-    expected = run(attention_reference.tree_attention, tree, doubled(given), **carried)
-    plain = run(attention_reference.tree_attention, tree, given, **carried)
-    for ours, exact, ordinary in zip(run(FORWARD[code], tree, given, **carried), expected, plain, strict=True):
+    expected = run(attention_reference.tree_attention, tree, doubled(given), **score_options)
+    plain = run(attention_reference.tree_attention, tree, given, **score_options)
+    for ours, exact, ordinary in zip(run(FORWARD[code], tree, given, **score_options), expected, plain, strict=True):
         assert_near(ours, exact, ordinary)
 
 
@@ -246,19 +246,19 @@ def test_forward(code: str, batch: str, name: str) -> None:
 @pytest.mark.parametrize("code", FORWARD)
 def test_gradients(code: str, batch: str, name: str) -> None:
     ids = BATCHES[batch]
-    tree, (options, carried) = tree_of(ids), split(CARRIED[name])
+    tree, (options, score_options) = tree_of(ids), split(CARRIED[name])
     given = inputs(tree, ids=ids, **options)
     grad = inputs(tree, options.get("heads", (4, 4)), options.get("sizes", (16, 16))).value
 
     def by_autograd(given: Inputs) -> tuple[Tensor, ...]:
         leaves = [one.detach().requires_grad_() for one in given[:3]]
-        result, _ = run(attention_reference.tree_attention, tree, Inputs(*leaves, *given[3:]), **carried)
+        result, _ = run(attention_reference.tree_attention, tree, Inputs(*leaves, *given[3:]), **score_options)
         return torch.autograd.grad(result, leaves, grad.to(result.dtype))
 
     exact, plain = by_autograd(doubled(given)), by_autograd(given)
-    result, total = run(FORWARD[code], tree, given, **carried)
+    result, total = run(FORWARD[code], tree, given, **score_options)
     ours = BACKWARD[code](
-        grad, *given[:3], result, total, tree, Carried(given.sinks, given.bias, **{"scale": 0.3, **carried})
+        grad, *given[:3], result, total, tree, ScoreOptions(given.sinks, given.bias, **{"scale": 0.3, **score_options})
     )
     for one, expected, ordinary in zip(ours, exact, plain, strict=False):
         assert_near(one, expected, ordinary)
@@ -275,7 +275,7 @@ def test_steps_of_other_sizes(monkeypatch: pytest.MonkeyPatch, name: str, step: 
 @pytest.mark.parametrize("name", ["plain", "all of it", "one head for each key"])
 def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The gradients of a tile's keys are sums over the parts of its descendants."""
-    monkeypatch.setattr(tree_tiles_module, "LEAST", 64)
+    monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", 64)
     for batch in ("levels", "one-row suffixes"):
         divided = tree_of(BATCHES[batch]).divided
         assert divided is not None
@@ -286,8 +286,8 @@ def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 @pytest.mark.parametrize("name", ["plain", "all of it"])
 @pytest.mark.parametrize("batch", ["levels", "a long prefix"])
 def test_lists_that_are_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch, batch: str, name: str) -> None:
-    monkeypatch.setattr(tree_tiles_module, "LEAST", 64)
-    ids, (options, carried) = BATCHES[batch], split(CARRIED[name])
+    monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", 64)
+    ids, (options, score_options) = BATCHES[batch], split(CARRIED[name])
     tree, longer = tree_of(ids), tree_of(ids, filled_up=True)
     sizes = [(len(one), len(other)) for one, other in zip(tree, longer, strict=True) if one is not None is not other]
     assert any(few < more for few, more in sizes)
@@ -295,18 +295,18 @@ def test_lists_that_are_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch
     grad = inputs(tree, options.get("heads", (4, 4)), options.get("sizes", (16, 16))).value
     found = []
     for each in (tree, longer):
-        result, total = run(FORWARD["triton"], each, given, **carried)
-        about = Carried(given.sinks, given.bias, **{"scale": 0.3, **carried})
+        result, total = run(FORWARD["triton"], each, given, **score_options)
+        about = ScoreOptions(given.sinks, given.bias, **{"scale": 0.3, **score_options})
         found.append([result, total, *BACKWARD["triton"](grad, *given[:3], result, total, each, about)])
     assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", ["plain", "all of it"])
 def test_schema_shapes_and_gradient_of_the_op(name: str) -> None:
-    tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED[name])
+    tree, (about, score_options) = tree_of(few(3, 4)), split(CARRIED[name])
     *given, bias = inputs(tree, ids=few(3, 4), **about)
     given = [None if one is None else one.requires_grad_() for one in given]
-    arguments = *given[:3], *tree, given[3], bias, 0.3, carried.get("window"), carried.get("softcap")
+    arguments = *given[:3], *tree, given[3], bias, 0.3, score_options.get("window"), score_options.get("softcap")
     torch.library.opcheck(radix.tree_attention.default, arguments)
     result, total = (one.detach() for one in radix.tree_attention(*arguments))
     plain = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
@@ -327,19 +327,19 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     tree = tree_of(few(3, 4))
     query, key, value, *_ = inputs(tree)
-    carried = None, None, 0.3, None, None
-    result, total = radix.tree_attention(query, key, value, *tree, *carried)
-    radix.tree_attention_backward(result, query, key, value, result, total, *tree, *carried)
+    score_options = None, None, 0.3, None, None
+    result, total = radix.tree_attention(query, key, value, *tree, *score_options)
+    radix.tree_attention_backward(result, query, key, value, result, total, *tree, *score_options)
     assert made_current == [query.device] * 2
 
 
 def test_the_gradient_of_sinks() -> None:
-    tree, (about, carried) = tree_of(few(3, 4)), split(CARRIED["all of it"])
+    tree, (about, score_options) = tree_of(few(3, 4)), split(CARRIED["all of it"])
     given = doubled(inputs(tree, ids=few(3, 4), **about))
     assert given.sinks is not None
 
     def attended(sinks: Tensor) -> Tensor:
-        about = sinks, given.bias, 0.3, carried["window"], carried["softcap"]
+        about = sinks, given.bias, 0.3, score_options["window"], score_options["softcap"]
         result: Tensor = radix.tree_attention(*given[:3], *tree, *about)[0]
         return result
 
@@ -386,9 +386,9 @@ def test_inputs_of_any_strides(code: str) -> None:
         (given.query, features_apart(given.query)),
         (torch.ones_like(result), result.new_ones(()).expand(result.shape)),
     ):
-        expected = BACKWARD[code](grad, *given[:3], result, total, tree, Carried(given.sinks, None, 0.3))
-        carried = Carried(strided.sinks, None, 0.3)
-        ours = BACKWARD[code](like, *strided[:3], features_apart(result), total, tree, carried)
+        expected = BACKWARD[code](grad, *given[:3], result, total, tree, ScoreOptions(given.sinks, None, 0.3))
+        score_options = ScoreOptions(strided.sinks, None, 0.3)
+        ours = BACKWARD[code](like, *strided[:3], features_apart(result), total, tree, score_options)
         assert all(map(torch.equal, ours, expected))
 
 
@@ -404,7 +404,11 @@ def test_launches_after_others() -> None:
 
     def all_of(given: Inputs) -> tuple[Tensor, ...]:
         result, total = run(FORWARD["triton"], tree, given)
-        return result, total, *BACKWARD["triton"](result, *given[:3], result, total, tree, Carried(None, None, 0.3))
+        return (
+            result,
+            total,
+            *BACKWARD["triton"](result, *given[:3], result, total, tree, ScoreOptions(None, None, 0.3)),
+        )
 
     expected = all_of(given)
     for again in (given, Inputs(*map(moved, given[:3]), None, None), given):
@@ -425,7 +429,7 @@ def test_tiles_in_which_no_node_sees_a_key(code: str, window: int | None) -> Non
     expected, sums = run(attention_reference.tree_attention, tree, given, window=window)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(total, sums, rtol=1e-4, atol=1e-5)
-    gradients = BACKWARD[code](result, *given[:3], result, total, tree, Carried(None, None, 0.3, window))
+    gradients = BACKWARD[code](result, *given[:3], result, total, tree, ScoreOptions(None, None, 0.3, window))
     assert all(one.isfinite().all() for one in gradients)
     assert (gradients[0][:, :, -512:] == 0).all()
 
@@ -444,14 +448,14 @@ def test_a_bias_may_hide_all_keys(code: str) -> None:
     tree, shown = tree_of(few(30, 17)), torch.arange(17) % 3 > 0
     given = inputs(tree)._replace(bias=shown[:, None].expand(1, 4, 17, 17).to(DEVICE))
     result, total = run(FORWARD[code], tree, given)
-    blind = ~shown[tree.fold.cpu() % 17]
-    assert blind.any()
-    assert (result[0].cpu()[:, blind] == 0).all()
-    assert (total.cpu()[:, blind] == float("inf")).all()
+    fully_masked = ~shown[tree.fold.cpu() % 17]
+    assert fully_masked.any()
+    assert (result[0].cpu()[:, fully_masked] == 0).all()
+    assert (total.cpu()[:, fully_masked] == float("inf")).all()
     plain, _ = run(FORWARD[code], tree, inputs(tree))
-    torch.testing.assert_close(result[0].cpu()[:, ~blind], plain[0].cpu()[:, ~blind])
-    grads = BACKWARD[code](result, *given[:3], result, total, tree, Carried(None, given.bias, 0.3))
-    assert (grads[0][0].cpu()[:, blind] == 0).all()
+    torch.testing.assert_close(result[0].cpu()[:, ~fully_masked], plain[0].cpu()[:, ~fully_masked])
+    grads = BACKWARD[code](result, *given[:3], result, total, tree, ScoreOptions(None, given.bias, 0.3))
+    assert (grads[0][0].cpu()[:, fully_masked] == 0).all()
     assert all(one.isfinite().all() for one in grads)
 
 
@@ -503,6 +507,6 @@ def test_float32_is_multiplied_as_torch_is_told_to(setting: str, precision: str)
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = setting  # after which reading the setting of old, `allow_tf32`, may raise
-        assert triton_tree.shape_of(heads, heads, heads, Carried(None, None, 1.0))["PRECISION"] == precision
+        assert triton_tree.shape_of(heads, heads, heads, ScoreOptions(None, None, 1.0))["PRECISION"] == precision
     finally:
         matmul.fp32_precision = before

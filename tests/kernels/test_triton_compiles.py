@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from radix_compile.kernels import tree_attention, triton_attention, triton_attention_backward
 from radix_compile.kernels import triton_nll, triton_rows, triton_sums, triton_tree
-from radix_compile.kernels.tree_arguments import Carried, TreeArrays
+from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays
 from radix_compile.kernels.triton_launch import Kernel
 from radix_compile.prefix_plan import PrefixPlan
 from radix_compile.tree_tiles import tree_tiles
@@ -122,7 +122,7 @@ for dtype, size, sinks, bias, carried, rooms in (
 ):
     shapes = (4, size), (2, size), (2, min(size, 128))
     q, k, v = (values((1, len(plan.fold), *shape), dtype).transpose(1, 2) for shape in shapes)
-    about = Carried(values((4,), dtype) if sinks else None, bias, 0.3, *carried)
+    about = ScoreOptions(values((4,), dtype) if sinks else None, bias, 0.3, *carried)
     for room in rooms:
         result, total = triton_attention.tree_attention(q, k, v, arrays, about)
         triton_attention_backward.tree_attention_backward(result, q, k, v, result, total, arrays, about)

@@ -100,7 +100,7 @@ def test_the_interpreter_and_other_compilers_are_asked_every_time(backend: str |
 
 
 def test_what_is_remembered_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "MOST", 3)
+    monkeypatch.setattr(triton_launch, "MAX_COMPILED", 3)
     triton = Triton()
     kernel = Kernel(triton)
     for count in range(10):

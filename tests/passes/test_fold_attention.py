@@ -101,7 +101,7 @@ def the_op(model: nn.Module) -> fx.Node:
     return node
 
 
-def carried(node: fx.Node) -> tuple[Any, Any, Any]:
+def score_options(node: fx.Node) -> tuple[Any, Any, Any]:
     return tuple(argument(node, name) for name in ("scale", "window", "softcap"))  # type: ignore[return-value]
 
 
@@ -167,7 +167,7 @@ def equations(scores: str, values: str) -> Attend:
 )
 def test_equations(scores: str, values: str, heads: int) -> None:
     node = the_op(Model(equations(scores, values), heads))
-    assert carried(node) == (pytest.approx(0.3), None, None)
+    assert score_options(node) == (pytest.approx(0.3), None, None)
 
 
 def test_an_equation_of_keys_and_queries() -> None:
@@ -178,13 +178,13 @@ def test_an_equation_of_keys_and_queries() -> None:
         weights = torch.where(causal(), product, -math.inf).softmax(-1)
         return torch.einsum("bhqk,bhke->bqhe", weights, v).transpose(1, 2)
 
-    assert carried(the_op(Model(attend))) == (pytest.approx(0.3), None, None)
+    assert score_options(the_op(Model(attend))) == (pytest.approx(0.3), None, None)
 
 
 @pytest.mark.parametrize("name", TREE)
 def test_on_the_tree(name: str) -> None:
     attend, expected = TREE[name]
-    assert carried(the_op(Model(attend))) == pytest.approx(expected)
+    assert score_options(the_op(Model(attend))) == pytest.approx(expected)
 
 
 def test_keys_are_not_repeated_for_the_heads_of_a_group() -> None:

@@ -228,7 +228,7 @@ def test_row_lists_hold_the_rows_of_each_node(
     skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share, breaks)
     plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, breaks=breaks, pad_multiple_of=pad)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_plan, "PIECE", 2)
+        patch.setattr(prefix_plan, "PIECE_SIZE", 2)
         rows, starts, pieces = plan.row_lists()
     assert rows.dtype == starts.dtype == pieces.dtype == np.int64
     assert (rows.shape, starts.shape) == (plan.scatter.shape, (len(plan.fold) + 1,))

@@ -20,16 +20,16 @@ IDS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["", "hidden", "blind", "padded", "skip"])
+@pytest.mark.parametrize("variant", ["", "hidden", "fully masked", "padded", "skip"])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
     batch, seq = ids.shape
     shown = np.ones((batch, seq), np.bool_)
     if variant == "hidden":
         shown = (np.arange(seq) < seq - np.arange(batch)[:, None] % 3) & (np.arange(seq) != seq // 3)
-    if variant in ("blind", "skip"):
+    if variant in ("fully masked", "skip"):
         shown = np.arange(seq) >= np.arange(batch)[:, None] % 2
-    options = {"unique": ~shown} if variant == "blind" else {"skip": ~shown} if variant == "skip" else {}
+    options = {"unique": ~shown} if variant == "fully masked" else {"skip": ~shown} if variant == "skip" else {}
     plan = PrefixPlan.from_rows(ids, shown, **options, pad_multiple_of=64 if variant == "padded" else None)
     begin, end = plan.tree(shown.ravel())
     tiles = tree_tiles(plan, begin, end)
@@ -73,7 +73,7 @@ def test_what_goes_on_where_another_sequence_ended_is_one_stretch_with_it() -> N
 def test_the_descendants_of_each_tile_are_in_its_parts(
     monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, least: int
 ) -> None:
-    monkeypatch.setattr(tree_tiles_module, "LEAST", least)
+    monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", least)
     plan = PrefixPlan.from_rows(ids)
     begin, end = plan.tree()
     tiles = tree_tiles(plan, begin, end)

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.analysis.attention.rows import NotCarried, sizes_of
+from radix_compile.analysis.attention.rows import NotOnTree, sizes_of
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.rules.masks import as_formula, fact_of, size_of
 from radix_compile.ir.axes import BATCH, as_size
@@ -46,22 +46,22 @@ class Bias:
         return value.fact.visible if isinstance(value.fact, Masked) else TRUE
 
     def shape(self) -> tuple[bool, int, bool]:
-        """As ``[B or 1, H or 1, S or 1, S]``: is it ``B``, how many heads, is it ``S``? Raises :class:`NotCarried`."""
+        """As ``[B or 1, H or 1, S or 1, S]``: is it ``B``, how many heads, is it ``S``? Raises :class:`NotOnTree`."""
         front = value_of(self.scores).axes[:-2]
         value = self.node.meta["val"]
         *outer, query, key = (1,) * (2 - value.ndim) + tuple(value.shape)
         outer = [1] * (len(front) - len(outer)) + outer
         atoms = [atom for axis in front for atom in axis]
         if as_size(key) == 1:
-            raise NotCarried("it adds a bias that has no entry for each key")
+            raise NotOnTree("it adds a bias that has no entry for each key")
         if BATCH in atoms[1:] or len(outer) > len(front):
-            raise NotCarried("it adds a bias whose dimensions are not those of its scores")
+            raise NotOnTree("it adds a bias whose dimensions are not those of its scores")
         single = [as_size(size) == 1 for size in outer]
         batched = any(BATCH in axis and not one for axis, one in zip(front, single, strict=True))
         sizes = [int(sympy.prod(sizes_of([atom for atom in axis if atom is not BATCH]))) for axis in front]
         heads = int(sympy.prod([1 if one else size for size, one in zip(sizes, single, strict=True)]))
         if heads not in (1, int(sympy.prod(sizes))):
-            raise NotCarried("it adds a bias for groups of heads")
+            raise NotOnTree("it adds a bias for groups of heads")
         return batched, heads, as_size(query) != 1
 
     def may_be_large(self) -> bool:
@@ -82,12 +82,14 @@ class Bias:
         return any(abs(number) > ORDINARY for number in numbers)
 
     def check(self) -> None:
-        """Raises :class:`NotCarried` if it has no such shape, has a gradient, or is computed from rows at some cost."""
+        """Raises :class:`NotOnTree` if it has no such shape, has a gradient, or is computed from rows at some cost."""
         self.shape()
         for node in ancestors(self.node):
             if node.meta.get("needs_gradient"):
-                raise NotCarried("it adds a bias that has a gradient")
+                raise NotOnTree("it adds a bias that has a gradient")
             if flops(node):
-                raise NotCarried("it adds a bias that is a product itself")
-            if any(isinstance(arg, torch.SymInt) for arg in node.args):  # what spell_out_flex wrote, not to be run
-                raise NotCarried("it adds a bias of a size that is a symbol")
+                raise NotOnTree("it adds a bias that is a product itself")
+            if any(
+                isinstance(arg, torch.SymInt) for arg in node.args
+            ):  # what inline_flex_functions wrote, not to be run
+                raise NotOnTree("it adds a bias of a size that is a symbol")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from radix_compile.analysis.attention.rows import NotCarried
+from radix_compile.analysis.attention.rows import NotOnTree
 from radix_compile.ir.facts import AtMost, Diff, Formula, Given, Or, RowTrue, Same, Weights, terms_of
 
 
@@ -25,7 +25,7 @@ class Visible:
 
 
 def read_mask(attends: Weights) -> Visible:
-    """What a causal mask says, term by term. Raises :class:`NotCarried` at a term of another kind."""
+    """What a causal mask says, term by term. Raises :class:`NotOnTree` at a term of another kind."""
     query, key = attends.query, attends.key
     window: int | None = None
     shown: dict[tuple[fx.Node, bool], None] = {}
@@ -44,9 +44,9 @@ def read_mask(attends: Weights) -> Visible:
             case _ if bound is not None and bound[:2] == (query, key) and bound[2] >= 0:
                 window = bound[2] + 1 if window is None else min(window, bound[2] + 1)
             case _:
-                raise NotCarried(f"its mask {_in_words(term)}")
+                raise NotOnTree(f"its mask {_in_words(term)}")
     if len({term.source for term in runs}) > 1:
-        raise NotCarried("its mask tells sequences apart in two ways")
+        raise NotOnTree("its mask tells sequences apart in two ways")
     return Visible(window, tuple(shown), runs[0].source if runs else None)
 
 

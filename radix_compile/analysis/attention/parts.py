@@ -50,14 +50,14 @@ class TreeAttention:
     """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries.
 
     ``biases`` are read in full form: those of its parts, and its masks where nothing simpler can be said of them.
-    ``needs_sight`` if it is right only in calls in which every row sees a key. ``dtype`` is that of its products: under
-    autocast not that of what they read.
+    ``needs_visible_keys`` if it is right only in calls in which every row sees a key. ``dtype`` is that of its
+    products: under autocast not that of what they read.
     """
 
     parts: Parts
     visible: Visible
     biases: tuple[Bias, ...]
-    needs_sight: bool
+    needs_visible_keys: bool
     dtype: torch.dtype
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from radix_compile.analysis.attention.rows import NotCarried, Order, Rows
+from radix_compile.analysis.attention.rows import NotOnTree, Order, Rows
 from radix_compile.analysis.rules.contractions import labels_of
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
@@ -21,7 +21,7 @@ def is_product_of_scores(node: fx.Node) -> bool:
 
 
 def queries_and_keys(node: fx.Node) -> tuple[Rows, Rows]:
-    """What a product ``[..., queries, keys]`` is of. Raises :class:`NotCarried`."""
+    """What a product ``[..., queries, keys]`` is of. Raises :class:`NotOnTree`."""
     if node.target is aten.einsum.default:
         (one, other), (first, second), result = _equation(node)
         if result[-2] not in first:
@@ -39,19 +39,19 @@ def queries_and_keys(node: fx.Node) -> tuple[Rows, Rows]:
 
 
 def weights_and_values(node: fx.Node) -> tuple[fx.Node, Rows, Order]:
-    """What the last product is of, and how its result becomes ``[..., queries, features]``. Raises ``NotCarried``.
+    """What the last product is of, and how its result becomes ``[..., queries, features]``. Raises ``NotOnTree``.
 
     Of an equation the weights come first, ``[..., queries, keys]``.
     """
     if node.target in MATRIX:
         return argument(node, "self"), Rows(argument(node, _other(node))), ()
     if node.target is not aten.einsum.default:
-        raise NotCarried(f"it ends in {node.target}, and not in a product of weights and values")
+        raise NotOnTree(f"it ends in {node.target}, and not in a product of weights and values")
     (weights, values), (first, second), result = _equation(node)
     *front, query, key = list(first)
     features = [label for label in result if label not in first]
     if _summed(first, second, result) != [key] or len(features) != 1 or len(result) != len(front) + 2:
-        raise NotCarried("its last equation is not one of weights and values")
+        raise NotOnTree("its last equation is not one of weights and values")
     return weights, _by_label(values, second, [*front, key, *features]), _order(result, [*front, query, *features])
 
 
@@ -64,23 +64,23 @@ def _equation(node: fx.Node) -> tuple[list[fx.Node], list[str], str]:
     try:
         terms, result = labels_of(argument(node, "equation"), len(tensors))
     except Mixes as reason:
-        raise NotCarried(str(reason)) from reason
+        raise NotOnTree(str(reason)) from reason
     if len(tensors) != 2 or len(result) < 2:
-        raise NotCarried("its equation is not of two tensors")
+        raise NotOnTree("its equation is not of two tensors")
     return list(tensors), terms, result
 
 
 def _summed(first: str, second: str, result: str) -> list[str]:
     summed = [label for label in dict.fromkeys(first + second) if label not in result]
     if len(summed) != 1 or summed[0] not in first or summed[0] not in second:
-        raise NotCarried("its equation sums over other dimensions than one that both have")
+        raise NotOnTree("its equation sums over other dimensions than one that both have")
     return summed
 
 
 def _by_label(node: fx.Node, term: str, wanted: list[str]) -> Rows:
     """Rows with the dimensions of these labels; one that the tensor does not have is of size one."""
     if set(term) - set(wanted):
-        raise NotCarried("its equation has dimensions that do not line up")
+        raise NotOnTree("its equation has dimensions that do not line up")
     return Rows(node, _order(term, wanted))
 
 

@@ -15,7 +15,7 @@ from radix_compile.ir.value import value_of, values_of
 aten = torch.ops.aten
 
 
-class NotCarried(Exception):  # noqa: N818 - a verdict about an attention
+class NotOnTree(Exception):  # noqa: N818 - a verdict about an attention
     """An attention has no compact form. The message says why."""
 
 
@@ -41,10 +41,10 @@ class Rows:
         return not self.order and len(self.axes) == 4 and all(isinstance(atom, Token) for atom in self.axes[0])
 
     def heads(self) -> tuple[int, int]:
-        """The number and the size of heads. Raises :class:`NotCarried` if these are not rows of heads."""
+        """The number and the size of heads. Raises :class:`NotOnTree` if these are not rows of heads."""
         axes = self.axes
         if len(axes) < 3 or axes[-2] != (SEQ,):
-            raise NotCarried("its queries, keys or values are not rows of heads")
+            raise NotOnTree("its queries, keys or values are not rows of heads")
         front = sizes_of([atom for axis in axes[:-2] for atom in axis])
         return int(sympy.prod(front)), int(sympy.prod(sizes_of(axes[-1])))
 
@@ -52,7 +52,7 @@ class Rows:
 def sizes_of(atoms: Axis | list[object]) -> list[sympy.Expr]:
     sizes = [atom.size for atom in atoms if isinstance(atom, Feature | Uniform)]
     if not all(isinstance(size, sympy.Integer) for size in sizes):
-        raise NotCarried("the number or the size of its heads is not a number")
+        raise NotOnTree("the number or the size of its heads is not a number")
     return sizes
 
 

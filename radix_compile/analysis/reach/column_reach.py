@@ -137,7 +137,7 @@ class Reaches:
     def _compute(self, node: fx.Node) -> Reach | tuple[Reach, ...]:
         marks = marks_of(node)
         values = marks if isinstance(marks, tuple) else (marks,)
-        if any(value.is_arranged or (value.mixed is None and value.blind) for value in values):
+        if any(value.is_arranged or (value.mixed is None and value.fully_masked) for value in values):
             raise OutOfReach
         value = values[0]
         if all(one.is_constant for one in values) and is_tensor(node):

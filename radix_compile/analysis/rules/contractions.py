@@ -10,7 +10,7 @@ from torch import fx
 from radix_compile.analysis.rules.masks import biased_scores
 from radix_compile.analysis.rules.table import argument, operand, rule
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens, plain_axes
-from radix_compile.ir.facts import Score, Weights, blind_rows, hides
+from radix_compile.ir.facts import Score, Weights, fully_masked_rows, hides
 from radix_compile.ir.value import Operand, Value, broadcast, value_of
 
 aten = torch.ops.aten
@@ -149,9 +149,14 @@ def _weighted_sum(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) 
 
 def attend(axes: Axes, weights: Weights, *sources: Value) -> Value:
     """The result of causal attention: determined, but for the rows that see no key."""
-    blind = blind_rows(weights.visible, weights.query, weights.key)
+    fully_masked = fully_masked_rows(weights.visible, weights.query, weights.key)
     for source in sources:
-        for other in source.blind:
+        for other in source.fully_masked:
             if not hides(weights.visible, other, weights.key):
                 raise Mixes("a row that sees no key in an earlier layer is seen by others here")
-    return Value(axes, full_only=True, blind=frozenset() if blind is None else frozenset({blind}), attends=weights)
+    return Value(
+        axes,
+        full_only=True,
+        fully_masked=frozenset() if fully_masked is None else frozenset({fully_masked}),
+        attends=weights,
+    )

@@ -75,7 +75,7 @@ def _causal(node: fx.Node, layout: Layout) -> Marks:
     for one in rows:
         if value_of(one).axes[:2] != layout.rows:
             raise Mixes("its tensors are not [batch, sequence, ...]")
-        if value_of(one).blind:
+        if value_of(one).fully_masked:
             raise Mixes("reads rows that saw no key in an earlier layer")
     outputs = node.meta["val"]
     shapes = [one.shape for one in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]

@@ -85,7 +85,7 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
         raise Mixes("the mask_mod lets a token see later ones (or is not understood)")
     buffers = [value_of(one) for one in (*found.score_buffers, *found.mask_buffers) if is_tensor(one)]
     for source in (k, v, *buffers):
-        if not all(hides(visible, blind, -1) for blind in source.blind):
+        if not all(hides(visible, fully_masked, -1) for fully_masked in source.fully_masked):
             raise Mixes("a row that sees no key in an earlier layer is seen by others here")
     # A row that sees no key is zero, whatever the others are.
     weights = Weights(visible, -2, -1)

@@ -20,13 +20,13 @@ from radix_compile.ir.facts import (
     ORDINARY,
     TRUE,
     AtMost,
-    Blind,
     Break,
     Diff,
     Distance,
     Fact,
     Filled,
     Formula,
+    FullyMasked,
     Index,
     Masked,
     Ones,
@@ -366,17 +366,17 @@ def _tanh(node: fx.Node) -> Fact | None:
     return Score(1.0)
 
 
-def blanked(node: fx.Node) -> frozenset[Blind]:
-    """What is blind no longer: times zero where they are padding, as before a scan, rows that saw no key are zero."""
+def blanked(node: fx.Node) -> frozenset[FullyMasked]:
+    """Masks whose fully masked rows are zero from here on: padding is multiplied by zero before a scan."""
     if node.target is not aten.mul.Tensor:
         return frozenset()
-    found: set[Blind] = set()
+    found: set[FullyMasked] = set()
     for fact, rows in (node.args[:2], node.args[1::-1]):
         mask = fact_of(fact)
         if isinstance(mask, PerRow) and isinstance(rows, fx.Node) and value_of(rows).is_row:
             axes = value_of(rows).axes
             if -mask.dim <= len(axes) and axes[mask.dim] == (SEQ,):
-                found |= {b for b in value_of(rows).blind if b.source is mask.source and b.truth}
+                found |= {b for b in value_of(rows).fully_masked if b.source is mask.source and b.truth}
     return frozenset(found)
 
 

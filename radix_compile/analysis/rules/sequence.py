@@ -31,7 +31,7 @@ def cumulative(node: fx.Node, layout: Layout) -> Value:
 def _along_sequence(value: Value, dim: int, what: str) -> None:
     if value.axes[dim] != (SEQ,) or not value.is_row:
         raise Mixes(f"{what} the {'batch' if BATCH in value.axes[dim] else 'key'} axis")
-    if value.blind:
+    if value.fully_masked:
         raise Mixes("reads rows that saw no key in an earlier layer")
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 import radix_compile
 from radix_compile.ir.errors import RunsPlain
-from radix_compile.runtime.block_tables import BlockTables, leave_the_mask_alone, listed_blocks
+from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
 from tests.models import VOCABULARY, paths, shared_batch
 
 B, S, H, E, BLOCK = 4, 48, 2, 8, 16
@@ -160,7 +160,7 @@ def test_tables_made_from_a_mask_leave_it_alone(name: str, size: int) -> None:
     mask = create_block_mask(mask_mod, B, None, S, S, device="cpu", BLOCK_SIZE=size)
     says = {"shown": np.ones((B, S), np.bool_), **says}
     tables = BlockTables((0, 1), (2, 3), size, size)
-    assert leave_the_mask_alone(tables, arguments(mask), **says)
+    assert agree_with_mask(tables, arguments(mask), **says)
     noticed = 0
     for other_mod, different in MASKS.values():
         says = {"shown": np.ones((B, S), np.bool_), **different}
@@ -168,7 +168,7 @@ def test_tables_made_from_a_mask_leave_it_alone(name: str, size: int) -> None:
         found = (in_blocks(mask.kv_num_blocks, mask.kv_indices, size) & expected) | in_blocks(
             mask.full_kv_num_blocks, mask.full_kv_indices, size
         )
-        if leave_the_mask_alone(tables, arguments(mask), **says):
+        if agree_with_mask(tables, arguments(mask), **says):
             assert torch.equal(found, expected)
         else:
             noticed += 1
@@ -190,7 +190,7 @@ def in_blocks(count: Tensor | None, index: Tensor | None, size: int) -> Tensor:
 def test_a_table_that_was_changed_is_noticed(change: str) -> None:
     tables, shown = BlockTables((0, 1), (2, 3), BLOCK, BLOCK), np.ones((B, S), np.bool_)
     given = arguments(blocks(causal))
-    assert leave_the_mask_alone(tables, given, shown)
+    assert agree_with_mask(tables, given, shown)
     count, index, full, full_index = (one.clone() for one in given if one is not None)
     assert count.flatten().tolist() == [1, 1, 1]
     assert full.flatten().tolist() == [0, 1, 2]
@@ -204,7 +204,7 @@ def test_a_table_that_was_changed_is_noticed(change: str) -> None:
         full_index[..., 2, 1] = full_index[..., 2, 0]
     else:
         full[..., 1], full_index[..., 1, 1] = 2, 1
-    assert not leave_the_mask_alone(tables, [count, index, full, full_index], shown)
+    assert not agree_with_mask(tables, [count, index, full, full_index], shown)
 
 
 REFUSED: dict[str, tuple[Mod, Mod | None, str]] = {

@@ -14,7 +14,7 @@ from radix_compile.analysis.rules.flex import FLEX, arguments_of
 aten = torch.ops.aten
 
 
-def spell_out_flex(gm: fx.GraphModule) -> fx.GraphModule:
+def inline_flex_functions(gm: fx.GraphModule) -> fx.GraphModule:
     """Add to the graph what ``mask_mod`` and ``score_mod`` say of all pairs, ``[B, H, S, S]``: nothing reads it.
 
     The nodes are for ``mark_token_axes`` alone: ``node.meta["visible"]`` and ``node.meta["scores"]`` of each

@@ -20,7 +20,7 @@ BY_LAYOUT = (aten.as_strided.default, aten.view.dtype)
 """What they return depends on how their input lies in memory; a part of a buffer has gaps."""
 
 
-def write_out_triangles(gm: fx.GraphModule) -> fx.GraphModule:
+def expand_mask_buffers(gm: fx.GraphModule) -> fx.GraphModule:
     """Put ``full`` and ``tril`` or ``triu`` in place of a buffer that holds a triangle, or of the part of it in front.
 
     ``meta["triangles"]`` says which buffers they are and ``meta["triangle_sizes"]`` how many rows of them are read: all
@@ -114,5 +114,5 @@ def _made(graph: fx.Graph, node: fx.Node, triangle: Triangle, size: int | fx.Nod
         cut = (aten.triu.default, (filled, 1)) if triangle.upper else (aten.tril.default, (filled,))
         made = graph.call_function(*cut)
         internals.evaluate(made)
-    trace_back(node, "write_out_triangles", filled, behind)
+    trace_back(node, "expand_mask_buffers", filled, behind)
     return made
