@@ -22,8 +22,8 @@ from radix_compile.kernels import tree_attention, triton_attention, triton_atten
 from radix_compile.kernels import triton_nll, triton_rows, triton_sums, triton_tree
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays
 from radix_compile.kernels.triton_launch import Kernel
-from radix_compile.prefix_plan import PrefixPlan
-from radix_compile.tree_tiles import tree_tiles
+from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.tiles import tree_tiles
 from tests.kernels.plans import tree, values
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
