@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 N ?= 2000
+QUICK := tests/ir tests/plan tests/analysis
 
-.PHONY: help demo test compatibility test-versions fuzz lint format clean
+.PHONY: help demo check test test-all compatibility test-versions fuzz lint format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -19,8 +20,14 @@ help: ## list these targets
 demo: $(STAMP) ## compare radix with inductor on a batch of few-shot prompts
 	$(BIN)/python -m benchmarks.demo $(ARGS)
 
-test: $(STAMP) ## run the tests
+check: lint ## lint, and the tests that compile no model: two minutes, for before a commit
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(QUICK) $(ARGS)
+
+test: $(STAMP) ## run the tests, but those marked slow
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+test-all: $(STAMP) ## run all tests, and check graphs after every pass in all of them
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --everything $(ARGS)
 
 compatibility: $(STAMP) ## run every family and form, and write docs/compatibility.md (half an hour)
 	$(BIN)/python -m tests.compatibility docs/compatibility.md --workers $(TEST_WORKERS) $(ARGS)

@@ -1,8 +1,13 @@
-"""What every test starts from: a fresh Dynamo and zeroed counts, and Triton's interpreter where there is no GPU."""
+"""What every test starts from: a fresh Dynamo and zeroed counts, and Triton's interpreter where there is no GPU.
+
+Tests marked ``slow`` run with ``--everything`` (``make test-all``), which also checks graphs after every pass in the
+end-to-end tests. Any other test fails if it takes more than ``LONGEST`` seconds of CPU time.
+"""
 
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +20,9 @@ import radix_compile
 from radix_compile.passes import pipeline
 
 pipeline.ALWAYS_VERIFY = True
+pipeline.RAISE_MISTAKES = True
+LONGEST = 20.0
+END_TO_END = ("end_to_end", "compatibility", "cli")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # or they spend their time waiting for each other
 
@@ -32,3 +40,39 @@ def fresh_dynamo() -> Iterator[None]:
     radix_compile.reset_stats()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def verified_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end-to-end tests it takes as long again as all that is tested there."""
+    if not request.config.getoption("everything") and request.path.parent.name in END_TO_END:
+        monkeypatch.setattr(pipeline, "ALWAYS_VERIFY", False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--everything", action="store_true", help="run the tests marked slow, and check every pass in all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("everything"):
+        return
+    named = [arg for arg in config.invocation_params.args if "::" in str(arg)]  # whoever names a test wants it to run
+    slow = [] if named else [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = _cpu_seconds()
+    result = yield
+    spent = _cpu_seconds() - before
+    if spent > LONGEST and item.get_closest_marker("slow") is None:
+        pytest.fail(f"takes {spent:.0f} s of CPU time: make it smaller, or mark it slow and say why")
+    return result
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)

@@ -50,7 +50,12 @@ def commands(page: Path) -> list[tuple[list[str], list[str]]]:
     return [(given, lines[: lines.index(None)] if None in lines else lines) for given, lines in shown]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("given", [" ".join(given) for given, _ in commands(ROOT / "docs" / "inspection.md")])
+SHOWN = [" ".join(given) for given, _ in commands(ROOT / "docs" / "inspection.md")]
+
+
+@pytest.mark.parametrize(
+    "given", [pytest.param(one, marks=pytest.mark.slow) if one.startswith("bench") else one for one in SHOWN]
+)
 def test_commands_print_what_is_shown(
     given: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

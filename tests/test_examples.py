@@ -65,6 +65,7 @@ def check_folded(calls: int, rows: int, nodes: int) -> None:
     assert stats.compact_tokens <= calls * nodes < stats.tokens
 
 
+@pytest.mark.slow  # whole runs
 @pytest.mark.parametrize("example", [grpo, dpo], ids=["grpo", "dpo"])
 def test_what_the_scripts_print(
     example: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

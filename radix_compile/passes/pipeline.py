@@ -28,6 +28,9 @@ Observer = Callable[[str, fx.GraphModule], None]
 ALWAYS_VERIFY = False
 """Check what ``verify_graph`` checks after every pass, whether asked to or not. The tests do."""
 
+RAISE_MISTAKES = False
+"""Raise what a pass with a mistake in it raises, in place of :class:`PassFailed`. The tests do."""
+
 PASSES: tuple[Pass, ...] = (
     expand_mask_buffers,  # first, so that what it writes out for every layer is merged
     merge_duplicates,  # next, because what is one node is annotated, gathered and scattered once
@@ -70,7 +73,7 @@ def run_pass(apply: Pass, gm: fx.GraphModule, observe: Observer | None = None, v
     try:
         gm = apply(gm)
     except BUGS as error:
-        if verify or ALWAYS_VERIFY or must_propagate(error):
+        if verify or RAISE_MISTAKES or must_propagate(error):
             raise
         raise PassFailed(f"{apply.__name__} failed: {type(error).__name__}: {error}") from error
     gm.graph.lint()

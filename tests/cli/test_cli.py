@@ -159,6 +159,7 @@ def test_estimate_in_tokens(data: str, tokenizer: str, capsys: pytest.CaptureFix
     assert found["tree"]["tokens"] == sum(map(len, rows))
 
 
+@pytest.mark.slow  # it compiles with inductor for several lengths
 def test_bench(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "out.png"
     given = ["--batch", "4", "--prefixes", "0", "24", "--suffix", "8", "--runs", "1", "--pin"]

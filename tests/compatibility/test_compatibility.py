@@ -17,7 +17,13 @@ DECLINED = {"static cache"}
 WITHOUT_ATTENTION = {"Mamba2"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+KINDS = {"GPT2", "Qwen3", "Gemma2", "Bloom", "Mixtral", "DeepseekV3", "GptOss", "Qwen3Next", "Mamba2", "Bert"}
+"""One family of each kind; ``slow`` are the others."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_family(name: str) -> None:
     cell = run_cell(name, attentions(name)[0], forms_of(name)[0])
     assert not cell.fails, cell

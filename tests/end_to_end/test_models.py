@@ -71,9 +71,21 @@ CASES = [
     *(("GPT2", "sdpa", form) for form in ("no mask", "ones", "right padding", "positions", "left padding, positions")),
     *(("GPT2", "eager", form) for form in ("right padding", "left padding")),
 ]
+QUICK = (
+    *(("Qwen3", "sdpa", form) for form in ("no mask", "right padding", "left padding", "positions")),
+    *(
+        ("Qwen3", "eager", "left padding"),
+        ("Llama", "sdpa", "right padding"),
+        ("GPT2", "sdpa", "left padding, positions"),
+    ),
+)
+"""One of each kind: the others are their products."""
 
 
-@pytest.mark.parametrize(("kind", "attention", "form"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "attention", "form"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_folds_with_the_outputs_of_the_plain_model(kind: str, attention: str, form: str) -> None:
     model = build(kind, attention=attention)
     compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})

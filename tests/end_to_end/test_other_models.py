@@ -182,7 +182,7 @@ def test_functional_call() -> None:
     check(program, ids, exact)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_weights_quantised_to_integers(inner: str) -> None:
     """Each is two tensors, of integers and of scales, which a subclass of tensors wraps."""
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")

@@ -103,7 +103,9 @@ INDUCTOR = (
 )
 
 
-@pytest.mark.parametrize("name", INDUCTOR)
+@pytest.mark.parametrize(
+    "name", [*INDUCTOR[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in INDUCTOR[3:])]
+)
 def test_compiled_by_inductor(name: str) -> None:
     compare(OUTPUTS[name], "inductor", gradients=True)
 

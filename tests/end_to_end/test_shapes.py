@@ -33,7 +33,7 @@ COLLISIONS = {
 
 
 @pytest.mark.parametrize("name", COLLISIONS)
-@pytest.mark.parametrize("kind", ["Qwen3", "GPT2"])
+@pytest.mark.parametrize("kind", ["Qwen3", pytest.param("GPT2", marks=pytest.mark.slow)])
 def test_a_size_that_equals_another(kind: str, name: str) -> None:
     batch, seq, sizes = COLLISIONS[name]
     model = build(kind, attention="eager", **({"num_hidden_layers": 1, **sizes} if kind == "Qwen3" else {"n_layer": 1}))
@@ -163,6 +163,7 @@ def test_sizes_that_depend_on_the_data(by_number: bool) -> None:
     assert radix_compile.stats().folded_calls == 1
 
 
+@pytest.mark.slow  # with inductor, whose compilations it counts
 def test_twenty_batches_compile_nothing_new() -> None:
     """Through inductor: after the shapes have become symbols, neither Dynamo nor inductor compiles again."""
     model = build("Qwen3", num_hidden_layers=1)

@@ -119,6 +119,7 @@ def masked_attention_compiles_in_float64() -> bool:
     return True
 
 
+@pytest.mark.slow  # three programs, forward and backward
 def test_through_inductor() -> None:
     """The decompositions, fused and compiled: also with the loss outside the graph, and with the same bits twice."""
     attention = "sdpa" if masked_attention_compiles_in_float64() else "eager"

@@ -10,7 +10,9 @@ from radix_compile.ir.value import Value, value_of
 from tests.fuzz.check import FAILURES, Outcome, check, draw_example
 
 
-@pytest.mark.parametrize("first", range(0, 240, 40))
+@pytest.mark.parametrize(
+    "first", [*range(0, 200, 40), *(pytest.param(n, marks=pytest.mark.slow) for n in range(200, 480, 40))]
+)
 def test_examples(first: int) -> None:
     outcome = Outcome()
     for seed in range(first, first + 40):

@@ -56,6 +56,7 @@ def test_tlparse(tmp_path: Path) -> None:
     assert "radix_report" in (tmp_path / "page" / "index.html").read_text()
 
 
+@pytest.mark.slow  # a process that compiles, as are the next two
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_depyf(tmp_path: Path, inner: str) -> None:
     run(tmp_path, "import depyf", "depyf.prepare_debug('kept')", inner=inner)
@@ -66,6 +67,7 @@ def test_depyf(tmp_path: Path, inner: str) -> None:
     assert "radix.tree_attention" in after
 
 
+@pytest.mark.slow
 def test_compile_debug(tmp_path: Path) -> None:
     run(tmp_path, TORCH_COMPILE_DEBUG="1", inner="inductor")
     (folder,) = tmp_path.rglob("radix/graph_0")
@@ -74,6 +76,7 @@ def test_compile_debug(tmp_path: Path) -> None:
     assert "tree_attention" in (folder / "after.py").read_text()
 
 
+@pytest.mark.slow
 def test_a_profile_has_a_range_for_each_call(tmp_path: Path) -> None:
     after = "profile.export_chrome_trace('trace.json')"
     run(tmp_path, context="torch.profiler.profile() as profile", after=after)

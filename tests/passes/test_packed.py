@@ -221,7 +221,10 @@ def test_a_text_that_goes_on_later_is_one_with_what_is_between() -> None:
     assert compact_rows(model, ids, positions, numbers) == paths_by_text(ids, apart)
 
 
-@pytest.mark.parametrize(("rows", "options"), [(1, {}), (2, {}), (1, {"sliding_window": 3})])
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(2, {}), *(pytest.param(1, options, marks=pytest.mark.slow) for options in ({}, {"sliding_window": 3}))],
+)
 def test_a_model_of_transformers(rows: int, options: dict[str, int]) -> None:
     """Padding-free: all texts in a row, and positions that restart. The second call compiles nothing."""
     model = build("Mistral" if options else "Qwen3", **options)

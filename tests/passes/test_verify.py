@@ -54,6 +54,7 @@ def test_a_mistake_in_a_pass_does_not_lose_the_call(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("radix_compile.passes.pipeline.PASSES", (broken,))
     monkeypatch.setattr("radix_compile.passes.pipeline.ALWAYS_VERIFY", False)
+    monkeypatch.setattr("radix_compile.passes.pipeline.RAISE_MISTAKES", False)
     model = Net()
     with torch.no_grad():
         with pytest.warns(UserWarning, match="nothing folds: broken failed: KeyError: 'lost'"):
