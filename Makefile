@@ -49,7 +49,7 @@ format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) .versions build dist radix_compile/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions build dist radix_compile/plan/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 # torch comes first and pinned: asking for it without the version may fetch a different build.

@@ -9,7 +9,6 @@ from radix_compile.analysis.rules.table import RULES
 from radix_compile.ir.value import Value, value_of
 from tests.fuzz.check import FAILURES, Outcome, check, draw_example
 
-
 SEEDS = [*range(0, 200, 20), *(pytest.param(first, marks=pytest.mark.slow) for first in range(200, 480, 20))]
 
 
