@@ -34,7 +34,7 @@ from radix_compile.runtime.verify_calls import CallVerifier
 
 log = logging.getLogger(__name__)
 
-MIN_FOLDABLE_SHARE = 0.25
+LEAST_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
 
 PLAN_SIZES = 64
@@ -157,7 +157,7 @@ def rewrite(
     folded = run_pipeline(captured, observe, options.verify)
     found = report_on(captured)
     report.__dict__.update(found.__dict__)
-    if not report.folded or report.foldable_share < MIN_FOLDABLE_SHARE:
+    if not report.folded or report.foldable_share < LEAST_SHARE:
         report.folded = False
         reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
         if found.folded:

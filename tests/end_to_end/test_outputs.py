@@ -23,7 +23,7 @@ Program = Callable[["Model", Tensor, Tensor], Sequence[Tensor]]
 
 @pytest.fixture(autouse=True)
 def everything_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "MIN_FOLDABLE_SHARE", 0.0)
+    monkeypatch.setattr(backend, "LEAST_SHARE", 0.0)
 
 
 class Model(nn.Module):

@@ -27,7 +27,7 @@ Step = Callable[..., Tensor]
 @pytest.fixture(autouse=True)
 def everything_folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """However little of a graph's arithmetic that is; and in float64."""
-    monkeypatch.setattr(backend, "MIN_FOLDABLE_SHARE", 0.0)
+    monkeypatch.setattr(backend, "LEAST_SHARE", 0.0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

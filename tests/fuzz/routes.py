@@ -125,7 +125,7 @@ def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: 
     compiled = torch.compile(plain, backend="radix", options=options, dynamic=example.dynamic or None)
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch.object(backend, "MIN_FOLDABLE_SHARE", 0.0),
+        mock.patch.object(backend, "LEAST_SHARE", 0.0),
         _in_less_time(example.route),
     ):
         warnings.simplefilter("always")

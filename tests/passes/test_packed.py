@@ -135,7 +135,7 @@ def counted_tokens(x: Tensor, ids: Tensor, positions: Tensor, numbers: Tensor) -
 
 @pytest.fixture(autouse=True)
 def _folds_little_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "MIN_FOLDABLE_SHARE", 0.0)
+    monkeypatch.setattr(backend, "LEAST_SHARE", 0.0)
 
 
 class Program(nn.Module):
