@@ -12,7 +12,10 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from rich.console import Console
+try:
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    raise SystemExit("radix-compile needs an extra: pip install 'radix-compile[cli]'") from missing
 
 from radix_compile.cli.inputs import UsageError
 

@@ -228,3 +228,10 @@ def test_it_is_installed() -> None:
     for command in ([str(tool)], [sys.executable, "-m", "radix_compile"]):
         ran = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
         assert "estimate" in ran.stdout
+
+
+def test_without_its_extra_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['rich'] = None; sys.modules['rich.console'] = None; import radix_compile.cli"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "radix-compile needs an extra: pip install 'radix-compile[cli]'\n"
