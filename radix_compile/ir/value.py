@@ -1,6 +1,6 @@
 """What is known of each node's result, node by node, and how the operands of a broadcasting op line up.
 
-``node.meta["radix"]`` is read and written here alone.
+A node's annotation is ``node.meta["radix"]``: :func:`mark` writes it, :func:`value_of` and :func:`values_of` read it.
 """
 
 from __future__ import annotations

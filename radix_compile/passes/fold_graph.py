@@ -372,6 +372,8 @@ class _Rewriter:
 
     def _with_own_memory(self, view: fx.Node, node: fx.Node) -> fx.Node:
         """A copy, in the same order: of a view and its ``detach``, AOTAutograd has to return what they are views of."""
+        if view.target is not aten.permute.default:  # it is no view
+            return view
         return self._tagged(self.graph.call_function(aten.clone.default, (view,)), node, Form.FULL)
 
     def _reshaped(self, node: fx.Node, before: Axes, after: Axes, compact: bool) -> fx.Node:

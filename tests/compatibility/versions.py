@@ -38,7 +38,17 @@ def run_tests(folder: Path, torch: str, transformers: str, workers: int) -> dict
     subprocess.run([*install, f"torch=={torch}", "numpy"], check=True)
     subprocess.run([*install, f"torch=={torch}", f"transformers=={transformers}", *NEEDED, "-e", ROOT], check=True)
     report = folder / "tests.xml"
-    command = [python, "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={report}", "tests/end_to_end"]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        str(workers),
+        f"--junitxml={report}",
+        "--everything",
+        "tests/end_to_end",
+    ]
     subprocess.run(command, cwd=ROOT, check=False)
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     tests, failed, skipped = (int(suite.attrib[name]) for name in ("tests", "failures", "skipped"))
