@@ -19,7 +19,7 @@ from tests.fuzz.routes import check_compiled, check_passes, fails_by_itself
 __all__ = ["FAILURES", "Outcome", "check", "draw_example", "minimised"]
 
 FAILURES = (
-    *(AssertionError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(AssertionError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError),
     *(CaptureError, CannotFold),
 )
 """What a wrong fold or a crash ends with."""

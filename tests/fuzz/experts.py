@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+import transformers.integrations.moe  # noqa: F401 - importing it registers the ops
+
 from tests.fuzz.draw import Draw, Kind, activated, piece
+
+HAS_TRACEABLE_BACKWARD = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
+"""Before transformers had this op, no compiler could trace the backward pass of its grouped product on a CPU."""
 
 
 @piece(Kind.POSITION_WISE)
@@ -32,7 +38,9 @@ def _product_by_expert(d: Draw, experts: int) -> str:
         f"ends = torch.histc(expert.float(), {experts}, 0, {experts - 1}).cumsum(0, dtype=torch.int32)\n"
         f"rows = torch.ops.transformers.grouped_mm_fallback(rows, w({experts}, D, D), ends)"
     )
-    return d.one_of(grouped, grouped, "rows = " + activated(d, "rows @ w(D, D)"))
+    each = "rows = " + activated(d, "rows @ w(D, D)")
+    drawn = d.one_of(grouped, grouped, each)
+    return drawn if HAS_TRACEABLE_BACKWARD else each
 
 
 def _put_back(d: Draw, slots: int) -> list[str]:
