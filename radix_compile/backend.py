@@ -16,14 +16,13 @@ from torch import fx
 from radix_compile import torch_internals as internals
 from radix_compile.inspection.tracing import trace_report, trace_rewrite
 from radix_compile.ir.errors import CannotFold
+from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.capture import CaptureError, capture, first_line
-from radix_compile.passes.fold_attention import fold_attention
-from radix_compile.passes.lower_index_ops import lower_index_ops
-from radix_compile.passes.pipeline import Observer, PassFailed, run_pass, run_pipeline
+from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD, POSITION_WISE_FOLD, Fold, FoldVariant
+from radix_compile.passes.pipeline import Observer, PassFailed, annotate, fold_as
 from radix_compile.passes.report import GraphReport, report_on
-from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.plan.arrays import as_multiple
 from radix_compile.runtime.calibration import Measurements, calibration_file, fingerprint
 from radix_compile.runtime.call_planner import PlanInputs, advice_on_padding, plan_inputs
@@ -74,20 +73,23 @@ class RadixBackend:
         COUNTERS.add(graphs=1)
         report = GraphReport(folded=False)
         try:
-            captured, rewritten, inputs = rewrite(gm, example_inputs, options, report, observe)
+            captured = capture_and_annotate(gm, example_inputs, options, observe)
+            variant = FULL_FOLD if options.fold_attention else POSITION_WISE_FOLD
+            fold = fold_as(variant, captured, options, observe)
+            report = report_on(fold)  # from here on, a refusal keeps what was found
+            expect_enough(report)
+            inputs = plan_inputs(fold)
+            if advice := advice_on_padding(fold, internals.flatten_subclasses(example_inputs)):
+                report.notes.append(advice)
             options = _with_rounded_plan_sizes(options, captured)
-            trace_rewrite(captured, rewritten, report)
-            name = "full fold" if inputs.tree is not None else "position-wise fold"
-            folded = [_compile_folded(name, captured, rewritten, inputs, example_inputs, options)]
-            # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
-            always = inputs.tiles and options.threshold is None
-            if always or inputs.may_leave_the_tree:
-                less = ("fold_attention",) if always else ("keys_visible", "apart", "listed")
-                captured.meta.update(dict.fromkeys(less, False))
-                rewritten, inputs = _rewrite_again(captured, options, observe)
-                name = "position-wise fold" if always else "fold off the tree"
-                one = _compile_folded(name, captured, rewritten, inputs, example_inputs, options)
-                folded.append(replace(one, always=always))
+            trace_rewrite(captured, fold.program, report)
+            name = variant.name if inputs.tree is not None else POSITION_WISE_FOLD.name
+            folded = [_compile_folded(name, fold, inputs, example_inputs, options)]
+            other = _other_variant(inputs, options)
+            if other is not None:
+                fold = fold_as(other, captured, options, observe)
+                one = _compile_folded(other.name, fold, plan_inputs(fold), example_inputs, options)
+                folded.append(replace(one, always=other is POSITION_WISE_FOLD))
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason = False, str(refusal)
             if isinstance(refusal, PassFailed):
@@ -101,7 +103,7 @@ class RadixBackend:
         kept = _measurements(captured, self.predicts_for or options)
         model = CostModel({one.name: one.work for one in folded}, [] if kept is None else kept.load())
         said = report.model, report.place, partial(self.chose, report)
-        call = PerCall(plain, folded, options, model, kept, captured.meta["wrapped"], *said)
+        call = PerCall(plain, folded, options, model, kept, graph_facts(captured).has_wrapped_inputs, *said)
         return call.__call__  # a function, which is what tools that look at compiled code expect
 
     def report(self, report: GraphReport) -> None:
@@ -139,57 +141,36 @@ radix = RadixBackend()
 """The entry point ``radix`` of the group ``torch_dynamo_backends``."""
 
 
-def rewrite(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    options: Options,
-    report: GraphReport,
-    observe: Observer | None = None,
-) -> tuple[fx.GraphModule, fx.GraphModule, PlanInputs]:
-    """The captured graph, its folded form and how to plan a call; ``report`` is filled in on the way.
+def capture_and_annotate(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observe: Observer | None = None
+) -> fx.GraphModule:
+    """The captured graph with its facts. ``gm`` is left as it was.
 
-    Raises ``CaptureError``, ``CannotFold`` or ``PassFailed``; ``gm`` is left as it was.
+    Raises ``CaptureError``, ``CannotFold`` or ``PassFailed``.
     """
     captured = capture(gm, example_inputs)
     if observe is not None:
         observe("capture", captured)
-    captured.meta["fold_attention"] = options.fold_attention
-    folded = run_pipeline(captured, observe, options.verify)
-    found = report_on(captured)
-    report.__dict__.update(found.__dict__)
-    if not report.folded or report.foldable_share < LEAST_SHARE:
-        report.folded = False
-        reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
-        if found.folded:
-            reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
-        raise CannotFold(reason)
-    inputs = _finish(captured, folded, options, report, observe)
-    if advice := advice_on_padding(captured, internals.flatten_subclasses(example_inputs)):
-        report.notes.append(advice)
-    return captured, folded, inputs
+    annotate(captured, observe, options.verify)
+    return captured
 
 
-def _rewrite_again(
-    captured: fx.GraphModule, options: Options, observe: Observer | None = None
-) -> tuple[fx.GraphModule, PlanInputs]:
-    """As :func:`rewrite`, of what it captured: another folded form, with less attention on the tree."""
-    folded = run_pipeline(captured, observe, options.verify, first=fold_attention)
-    return folded, _finish(captured, folded, options, GraphReport(folded=True), observe)
+def expect_enough(report: GraphReport) -> None:
+    """Raises ``CannotFold`` if so little of a graph's arithmetic runs compact that it cannot pay."""
+    if report.folded and report.foldable_share >= LEAST_SHARE:
+        return
+    reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
+    if report.folded:
+        reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
+    raise CannotFold(reason)
 
 
-def _finish(
-    captured: fx.GraphModule, folded: fx.GraphModule, options: Options, report: GraphReport, observe: Observer | None
-) -> PlanInputs:
-    """What is done to a folded graph because of options, and how to plan a call."""
-    captured.meta.pop("padding", None)  # another folded form may leave it out where this one cannot
-    if options.padding == "skip":
-        try:
-            skip_padding(folded)
-        except PaddingIsRead as verdict:
-            report.notes.append(f'padding="skip" is off: {verdict}')
-            log.info(report.notes[-1])
-    run_pass(lower_index_ops, folded, observe, options.verify)
-    return plan_inputs(captured)
+def _other_variant(inputs: PlanInputs, options: Options) -> FoldVariant | None:
+    """The second folded program of a graph, given how calls of the first are planned; None if it needs none."""
+    if inputs.tiles and options.threshold is None:
+        # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
+        return POSITION_WISE_FOLD
+    return FOLD_OFF_THE_TREE if inputs.may_leave_the_tree else None
 
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:
@@ -206,7 +187,7 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
     nodes = captured.graph.nodes
     if any(getattr(node.target, "namespace", "").endswith(("c10d", "c10d_functional")) for node in nodes):
         return None
-    ids = captured.meta["tokens"].keys[0].meta["val"]
+    ids = tokens_of(captured).keys[0].meta["val"]
     inner = options.inner if isinstance(options.inner, str) else getattr(options.inner, "__qualname__", "a callable")
     compiled_by = inner, options.mode, options.inner_options, options.padding, options.fold_attention
     key = fingerprint(captured, ids.device, compiled_by)
@@ -217,7 +198,7 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
 
 def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Options:
     """CUDA graphs are recorded for sizes, of which hardly any would come again if plans had all that there are."""
-    ids = captured.meta["tokens"].keys[0].meta["val"]
+    ids = tokens_of(captured).keys[0].meta["val"]
     graphs = internals.records_cuda_graphs(options.inner, options.mode, dict(options.inner_options))
     if options.pad_multiple_of is not None or ids.device.type != "cuda" or not graphs:
         return options
@@ -225,18 +206,12 @@ def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Opti
     return replace(options, pad_multiple_of=max(1 << (rows // PLAN_SIZES).bit_length() >> 1, 1))
 
 
-def _compile_folded(
-    name: str,
-    captured: fx.GraphModule,
-    folded: fx.GraphModule,
-    plan: PlanInputs,
-    example_inputs: Sequence[Any],
-    options: Options,
-) -> Folded:
+def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Sequence[Any], options: Options) -> Folded:
+    captured, folded = fold.captured, fold.program
     plan = replace(plan, filled_up=options.pad_multiple_of is not None)
     verify = CallVerifier(captured, _copied(folded)) if options.verify else None  # the inner backend may write to it
     # The fake ids, whose sizes are symbols where the real ones' are numbers: a number here would pin the batch.
-    ids = captured.meta["tokens"].keys[0].meta["val"]
+    ids = tokens_of(captured).keys[0].meta["val"]
     COUNTERS.add(folded_compiles=1)
     rows = ids.shape[0] * ids.shape[1]
     bound = internals.upper_bound(rows)
@@ -246,13 +221,13 @@ def _compile_folded(
     inputs = [*internals.flatten_subclasses(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)
     try:
-        cached = internals.cache_unless(captured.meta["checkpointed"])
+        cached = internals.cache_unless(graph_facts(captured).has_checkpoints)
         with cached, internals.backward_compiled_ahead(), internals.backward_may_run_again():
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             program = internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
             hint = [internals.size_hint(size) for size in ids.shape[:2]]
-            return Folded(name, program, plan, verify, Work.of(report_on(captured), *hint))
+            return Folded(name, program, plan, verify, Work.of(report_on(fold), *hint))
     except (RuntimeError, *internals.RUNS_EAGERLY) as error:
         if internals.must_propagate(error):
             raise

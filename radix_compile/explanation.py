@@ -16,6 +16,7 @@ from radix_compile.inspection.diff import GraphDiff, GraphPair
 from radix_compile.inspection.graph_view import GraphView, view_of
 from radix_compile.ir.value import Refusal
 from radix_compile.options import Options
+from radix_compile.passes.fold import Fold
 from radix_compile.passes.pipeline import Observer
 from radix_compile.passes.report import GraphReport
 from radix_compile.runtime.calibration import time_programs
@@ -235,12 +236,12 @@ class Recorder:
     steps: list[GraphView] = field(default_factory=list)
     annotated: GraphView | None = None
 
-    def __call__(self, after: str, gm: fx.GraphModule) -> None:
+    def __call__(self, after: str, gm: fx.GraphModule, fold: Fold | None = None) -> None:
         if any(step.after == after for step in self.steps):
             return  # of another program of the same graph
-        self.steps.append(view_of(gm, after))
-        if self.annotated is None and "source" in gm.meta:
-            self.annotated = view_of(gm.meta["source"], after)
+        self.steps.append(view_of(gm, after, fold))
+        if self.annotated is None and fold is not None and gm is not fold.captured:
+            self.annotated = view_of(fold.captured, after, fold)
 
     def pair(self, report: GraphReport) -> GraphPair:
         """As captured, with what was found out about it since, and as it is now."""

@@ -427,6 +427,44 @@ def tag_for_recompute(node: fx.Node, region: int) -> None:
     node.meta["ac_graph_id"] = region
 
 
+def keep_recompute_tag(made: fx.Node, origin: fx.Node) -> None:
+    """Recompute in the backward pass what was made of a node that is: see :func:`tag_for_recompute`."""
+    for key in ("recompute", "ac_graph_id"):
+        if key in origin.meta:
+            made.meta.setdefault(key, origin.meta[key])
+
+
+def checkpoint_region(node: fx.Node) -> int | None:
+    """The number of the region of activation checkpointing that a node is in."""
+    region: int | None = node.meta.get("ac_graph_id")
+    return region
+
+
+def forget_value(node: fx.Node) -> None:
+    """Drop the fake result of a node that now computes another form of it."""
+    node.meta.pop("val", None)
+
+
+def keep_dynamo_annotations(dynamos: fx.GraphModule, captured: fx.GraphModule, inputs: bool) -> None:
+    """Copy to a graph lowered from Dynamo's what compilers look up there: else parameters count as changing inputs.
+
+    With ``inputs``, both have the same ones; else what is said of single inputs is left out.
+    """
+    for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
+        if key in dynamos.meta:
+            captured.meta[key] = dynamos.meta[key]
+    if not inputs:
+        return
+    if hasattr(dynamos, "_param_name_to_source"):
+        captured._param_name_to_source = dynamos._param_name_to_source
+    before, after = (one.graph.find_nodes(op="placeholder") for one in (dynamos, captured))
+    for old, new in zip(before, after, strict=True):
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+
+
 def present_as_dynamos(gm: fx.GraphModule, like: fx.GraphModule) -> None:
     """Give a graph that was made from ``like``, with more inputs behind, what AOTAutograd looks up on Dynamo's own.
 

@@ -8,30 +8,42 @@ from typing import Any
 import torch
 from torch import fx
 
-from radix_compile.backend import rewrite
+from radix_compile.backend import capture_and_annotate, expect_enough
 from radix_compile.options import Options
 from radix_compile.passes.capture import capture
-from radix_compile.passes.report import GraphReport
+from radix_compile.passes.fold import FULL_FOLD, POSITION_WISE_FOLD, Fold
+from radix_compile.passes.pipeline import fold_as
+from radix_compile.passes.report import report_on
+from radix_compile.runtime.call_planner import plan_inputs
 
 
 def folded(
     program: Callable[..., Any], *args: Any, dynamic: bool | None = None, on_rows: bool = False, **kwargs: Any
 ) -> fx.GraphModule:
-    """The last graph that Dynamo captures of ``program(*args, **kwargs)``, through the whole pipeline.
+    """The folded program of the last graph that Dynamo captures of ``program(*args, **kwargs)``.
 
     With ``on_rows`` attention stays in full form.
     """
-    options = Options(fold_attention=not on_rows)
-    graphs: list[fx.GraphModule] = []
+    return fold_of(program, *args, dynamic=dynamic, on_rows=on_rows, **kwargs).program
+
+
+def fold_of(
+    program: Callable[..., Any], *args: Any, dynamic: bool | None = None, on_rows: bool = False, **kwargs: Any
+) -> Fold:
+    """As :func:`folded`, with all that the passes have decided."""
+    options = Options()
+    folds: list[Fold] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        _, rewritten, _ = rewrite(gm, inputs, options, GraphReport(folded=False))
-        graphs.append(rewritten)
+        annotated = capture_and_annotate(gm, inputs, options)
+        folds.append(fold_as(POSITION_WISE_FOLD if on_rows else FULL_FOLD, annotated, options))
+        expect_enough(report_on(folds[-1]))
+        plan_inputs(folds[-1])
         return gm.forward
 
     with torch.no_grad():
         torch.compile(program, backend=backend, dynamic=dynamic)(*args, **kwargs)
-    return graphs[-1]
+    return folds[-1]
 
 
 def captured(program: Callable[..., Any], *args: Any) -> fx.GraphModule:

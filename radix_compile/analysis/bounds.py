@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx
 from radix_compile.analysis.rules.table import VIEW_LIKE, argument, is_tensor
 from radix_compile.ir.axes import shape_of
 from radix_compile.ir.facts import Filled, Index
+from radix_compile.ir.graph import facts, set_facts
 from radix_compile.ir.value import value_of
 
 aten = torch.ops.aten
@@ -33,10 +35,11 @@ def bounds_of(value: Any) -> Bounds | None:
         return (float(value), float(value))
     if not is_tensor(value) or value.meta["val"].dtype.is_complex:
         return None
-    if "bounds" not in value.meta:
-        value.meta["bounds"] = _held(_computed(value), value.meta["val"].dtype)
-    found: Bounds | None = value.meta["bounds"]
-    return found
+    found = facts(value).bounds
+    if found == ():
+        found = _held(_computed(value), value.meta["val"].dtype)
+        set_facts(value, replace(facts(value), bounds=found))
+    return found or None
 
 
 def _computed(node: fx.Node) -> Bounds | None:

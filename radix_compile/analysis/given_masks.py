@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from radix_compile import torch_internals as internals
 from radix_compile.ir.axes import BATCH, SEQ, Axis, as_size, plain_axes, plain_axis
 from radix_compile.ir.facts import Given, Masked, Predicate
+from radix_compile.ir.graph import facts
 from radix_compile.ir.value import Value
 
 
@@ -18,7 +19,7 @@ def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
 
 def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
     tensor, (batch, seq) = node.meta.get("val"), ids.meta["val"].shape[:2]
-    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or node.meta.get("is_static"):
+    if not isinstance(tensor, Tensor) or tensor.ndim != 4 or facts(node).is_static:
         return False
     if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):
         return False

@@ -14,8 +14,10 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules import rule_for
+from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.source import origin_name
-from radix_compile.ir.value import Marks, Value, refuse, values_of
+from radix_compile.ir.value import Value, refuse, values_of
+from radix_compile.passes.fold import Fold
 from radix_compile.passes.verify import NODES, plan_shapes
 
 BOUNDARY = "boundary"
@@ -82,17 +84,17 @@ class GraphView:
         return next(node for node in self.nodes if node.name == name)
 
 
-def view_of(gm: fx.GraphModule, after: str) -> GraphView:
-    """The graph as it is now. Sizes are those of the call that is compiled for."""
+def view_of(gm: fx.GraphModule, after: str, fold: Fold | None = None) -> GraphView:
+    """The graph as it is now, and what ``fold`` has decided. Sizes are those of the call that is compiled for."""
     results = _results_of(gm)
-    return GraphView(after, tuple(_node_view(node, results.get(node)) for node in gm.graph.nodes))
+    return GraphView(after, tuple(_node_view(node, results.get(node), fold) for node in gm.graph.nodes))
 
 
-def _node_view(node: fx.Node, result: Any) -> NodeView:
+def _node_view(node: fx.Node, result: Any, fold: Fold | None) -> NodeView:
     tensors = _tensors(result)
     place = refuse(node, "")
-    origin = node.meta.get("origin", node)
-    marks: Marks | None = origin.meta.get("radix")
+    origin = facts(node).origin or node
+    marks = facts(origin).marks
     of_rows = getattr(node.target, "namespace", "") == "radix"
     return NodeView(
         name=node.name,
@@ -103,18 +105,18 @@ def _node_view(node: fx.Node, result: Any) -> NodeView:
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         fixed=sum(_bytes(tensor) for tensor in tensors if not _has_nodes(tensor)),
         per_node=sum(_bytes(tensor) // NODES for tensor in tensors if _has_nodes(tensor)),
-        form=BOUNDARY if of_rows and not _is_compute(node) else _form(node),
+        form=BOUNDARY if of_rows and not _is_compute(node) else _form(node, fold),
         module=place.module,
         source=place.source,
         value="" if marks is None or of_rows else _in_words(values_of(origin)),
         rule="" if marks is None or of_rows else _rule(origin),
-        reason="" if marks is None else _reason(origin),
+        reason="" if marks is None else _reason(origin, fold),
         origin=origin_name(node) or "",
     )
 
 
 def _results_of(gm: fx.GraphModule) -> Mapping[fx.Node, Any]:
-    if "source" in gm.meta:
+    if graph_facts(gm).source is not None:
         return internals.fake_results(gm, plan_shapes(gm))
     return {node: node.meta.get("val") for node in gm.graph.nodes}
 
@@ -181,11 +183,11 @@ def _bytes(tensor: torch.Tensor) -> int:
     return math.prod(map(internals.size_hint, tensor.shape)) * tensor.element_size()
 
 
-def _form(node: fx.Node) -> str:
-    if "form" in node.meta:
-        return str(node.meta["form"].value)
-    home = node.meta.get("home")
-    return "" if home is None or node.op != "call_function" else str(home.value)
+def _form(node: fx.Node, fold: Fold | None) -> str:
+    form = facts(node).form
+    if form is None and fold is not None and node.op == "call_function":
+        form = fold.homes.get(node)
+    return "" if form is None else str(form.value)
 
 
 def _in_words(values: Iterable[Value]) -> str:
@@ -218,9 +220,9 @@ def _rule(node: fx.Node) -> str:
     return f"{getattr(rule, '__name__', 'rule')} ({where})" + (f": {about[0]}" if about else "")
 
 
-def _reason(node: fx.Node) -> str:
+def _reason(node: fx.Node, fold: Fold | None) -> str:
     mixed = next((value.mixed for value in values_of(node) if value.mixed is not None), None)
     if mixed is not None:
         return str(mixed) if mixed.node != node.name else mixed.reason
-    why = node.meta.get("attention")
+    why = None if fold is None else fold.attentions.get(node)
     return why if isinstance(why, str) else ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from radix_compile.ir.graph import facts
 from radix_compile.torch_internals import SET_GRAD_ENABLED
 
 
@@ -24,14 +25,14 @@ def grad_modes(graph: fx.Graph, outside: bool) -> dict[fx.Node, bool]:
 def with_gradient(graph: fx.Graph, records: Mapping[fx.Node, bool]) -> set[fx.Node]:
     """The nodes whose results have a gradient, as far as autograd can tell: ``requires_grad``.
 
-    ``records`` are the graph's :func:`grad_modes`. An input has one unless its ``needs_gradient`` says otherwise.
+    ``records`` are the graph's :func:`grad_modes`. An input has one unless its ``needs_gradient`` is False.
     """
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if not _is_continuous(node.meta.get("val")):
             continue
         if node.op == "placeholder":
-            has = node.meta.get("needs_gradient", True)
+            has = facts(node).needs_gradient is not False
         else:
             stops = node.target is torch.ops.aten.detach.default or not records[node]
             has = not stops and any(arg in found for arg in node.all_input_nodes)

@@ -1,6 +1,6 @@
 """What is known of each node's result, node by node, and how the operands of a broadcasting op line up.
 
-A node's annotation is ``node.meta["radix"]``: :func:`mark` writes it, :func:`value_of` and :func:`values_of` read it.
+A node's annotation is ``NodeFacts.marks``: :func:`mark` writes it, :func:`value_of` and :func:`values_of` read it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from radix_compile.ir.axes import (
     plain_axis,
 )
 from radix_compile.ir.facts import Fact, FullyMasked, Weights
+from radix_compile.ir.graph import facts, set_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +150,12 @@ Marks = Value | tuple[Value, ...]
 
 
 def mark(node: fx.Node, marks: Marks) -> None:
-    node.meta["radix"] = marks
+    set_facts(node, replace(facts(node), marks=marks))
 
 
 def marks_of(node: fx.Node) -> Marks:
-    marks: Marks = node.meta["radix"]
+    marks = facts(node).marks
+    assert marks is not None, f"mark_token_axes has not seen {node}"
     return marks
 
 
@@ -167,6 +169,16 @@ def value_of(node: fx.Node) -> Value:
 def values_of(node: fx.Node) -> tuple[Value, ...]:
     marks = marks_of(node)
     return marks if isinstance(marks, tuple) else (marks,)
+
+
+def is_row(node: fx.Node) -> bool:
+    """One entry for each row, and position-wise all the way: may have a compact form."""
+    return all(value.is_row for value in values_of(node))
+
+
+def is_arranged(node: fx.Node) -> bool:
+    """Rows in sorted order, or numbers about it: each form has its own."""
+    return any(value.is_arranged for value in values_of(node))
 
 
 @dataclass(frozen=True, slots=True)

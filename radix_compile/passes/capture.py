@@ -17,7 +17,8 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.ir.grad_modes import grad_modes
-from radix_compile.passes.triangles import read_triangle
+from radix_compile.ir.graph import GraphFacts, NodeFacts, set_facts, set_graph_facts
+from radix_compile.ir.triangles import read_triangle
 
 aten = torch.ops.aten
 
@@ -31,12 +32,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
     ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
     The result takes the same inputs in the same order, with the tensors inside in place of those that wrap others. Its
-    nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``; placeholders of parameters and buffers carry
-    ``is_static``, those with a gradient ``needs_gradient``, and buffers that hold a causal mask ``triangle``. Of the
-    graph, ``meta`` says whether activation checkpointing regions were inlined (``checkpointed``), whether a call may be
-    followed by a backward pass (``differentiable``), whether gradients are recorded where it begins (``grad_mode``),
-    whether there are wrapped inputs (``wrapped``), and the class of the ``model``. Raises :class:`CaptureError`;
-    ``gm`` is left as it was.
+    nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``, and the facts of the graph and of its inputs are
+    stated. Raises :class:`CaptureError`; ``gm`` is left as it was.
     """
     _refuse_what_would_go_wrong(gm)
     _refuse_unknown_sizes(gm, example_inputs)
@@ -55,12 +52,18 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise CaptureError(f"lowering to ATen failed: {first_line(error)}") from error
     if mutated:
         raise CaptureError(_writes(gm, captured, mutated))
-    _copy_placeholder_facts(gm, captured, example_inputs, trains)
+    parts = [internals.flatten_subclasses([example]) for example in example_inputs]
+    known = GraphFacts(
+        model=_model_of(captured.graph),
+        is_differentiable=trains,
+        records_gradients=torch.is_grad_enabled(),
+        has_checkpoints=checkpointed,
+        has_wrapped_inputs=any(part[0] is not one for part, one in zip(parts, example_inputs, strict=True)),
+    )
+    set_graph_facts(captured, known)
+    _state_facts_of_inputs(captured, example_inputs, parts, trains)
+    internals.keep_dynamo_annotations(gm, captured, inputs=not known.has_wrapped_inputs)
     _tidy(captured)
-    captured.meta["model"] = _model_of(captured.graph)
-    captured.meta["checkpointed"] = checkpointed
-    captured.meta["differentiable"] = trains
-    captured.meta["grad_mode"] = torch.is_grad_enabled()
     return captured
 
 
@@ -184,32 +187,21 @@ class _Replay(fx.Interpreter):
 # --------------------------------------------------------------------------------------------------- afterwards
 
 
-def _copy_placeholder_facts(
-    gm: fx.GraphModule, captured: fx.GraphModule, example_inputs: Sequence[Any], trains: bool
+def _state_facts_of_inputs(
+    captured: fx.GraphModule, example_inputs: Sequence[Any], parts: Sequence[Sequence[Any]], trains: bool
 ) -> None:
-    """What compilers look up on Dynamo's placeholders: without it parameters would count as changing inputs."""
-    for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
-        if key in gm.meta:
-            captured.meta[key] = gm.meta[key]
-    parts = [internals.flatten_subclasses([example]) for example in example_inputs]
-    wrapped = captured.meta["wrapped"] = any(
-        part[0] is not one for part, one in zip(parts, example_inputs, strict=True)
-    )
-    if hasattr(gm, "_param_name_to_source") and not wrapped:  # it would name tensors that are no inputs any more
-        captured._param_name_to_source = gm._param_name_to_source
-    after = iter(captured.graph.find_nodes(op="placeholder"))
-    for old, example, part in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, parts, strict=True):
-        for new, tensor in zip(itertools.islice(after, len(part)), part, strict=True):
-            new.meta["is_static"] = internals.is_parameter_or_buffer(example)
-            if new.meta["is_static"] and not isinstance(example, torch.nn.Parameter):
-                new.meta["triangle"] = read_triangle(tensor)
-            new.meta["needs_gradient"] = trains and _has_gradient(example)
-            if wrapped:
-                continue
-            if "tensor_dict" in old.meta:
-                new.meta["tensor_dict"] = old.meta["tensor_dict"]
-            if hasattr(old, "_dynamo_source"):
-                new._dynamo_source = old._dynamo_source
+    """``parts`` are the tensors of each example input: several, if it wraps others."""
+    inputs = iter(captured.graph.find_nodes(op="placeholder"))
+    for example, tensors in zip(example_inputs, parts, strict=True):
+        is_static = internals.is_parameter_or_buffer(example)
+        is_buffer = is_static and not isinstance(example, torch.nn.Parameter)
+        for node, tensor in zip(itertools.islice(inputs, len(tensors)), tensors, strict=True):
+            known = NodeFacts(
+                is_static=is_static,
+                needs_gradient=trains and _has_gradient(example),
+                triangle=read_triangle(tensor) if is_buffer else None,
+            )
+            set_facts(node, known)
 
 
 def _has_gradient(example: Any) -> bool:

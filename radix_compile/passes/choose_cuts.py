@@ -8,14 +8,14 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.analysis.attention.parts import compact_attention
 from radix_compile.analysis.memory import views_to_keep
 from radix_compile.analysis.rules import rule_for
 from radix_compile.analysis.rules.elementwise import elementwise
 from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
-from radix_compile.ir.axes import Layout, Token
-from radix_compile.ir.graph import Form, home, is_arranged, is_row
-from radix_compile.ir.value import values_of
+from radix_compile.ir.axes import Token
+from radix_compile.ir.graph import Form
+from radix_compile.ir.value import is_arranged, is_row, values_of
+from radix_compile.passes.fold import Fold
 from radix_compile.torch_internals import hints_of
 
 aten = torch.ops.aten
@@ -24,50 +24,48 @@ PARTS = (aten.slice.Tensor, aten.select.int)
 """Ops, next to views, that compute nothing."""
 
 
-def choose_cuts(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write to ``node.meta["home"]`` the form in which the node runs. Needs ``mark_token_axes``.
+def choose_cuts(fold: Fold) -> None:
+    """State the form in which each node runs. Needs ``mark_token_axes`` and ``fold_attention``.
 
     Position-wise work on rows is compact, and so is attention that runs on the tree. Two things next to it are not:
     what is computed from the row keys by cheap ops alone (masks, positions) runs in the form in which it is wanted, and
     views of a full value stay full, so that the fold happens where the tensor is thinnest. (Views of a compact value
     run in either form, where they are wanted: ``fold_graph``. So do those that outputs share memory by.)
     """
-    layout = gm.meta["tokens"].layout
-    for node in gm.graph.nodes:
+    graph = fold.captured.graph
+    for node in graph.nodes:
         if node.op != "output":
-            node.meta["home"] = _home(node, layout)
-    for node, _ in views_to_keep(gm.graph, hints_of(gm.graph)):
-        if home(node) is Form.COMPACT:
-            node.meta["home"] = Form.EITHER
-    return gm
+            fold.homes[node] = _home(node, fold)
+    for node, _ in views_to_keep(graph, hints_of(graph)):
+        if fold.homes[node] is Form.COMPACT:
+            fold.homes[node] = Form.EITHER
 
 
-def _home(node: fx.Node, layout: Layout) -> Form:
+def _home(node: fx.Node, fold: Fold) -> Form:
     if is_arranged(node):
         return Form.EITHER
     if node.op != "call_function" or not is_row(node):
         return Form.FULL
     if node.target is operator.getitem:
-        return home(node.args[0])  # type: ignore[arg-type]
-    if compact_attention(node) is not None:
+        return fold.homes[node.args[0]]  # type: ignore[index]
+    if fold.tree_attention(node) is not None:
         return Form.COMPACT
-    if any(value.full_only for value in values_of(node)) or not _can_be_derived(node, layout):
+    if any(value.full_only for value in values_of(node)) or not _can_be_derived(node):
         return Form.FULL
-    if is_light(node):
+    if is_light(node, fold):
         return Form.EITHER
-    if is_view(node) and home(_viewed(node)) is Form.FULL and is_thin(node, _viewed(node)):
+    if is_view(node) and fold.homes[_viewed(node)] is Form.FULL and is_thin(node, _viewed(node)):
         return Form.FULL
     return Form.COMPACT
 
 
-def is_light(node: fx.Node) -> bool:
+def is_light(node: fx.Node, fold: Fold) -> bool:
     """Computed from nothing but the inputs, by cheap ops: elementwise, views, running sums of keys."""
     if all(value.is_constant for value in values_of(node)):
         return True
-    light: bool | None = node.meta.get("light")
-    if light is None:
-        light = node.meta["light"] = _is_cheap(node) and all(map(is_light, node.all_input_nodes))
-    return light
+    if node not in fold.light:
+        fold.light[node] = _is_cheap(node) and all(is_light(arg, fold) for arg in node.all_input_nodes)
+    return fold.light[node]
 
 
 def _is_cheap(node: fx.Node) -> bool:
@@ -111,7 +109,7 @@ def row_bytes(node: fx.Node) -> sympy.Expr:
     return sympy.prod([atom.size for atom in atoms]) * node.meta["val"].dtype.itemsize
 
 
-def _can_be_derived(node: fx.Node, layout: Layout) -> bool:
+def _can_be_derived(node: fx.Node) -> bool:
     """Can the shape argument be written down in compact form? (Not with a symbolic feature size.)"""
     if node.target not in SHAPE_ARGUMENT:
         return True

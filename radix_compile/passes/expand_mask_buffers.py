@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.ir.axes import as_size
+from radix_compile.ir.graph import facts, graph_facts, set_graph_facts
 from radix_compile.ir.source import trace_back
-from radix_compile.passes.triangles import DTYPES, Triangle, triangles_of
+from radix_compile.ir.triangles import DTYPES, Triangle
 from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -20,19 +22,20 @@ BY_LAYOUT = (aten.as_strided.default, aten.view.dtype)
 """What they return depends on how their input lies in memory; a part of a buffer has gaps."""
 
 
-def expand_mask_buffers(gm: fx.GraphModule) -> fx.GraphModule:
+def expand_mask_buffers(gm: fx.GraphModule) -> None:
     """Put ``full`` and ``tril`` or ``triu`` in place of a buffer that holds a triangle, or of the part of it in front.
 
-    ``meta["triangles"]`` says which buffers they are and ``meta["triangle_sizes"]`` how many rows of them are read: all
-    calls must see to it that these still hold what they did.
+    The facts ``triangles`` say which buffers they are and ``triangle_sizes`` how many rows of them are read: all calls
+    must see to it that these still hold what they did.
     """
-    found: dict[fx.Node, Triangle] = {}
-    gm.meta["triangles"], gm.meta["triangle_sizes"] = found, []
     if any(node.target in BY_LAYOUT for node in gm.graph.nodes):
-        return gm
+        return
+    found: dict[fx.Node, Triangle] = {}
+    sizes: list[int | torch.SymInt] = []
     returned = _returned(gm.graph)
-    for buffer, triangle in triangles_of(gm.graph).items():
-        if buffer in returned:
+    for buffer in gm.graph.find_nodes(op="placeholder"):
+        triangle = facts(buffer).triangle
+        if triangle is None or buffer in returned:
             continue
         for node, what in list(_parts(buffer, triangle)):
             size = _size(node)
@@ -43,8 +46,8 @@ def expand_mask_buffers(gm: fx.GraphModule) -> fx.GraphModule:
             for reader in readers:
                 reader.replace_input_with(node, made)
             found[buffer] = triangle
-            gm.meta["triangle_sizes"].append(node.meta["val"].shape[-1])
-    return gm
+            sizes.append(node.meta["val"].shape[-1])
+    set_graph_facts(gm, replace(graph_facts(gm), triangles=found, triangle_sizes=tuple(sizes)))
 
 
 def _parts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangle]]:

@@ -23,58 +23,62 @@ from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
 from radix_compile.ir.facts import FullyMasked, Masked, Weights, fully_masked_rows, hides, is_known, terms_of
 from radix_compile.ir.grad_modes import grad_modes
+from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.value import value_of, values_of
+from radix_compile.passes.fold import Fold
 
 aten = torch.ops.aten
 
 
-def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write a :class:`TreeAttention`, or in words why there is none, to ``node.meta["attention"]``.
+def fold_attention(fold: Fold) -> None:
+    """State the :class:`TreeAttention` of each attention, or in words why there is none.
 
-    Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless ``gm.meta`` says
-    otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``); that every row
-    sees a key ("keys_visible"), where one that sees none in some attention would attend to all of them, is a key, or
-    sees keys in this attention: such rows are not in the tree; and that tables of blocks say what masks do ("listed").
+    Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless the variant forbids it:
+    that sequences packed in a row are told apart by their paths; that every row sees a key, where one that sees none in
+    some attention would attend to all of them, is a key, or sees keys in this attention (such rows are not in the
+    tree); and that tables of blocks say what masks do.
     """
+    graph = fold.captured.graph
+    known = graph_facts(fold.captured)
+    assumes = fold.variant.assumes
     fully_masked = {
-        one for node in gm.graph.nodes if node.op != "output" for value in values_of(node) for one in value.fully_masked
+        one for node in graph.nodes if node.op != "output" for value in values_of(node) for one in value.fully_masked
     }
-    wanted = gm.meta.get("fold_attention", True)
-    apart, keys_visible, listed = (gm.meta.get(name, True) for name in ("apart", "keys_visible", "listed"))
     shown = runs = None
-    records = grad_modes(gm.graph, gm.meta["grad_mode"])
-    for node in gm.graph.nodes:
+    records = grad_modes(graph, known.records_gradients)
+    for node in graph.nodes:
         if is_attention(node):
             try:
-                if not wanted:
+                if not fold.variant.on_tree:
                     raise NotOnTree("the option fold_attention is off")
-                node.meta["attention"] = found = _found(node, fully_masked)
-                if gm.meta["differentiable"] and records[node] and _stops_gradient(node, found, records):
+                fold.attentions[node] = found = _found(node, fully_masked)
+                if known.is_differentiable and records[node] and _stops_gradient(node, found, records):
                     raise NotOnTree("a part of it has no gradient (detach, or torch.no_grad())")
                 if any(bias.may_be_large() for bias in found.biases):
                     raise NotOnTree("it adds a bias with so large numbers that sums would lose their digits")
-                if found.visible.runs is not None and not apart:
+                if found.visible.runs is not None and not assumes:
                     raise NotOnTree("several sequences may be packed in a row")
-                if found.parts.blocks is not None and not listed:
+                if found.parts.blocks is not None and not assumes:
                     raise NotOnTree("its table of blocks may show or hide others than its mask_mod")
-                if found.needs_visible_keys and not keys_visible:
+                if found.needs_visible_keys and not assumes:
                     raise NotOnTree("some rows see no key: they attend to all of them, or are keys themselves")
                 shown = found.visible.shown if shown is None else shown
                 runs = found.visible.runs if runs is None else runs
                 if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
                     raise NotOnTree("another attention hides other keys, and the plan is made for those")
             except NotOnTree as reason:
-                node.meta["attention"] = str(reason)
-    return gm
+                fold.attentions[node] = str(reason)
 
 
 def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
     if node.target is aten.scaled_dot_product_attention.default:
         parts = _parts(node)
     else:
-        parts = node.meta["parts"]
-        if isinstance(parts, str):
-            raise NotOnTree(parts)
+        known = facts(node).parts
+        assert known is not None
+        if isinstance(known, str):
+            raise NotOnTree(known)
+        parts = known
     value = values_of(node)[0]
     attends = value.attends
     assert attends is not None

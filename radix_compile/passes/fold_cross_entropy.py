@@ -12,9 +12,11 @@ from torch import fx
 from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import BATCH, SEQ, as_size
 from radix_compile.ir.grad_modes import grad_modes
+from radix_compile.ir.graph import facts, graph_facts, tokens_of
 from radix_compile.ir.source import trace_back
-from radix_compile.ir.value import value_of
+from radix_compile.ir.value import mark, marks_of, value_of
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
+from radix_compile.passes.fold import Fold
 
 aten = torch.ops.aten
 radix = torch.ops.radix
@@ -25,24 +27,25 @@ ROW_MAJOR = (aten.reshape.default, aten.view.default, aten.alias.default, aten.c
 """Ops after which the entries still follow each other as before."""
 
 
-def fold_cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
+def fold_cross_entropy(fold: Fold) -> None:
     """Replace cross-entropy, and the look-up of log-probabilities, by ``radix.token_nll`` on nodes.
 
     The log-sum-exp over the vocabulary is then computed once for each node, and its gradient written once for each
     node. Needs ``fold_graph``: it looks for losses whose logits are scattered only to be read here.
     """
     replaced = 0
-    records = grad_modes(gm.graph, gm.meta["grad_mode"])
+    gm = fold.program
+    records = grad_modes(gm.graph, graph_facts(gm).records_gradients)
     for node in list(gm.graph.nodes):
         before, behind = node.prev, node.next
         if _replace(gm, node, records):
-            trace_back(node.meta["origin"], "fold_cross_entropy", before.next, behind)
+            origin = facts(node).origin
+            assert origin is not None
+            trace_back(origin, "fold_cross_entropy", before.next, behind)
             replaced += 1
     if replaced:
         gm.graph.eliminate_dead_code()
-        note = "the loss reads the logits of the nodes: its softmax runs once for each node"
-        gm.meta["source"].meta.setdefault("notes", []).append(note)
-    return gm
+        fold.notes.append("the loss reads the logits of the nodes: its softmax runs once for each node")
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, records: GradModes) -> bool:
@@ -88,7 +91,7 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node, records: GradMod
     softmax = _behind_views(source_of(scattered))
     if softmax.target is not aten.log_softmax.int or not _has_rows_in_order(softmax):
         return False
-    axes, layout = value_of(source).axes, gm.meta["tokens"].layout
+    axes, layout = value_of(source).axes, tokens_of(gm).layout
     *rows, targets = map(as_size, index.meta["val"].shape)
     one_each = targets == 1 and rows == [layout.axis_size(axis) for axis in axes[:-1]]
     *_, vocabulary = value_of(softmax).axes
@@ -120,7 +123,7 @@ def _has_its_gradient(node: fx.Node, logits: fx.Node, records: GradModes) -> boo
 
 def _scattered(node: fx.Node) -> fx.Node | None:
     """The scatter behind ``[B, S, V]`` or ``[B * S, V]``, if the rows come in its order."""
-    if "radix" not in node.meta or not _has_rows_in_order(node):
+    if facts(node).marks is None or not _has_rows_in_order(node):
         return None
     node = _behind_views(node)
     return node if node.target is radix.scatter_rows.default and node.args[-3:-1] == (0, 1) else None
@@ -141,7 +144,7 @@ def _behind_views(node: fx.Node) -> fx.Node:
 def _token_nll(logits: fx.Node, target: fx.Node, scattered: fx.Node) -> fx.Node:
     """``[B * S]``, for a target ``[B * S]``, with the plan that ``scattered`` was made with."""
     call = scattered.graph.call_function
-    merged = "radix" in logits.meta and len(value_of(logits).axes) == 2
+    merged = facts(logits).marks is not None and len(value_of(logits).axes) == 2
     if not merged:  # [1, T', V]
         logits = call(aten.squeeze.dim, (logits, 0))
     made = call(radix.token_nll.default, (logits, target, *scattered.args[1:6]))
@@ -165,6 +168,6 @@ def _put(result: fx.Node, node: fx.Node) -> None:
 
 def _as(node: fx.Node, dtype: torch.dtype) -> fx.Node:
     cast = node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-    if "radix" in node.meta:  # the same rows
-        cast.meta["radix"] = node.meta["radix"]
+    if facts(node).marks is not None:  # the same rows
+        mark(cast, marks_of(node))
     return cast

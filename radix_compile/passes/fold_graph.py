@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -19,49 +20,50 @@ from torch import fx
 
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.masks import Visible
-from radix_compile.analysis.attention.parts import TreeAttention, biases_of, compact_attention
+from radix_compile.analysis.attention.parts import TreeAttention
 from radix_compile.analysis.attention.rows import Rows
 from radix_compile.analysis.memory import numbers, order_in_memory, reads_layout, views_to_keep
 from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, is_tensor
-from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token
+from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Sorted, Token
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
-from radix_compile.ir.graph import Form, Wanted, home, is_row
+from radix_compile.ir.graph import Form, facts, graph_facts, set_facts, set_graph_facts, tokens_of
 from radix_compile.ir.source import trace_back
-from radix_compile.ir.value import value_of, values_of
+from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.passes.choose_cuts import has_compact_form, thin_source
-from radix_compile.torch_internals import hints_of
+from radix_compile.passes.fold import Fold, Wanted
+from radix_compile.torch_internals import forget_value, hints_of, keep_recompute_tag
 
 aten = torch.ops.aten
 radix = torch.ops.radix
 
 
-def fold_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """The folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
+def fold_graph(fold: Fold) -> None:
+    """Make the folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
 
     They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``; if attention runs on the tree, ``begin`` and ``end``, both
     ``[T']``, and on a GPU the arrays of ``TreeTiles``; and if gradients are asked for, ``rows`` ``[B*S]``, ``starts``
     ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
 
-    ``meta["form"]`` of a node says in which form it has the value of the captured node ``meta["origin"]``.
+    The fact ``form`` of a node says in which form it has the value of the captured node ``origin``.
     """
-    gm.meta["wanted"] = wanted = what_is_wanted(gm.graph)
-    folded = _Rewriter(gm, wanted).run()
-    folded.meta.update(gm.meta, source=gm)
-    return folded
+    fold.wanted = what_is_wanted(fold)
+    fold.program = _Rewriter(fold).run()
+    fold.program.meta.update(fold.captured.meta)
+    set_graph_facts(fold.program, replace(graph_facts(fold.captured), source=fold.captured))
 
 
-def what_is_wanted(graph: fx.Graph) -> Wanted:
+def what_is_wanted(fold: Fold) -> Wanted:
     """Walk back from the outputs. What nothing wants is dropped."""
     wanted = Wanted()
 
     def want(node: fx.Node, form: Form) -> None:
         wanted.forms.setdefault(node, set()).add(form)
 
-    for node in reversed(graph.nodes):
-        impure = node.is_impure() and compact_attention(node) is None  # it might have drawn numbers, and draws none
+    for node in reversed(fold.captured.graph.nodes):
+        impure = node.is_impure() and fold.tree_attention(node) is None  # it might have drawn numbers, and draws none
         if node.op in ("output", "placeholder") or impure:
             for arg in node.all_input_nodes:
                 want(arg, Form.FULL)
@@ -73,9 +75,9 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
         if not forms:
             continue
         runs = wanted.runs[node] = set()
-        if home(node) is Form.FULL:
+        if fold.homes[node] is Form.FULL:
             runs.add(Form.FULL)
-        elif home(node) is Form.EITHER:
+        elif fold.homes[node] is Form.EITHER:
             runs |= forms
         else:
             source = thin_source(node) if Form.FULL in forms else None
@@ -87,28 +89,31 @@ def what_is_wanted(graph: fx.Graph) -> Wanted:
             for arg in node.all_input_nodes:
                 want(arg, Form.FULL)
         if Form.COMPACT in runs:
-            for arg in read_by_compact(node):
+            for arg in read_by_compact(node, fold):
                 want(arg, Form.COMPACT if has_compact_form(arg) else Form.FULL)
-            for bias in biases_of(node):
+            for bias in fold.biases(node):
                 want(bias.node, Form.FULL)
     return wanted
 
 
-def read_by_compact(node: fx.Node) -> list[fx.Node]:
+def read_by_compact(node: fx.Node, fold: Fold) -> list[fx.Node]:
     """What the op reads in compact form: attention on the tree no mask."""
-    attention = compact_attention(node)
+    attention = fold.tree_attention(node)
     return node.all_input_nodes if attention is None else attention.inputs
 
 
 class _Rewriter:
-    def __init__(self, gm: fx.GraphModule, wanted: Wanted) -> None:
-        self.gm = gm
-        self.layout: Layout = gm.meta["tokens"].layout
-        self.wanted = wanted
+    def __init__(self, fold: Fold) -> None:
+        self.decided = fold
+        self.gm = gm = fold.captured
+        self.known = graph_facts(gm)
+        self.tokens = tokens_of(gm)
+        self.layout = self.tokens.layout
+        self.wanted = fold.wanted
         self.graph = fx.Graph()
         self.full: dict[fx.Node, fx.Node] = {}
         self.compact: dict[fx.Node, fx.Node] = {}
-        self.records = grad_modes(gm.graph, gm.meta["grad_mode"])
+        self.records = grad_modes(gm.graph, self.known.records_gradients)
         self.graded = with_gradient(gm.graph, self.records)
         self.records_here = True
         """Are gradients recorded where the node stands that is being rewritten? What is made where they are not has
@@ -136,15 +141,15 @@ class _Rewriter:
         self.fold = self.graph.placeholder("radix_fold")
         self.scatter = self.graph.placeholder("radix_scatter")
         self.tree: list[fx.Node | None] = []
-        if shown_keys(self.gm) is not None:
+        if shown_keys(self.decided) is not None:
             self.tree = [self.graph.placeholder(f"radix_{name}") for name in ("begin", "end")]
-            tiled = needs_tiles(self.gm)
+            tiled = needs_tiles(self.decided)
             for name in ("runs", "run_starts", "keys", "key_starts", "parts", "divided"):
                 self.tree.append(self.graph.placeholder(f"radix_{name}") if tiled else None)
         self.lists: tuple[fx.Node | None, ...] = (None, None, None, None)
-        if self.gm.meta["differentiable"]:
+        if self.known.is_differentiable:
             self.lists = self.fold, *(self.graph.placeholder(f"radix_{name}") for name in ("rows", "starts", "pieces"))
-        ids = self.full[self.gm.meta["tokens"].keys[0]]
+        ids = self.full[self.tokens.keys[0]]
         self.batch = self._size(self.layout.batch, ids, 0)
         self.seq = self._size(self.layout.seq, ids, 1)
         self.nodes = self.graph.call_function(aten.sym_size.int, (self.fold, 0))
@@ -163,7 +168,7 @@ class _Rewriter:
         if Form.FULL in runs:
             read = self._in_place if reads_layout(node) else self.full.__getitem__
             self.full[node] = _relaxed(self.graph.node_copy(node, read))
-            self.full[node].meta |= {"form": Form.FULL, "origin": node}
+            self._state(self.full[node], node, Form.FULL)
             if read != self._in_place and not self.moved.isdisjoint(node.all_input_nodes):
                 self.moved.add(node)
         if Form.COMPACT in runs:
@@ -182,10 +187,10 @@ class _Rewriter:
 
     def _run_compact(self, node: fx.Node) -> fx.Node:
         """The same op on compact inputs, with its shape argument derived again and constants gathered by column."""
-        attention = compact_attention(node)
+        attention = self.decided.tree_attention(node)
         if attention is not None:
             return self._attend(node, attention)
-        if node.target is operator.getitem and compact_attention(source := node.all_input_nodes[0]) is not None:
+        if node.target is operator.getitem and self.decided.tree_attention(source := node.all_input_nodes[0]):
             return self.compact[source]  # flex_attention's first result, the only one that is read
         value = values_of(node)[0]
         if value.identity is not None:
@@ -219,11 +224,11 @@ class _Rewriter:
         plan = self.fold, self.scatter, *self.tree
         sinks = None if parts.sinks is None else self.full[parts.sinks]
         bias = self._bias(attention.biases)
-        if bias is not None and self.gm.meta["differentiable"]:  # it has no gradient, and the op has none for it
+        if bias is not None and self.known.is_differentiable:  # it has no gradient, and the op has none for it
             bias = self.graph.call_function(aten.detach.default, (bias,))
         score_options = sinks, bias, parts.scale, visible.window, parts.softcap
         made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *score_options))
-        made.meta |= {key: node.meta[key] for key in ("recompute", "ac_graph_id") if key in node.meta}
+        keep_recompute_tag(made, node)
         result = self.graph.call_function(operator.getitem, (made, 0))
         own = Rows(node, parts.order)
         if not own.is_by_head:
@@ -332,7 +337,7 @@ class _Rewriter:
         batch_dim, seq_dim = split.index((BATCH,)), split.index((SEQ,))
         arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim, False)
         made = self.graph.call_function(radix.scatter_rows.default, arguments)
-        made.meta["has_gradient"] = node in self.graded
+        set_facts(made, replace(facts(made), has_gradient=node in self.graded))
         return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
 
     def _lies_as_captured(self, node: fx.Node) -> bool:
@@ -394,45 +399,41 @@ class _Rewriter:
         return product
 
     def _tagged(self, made: fx.Node, origin: fx.Node, form: Form) -> fx.Node:
-        """What the node is a form of."""
-        for key in ("radix", "recompute", "ac_graph_id"):
-            if key in origin.meta:
-                made.meta.setdefault(key, origin.meta[key])
-        made.meta |= {"form": form, "origin": origin}
-        made.meta.pop("val", None)
+        """State of which captured node ``made`` is a form."""
+        keep_recompute_tag(made, origin)
+        self._state(made, origin, form)
+        forget_value(made)
         return made
 
+    def _state(self, made: fx.Node, origin: fx.Node, form: Form) -> None:
+        marks = facts(made).marks or facts(origin).marks
+        set_facts(made, replace(facts(made), marks=marks, form=form, origin=origin))
 
-def shown_keys(captured: fx.GraphModule) -> tuple[tuple[fx.Node, bool], ...] | None:
+
+def shown_keys(fold: Fold) -> tuple[tuple[fx.Node, bool], ...] | None:
     """What attention on the tree hides keys by (see ``attention.Visible``); None if there is none on the tree."""
-    return next((one.visible.shown for one in _on_the_tree(captured)), None)
+    return next((one.visible.shown for one in fold.attentions_on_tree()), None)
 
 
-def needs_tiles(captured: fx.GraphModule) -> bool:
+def needs_tiles(fold: Fold) -> bool:
     """Does the code that will run attention on the tree read lists of keys?"""
-    return any(lowering(*one.operands) == "triton" for one in _on_the_tree(captured))
+    return any(lowering(*one.operands) == "triton" for one in fold.attentions_on_tree())
 
 
-def relies_on_visible_keys(captured: fx.GraphModule) -> bool:
+def relies_on_visible_keys(fold: Fold) -> bool:
     """Does attention run on the tree that would be wrong in calls in which rows see no key?"""
-    return any(one.needs_visible_keys for one in _on_the_tree(captured))
+    return any(one.needs_visible_keys for one in fold.attentions_on_tree())
 
 
-def relies_on_runs(captured: fx.GraphModule) -> fx.Node | None:
+def relies_on_runs(fold: Fold) -> fx.Node | None:
     """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
-    return next((one.visible.runs for one in _on_the_tree(captured) if one.visible.runs is not None), None)
+    return next((one.visible.runs for one in fold.attentions_on_tree() if one.visible.runs is not None), None)
 
 
-def with_blocks(captured: fx.GraphModule) -> list[tuple[Blocks, Visible]]:
+def with_blocks(fold: Fold) -> list[tuple[Blocks, Visible]]:
     """The tables of blocks of attentions on the tree, and what their masks say."""
-    found = ((one.parts.blocks, one.visible) for one in _on_the_tree(captured))
+    found = ((one.parts.blocks, one.visible) for one in fold.attentions_on_tree())
     return list(dict.fromkeys((blocks, visible) for blocks, visible in found if blocks is not None))
-
-
-def _on_the_tree(captured: fx.GraphModule) -> list[TreeAttention]:
-    wanted: Wanted = captured.meta["wanted"]
-    found = [compact_attention(node) for node, runs in wanted.runs.items() if Form.COMPACT in runs]
-    return [one for one in found if one is not None]
 
 
 def _relaxed(node: fx.Node) -> fx.Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,24 +11,25 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules.flex import FLEX, arguments_of
+from radix_compile.ir.graph import facts, set_facts
 
 aten = torch.ops.aten
 
 
-def inline_flex_functions(gm: fx.GraphModule) -> fx.GraphModule:
+def inline_flex_functions(gm: fx.GraphModule) -> None:
     """Add to the graph what ``mask_mod`` and ``score_mod`` say of all pairs, ``[B, H, S, S]``: nothing reads it.
 
-    The nodes are for ``mark_token_axes`` alone: ``node.meta["visible"]`` and ``node.meta["scores"]`` of each
-    flex_attention lead to them, and they are never run.
+    The nodes are for ``mark_token_axes`` alone: the facts ``visible`` and ``scores`` of each flex_attention lead to
+    them, and they are never run.
     """
     for node in gm.graph.find_nodes(op="call_function", target=FLEX):
         found = arguments_of(node)
         with gm.graph.inserting_before(node):
             index = _indices(gm.graph, found.query, found.key)
-            node.meta["visible"] = _inlined(gm, found.mask_mod, [*index, *found.mask_buffers], node)
+            visible = _inlined(gm, found.mask_mod, [*index, *found.mask_buffers], node)
             product = _scores(gm.graph, found.query, found.key)
-            node.meta["scores"] = _inlined(gm, found.score_mod, [product, *index, *found.score_buffers], node)
-    return gm
+            scores = _inlined(gm, found.score_mod, [product, *index, *found.score_buffers], node)
+        set_facts(node, replace(facts(node), visible=visible, scores=scores))
 
 
 def _call(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:

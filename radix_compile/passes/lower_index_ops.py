@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from radix_compile.ir.graph import facts, set_facts
+from radix_compile.passes.fold import Fold
+from radix_compile.torch_internals import checkpoint_region
+
 radix = torch.ops.radix
 
 
-def lower_index_ops(gm: fx.GraphModule) -> fx.GraphModule:
+def lower_index_ops(fold: Fold) -> None:
     """Join scatters that do not wait for each other, as those of a layer's Q, K and V, to one op for all of them.
 
     They move in one launch then, and their gradients too. To that end what reads a scatter comes as late as it can,
@@ -19,14 +24,13 @@ def lower_index_ops(gm: fx.GraphModule) -> fx.GraphModule:
     those with one: they would seem to have one.
     """
     order: list[fx.Node] = []
-    work = list(gm.graph.nodes)
+    work = list(fold.program.graph.nodes)
     while work:
         work = _schedule(work, order)
     previous, *rest = order
     for node in rest:
         previous.append(node)
         previous = node
-    return gm
 
 
 def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
@@ -42,8 +46,8 @@ def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
             blocked[node] = None
         elif node.target is radix.scatter_rows.default:
             blocked[node] = None
-            plan_and_size, holes, region = node.args[1:-3], node.args[-1], node.meta.get("ac_graph_id")
-            key = (*plan_and_size, holes, region, node.meta.get("has_gradient"))
+            plan_and_size, holes, region = node.args[1:-3], node.args[-1], checkpoint_region(node)
+            key = (*plan_and_size, holes, region, facts(node).has_gradient)
             waiting.setdefault(key, []).append(node)
         else:
             order.append(node)
@@ -62,7 +66,8 @@ def _joined(group: list[fx.Node]) -> list[fx.Node]:
     arguments = (compact, *group[0].args[1:-3], batch_dims, seq_dims, group[0].args[-1])
     with graph.inserting_after(group[-1]):
         together = graph.call_function(radix.foreach_scatter_rows.default, arguments)
-    together.meta.update({key: value for key, value in group[-1].meta.items() if key not in ("form", "origin")})
+    together.meta.update(group[-1].meta)
+    set_facts(together, replace(facts(together), form=None, origin=None))
     results = [together]
     for position, node in enumerate(group):
         with graph.inserting_after(results[-1]):

@@ -34,14 +34,15 @@ from radix_compile.ir.axes import (
 )
 from radix_compile.ir.errors import CannotFold
 from radix_compile.ir.facts import Filled, PerRow, without_dims_of_size_one
+from radix_compile.ir.graph import facts, graph_facts, set_graph_facts
 from radix_compile.ir.value import Marks, Value, mark, marks_of, refuse, values_of
 from radix_compile.torch_internals import FakeTensor, hints_of, same_size
 
 aten = torch.ops.aten
 
 
-def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write a :class:`Value` to every node, and :class:`Tokens` to ``gm.meta["tokens"]``."""
+def mark_token_axes(gm: fx.GraphModule) -> None:
+    """State a :class:`Value` of every node, and the :class:`Tokens` of the graph."""
     ids = _token_ids(gm.graph) or _embedded(gm.graph)
     batch, seq = shape_of(ids)[:2]
     packed = bool(gm.graph.find_nodes(op="call_function", target=aten.eq.Tensor))  # sequences are told apart by number
@@ -54,12 +55,12 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
     keys = [node for node in inputs if _is_key_input(node) and _lines_up(node, ids)]
     if not _is_key_input(ids):
         keys = [node for node in inputs if node in keys or (_is_embedded(node) and _lines_up(node, ids))]
-        if any(node.meta.get("needs_gradient") for node in keys):
+        if any(facts(node).needs_gradient for node in keys):
             raise CannotFold("the embedded input has a gradient, which every row needs its own of: pass input_ids")
     layout = Layout(*shape_of(ids)[:2])  # after the line above, which may have found two symbols to be one
     reaches = Reaches(layout, hints_of(gm.graph), reach_rule_for)
     tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
-    gm.meta["tokens"] = tokens
+    set_graph_facts(gm, replace(graph_facts(gm), tokens=tokens))
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
@@ -73,7 +74,6 @@ def mark_token_axes(gm: fx.GraphModule) -> fx.GraphModule:
         for value in values_of(node):
             if value.mixed is not None:
                 tokens.refusals.setdefault(value.mixed, node)
-    return gm
 
 
 def _mark_scan(node: fx.Node, tokens: Tokens) -> None:
@@ -88,7 +88,7 @@ def _mark_scan(node: fx.Node, tokens: Tokens) -> None:
 
 def _is_key_input(node: fx.Node) -> bool:
     """``[batch, sequence]`` integers: token ids, positions, masks."""
-    if not is_tensor(node) or node.meta.get("is_static"):
+    if not is_tensor(node) or facts(node).is_static:
         return False
     value = node.meta["val"]
     return value.ndim == 2 and not value.dtype.is_floating_point and not value.dtype.is_complex
@@ -96,7 +96,7 @@ def _is_key_input(node: fx.Node) -> bool:
 
 def _is_embedded(node: fx.Node) -> bool:
     """``[batch, sequence, features]``: what is computed from token ids before the graph begins."""
-    return is_tensor(node) and node.meta["val"].ndim == 3 and not node.meta.get("is_static")
+    return is_tensor(node) and node.meta["val"].ndim == 3 and not facts(node).is_static
 
 
 def _lines_up(node: fx.Node, ids: fx.Node) -> bool:
@@ -111,7 +111,7 @@ def _token_ids(graph: fx.Graph) -> fx.Node | None:
         node = lookup.args[1]
         while isinstance(node, fx.Node) and node.target in VIEW_LIKE:
             node = node.args[0]
-        if isinstance(node, fx.Node) and node.op == "placeholder" and not node.meta.get("is_static"):
+        if isinstance(node, fx.Node) and node.op == "placeholder" and not facts(node).is_static:
             if _is_key_input(node):
                 return node
             shapes.append(tuple(node.meta["val"].shape))

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from radix_compile.analysis.memory import outputs_of, root
-from radix_compile.torch_internals import OpOverload
+from radix_compile.torch_internals import OpOverload, checkpoint_region
 
 
-def merge_duplicates(gm: fx.GraphModule) -> fx.GraphModule:
+def merge_duplicates(gm: fx.GraphModule) -> None:
     """Keep the first of each group of equal deterministic ops.
 
     Not across ops with an effect (``_set_grad_enabled`` opens a region in which a value has no gradient), nor between
@@ -27,13 +27,12 @@ def merge_duplicates(gm: fx.GraphModule) -> fx.GraphModule:
         if not isinstance(node.target, OpOverload):
             region += node.is_impure()
         elif torch.Tag.nondeterministic_seeded not in node.target.tags:
-            key = (region, node.meta.get("ac_graph_id"), node.target, _key(node.args), _key(node.kwargs))
+            key = (region, checkpoint_region(node), node.target, _key(node.args), _key(node.kwargs))
             kept = first.setdefault(key, node)
             if kept is not node and not returned.issuperset((kept, node)):
                 returned.update({kept} if node in returned else ())
                 node.replace_all_uses_with(kept)
                 gm.graph.erase_node(node)
-    return gm
 
 
 def _key(argument: Any) -> Hashable:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from torch import fx
 
+from radix_compile.options import Options
 from radix_compile.passes.choose_cuts import choose_cuts
 from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
+from radix_compile.passes.fold import Fold, FoldVariant
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
 from radix_compile.passes.fold_graph import fold_graph
 from radix_compile.passes.inline_flex_functions import inline_flex_functions
+from radix_compile.passes.lower_index_ops import lower_index_ops
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
+from radix_compile.passes.prove_shift import prove_shift
 from radix_compile.passes.read_attention import read_attention
+from radix_compile.passes.skip_padding import skip_padding
 from radix_compile.passes.verify import verify_graph
 from radix_compile.torch_internals import must_propagate
 
 log = logging.getLogger(__name__)
 
-Pass = Callable[[fx.GraphModule], fx.GraphModule]
-Observer = Callable[[str, fx.GraphModule], None]
+AnalysisPass = Callable[[fx.GraphModule], None]
+FoldPass = Callable[[Fold], None]
+
+
+class Observer(Protocol):
+    def __call__(self, after: str, gm: fx.GraphModule, fold: Fold | None = None) -> None:
+        """Called after each pass with its name and the graph; by folding passes with all that was decided, too."""
+
 
 ALWAYS_VERIFY = False
 """Check what ``verify_graph`` checks after every pass, whether asked to or not. The tests do."""
@@ -31,56 +44,76 @@ ALWAYS_VERIFY = False
 RAISE_MISTAKES = False
 """Raise what a pass with a mistake in it raises, in place of :class:`PassFailed`. The tests do."""
 
-PASSES: tuple[Pass, ...] = (
+ANALYSES: tuple[AnalysisPass, ...] = (
     expand_mask_buffers,  # first, so that what it writes out for every layer is merged
     merge_duplicates,  # next, because what is one node is annotated, gathered and scattered once
     inline_flex_functions,  # after merge_duplicates, because what nothing reads is merged away; for mark_token_axes
     mark_token_axes,  # after merge_duplicates, before all else: the rest reads its annotation
     read_attention,  # after mark_token_axes, because it reads what masks were found to say
-    fold_attention,  # after read_attention, so that it need not matter how attention was written
+)
+"""The passes that state the facts of a captured graph, once."""
+
+FOLDING: tuple[FoldPass, ...] = (
+    fold_attention,  # first, so that it need not matter to the others how attention was written
     choose_cuts,  # after fold_attention, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
     fold_cross_entropy,  # after fold_graph, because it looks for logits that are scattered for the loss alone
+    skip_padding,  # after fold_cross_entropy, because it changes all scatters that are left
+    lower_index_ops,  # after skip_padding, because scatters that are joined have one way to treat padding
+    prove_shift,  # after fold_graph, because only what runs compact must not depend on its column
 )
-
+"""The passes that make one folded form of a graph with its facts, once for each variant."""
 
 BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
-"""What a pass raises that has a mistake in it."""
+"""The errors that a pass with a mistake in it raises."""
 
 
 class PassFailed(Exception):  # noqa: N818 - a verdict about a graph, as CannotFold is
-    """A pass has a mistake in it, which nobody's call should be lost to. The message says which pass and what."""
+    """A pass raised unexpectedly; the backend falls back to the plain program. The message names the pass."""
 
 
-def run_pipeline(
-    gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False, first: Pass | None = None
-) -> fx.GraphModule:
-    """Run the passes on a captured graph, from ``first`` on. ``observe(pass name, graph)`` is called after each.
+def annotate(gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> None:
+    """Run the analyses on a captured graph, which then has its facts.
 
-    Raises ``CannotFold`` if the graph as a whole cannot be folded.
+    Raises ``CannotFold`` if the graph as a whole cannot be folded, and :class:`PassFailed`.
     """
-    for apply in PASSES[0 if first is None else PASSES.index(first) :]:
-        gm = run_pass(apply, gm, observe, verify)
-    return gm
+    for apply in ANALYSES:
+        with _mistakes_of(apply.__name__, verify):
+            apply(gm)
+        _check(apply.__name__, gm, None, observe, verify)
 
 
-def run_pass(apply: Pass, gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> fx.GraphModule:
-    """One pass, timed, checked (all the more with ``verify``) and logged.
+def fold_as(variant: FoldVariant, captured: fx.GraphModule, options: Options, observe: Observer | None = None) -> Fold:
+    """Run the folding passes: one folded form of a graph that has its facts, which stay as they are.
 
-    Raises :class:`PassFailed`, or with ``verify`` the error itself.
+    Raises :class:`PassFailed`.
     """
+    fold = Fold(captured, variant, options, program=captured)
+    for apply in FOLDING:
+        with _mistakes_of(apply.__name__, options.verify):
+            apply(fold)
+        _check(apply.__name__, fold.program, fold, observe, options.verify)
+    return fold
+
+
+@contextlib.contextmanager
+def _mistakes_of(name: str, verify: bool) -> Iterator[None]:
+    """Time a pass, and raise :class:`PassFailed` if it raises unexpectedly; with ``verify``, the error itself."""
     started = time.perf_counter()
     try:
-        gm = apply(gm)
+        yield
     except BUGS as error:
         if verify or RAISE_MISTAKES or must_propagate(error):
             raise
-        raise PassFailed(f"{apply.__name__} failed: {type(error).__name__}: {error}") from error
+        raise PassFailed(f"{name} failed: {type(error).__name__}: {error}") from error
+    log.debug("%s: %.1f ms", name, 1e3 * (time.perf_counter() - started))
+
+
+def _check(name: str, gm: fx.GraphModule, fold: Fold | None, observe: Observer | None, verify: bool) -> None:
+    """Check the graph that a pass has left (all the more with ``verify``), and show it to the observer."""
     gm.graph.lint()
     gm.recompile()
-    log.debug("%s: %d nodes, %.1f ms", apply.__name__, len(gm.graph.nodes), 1e3 * (time.perf_counter() - started))
     if verify or ALWAYS_VERIFY:
-        verify_graph(gm)
+        verify_graph(gm, None if fold is None else fold.homes)
     if observe is not None:
-        observe(apply.__name__, gm)
-    return gm
+        observe(name, gm, fold)

@@ -12,13 +12,11 @@ left:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from radix_compile.analysis.attention.bias import Bias
-from radix_compile.analysis.attention.parts import biases_of
 from radix_compile.ir.axes import Uniform
 from radix_compile.ir.facts import (
     AtMost,
@@ -36,32 +34,26 @@ from radix_compile.ir.facts import (
     is_known,
     terms_of,
 )
-from radix_compile.ir.graph import Wanted, is_row
+from radix_compile.ir.graph import tokens_of
 from radix_compile.ir.source import ancestors
-from radix_compile.ir.value import refuse, value_of, values_of
+from radix_compile.ir.value import is_row, refuse, value_of, values_of
+from radix_compile.passes.fold import Fold, Starts
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class Starts:
-    """Where paths may start: behind ``padding``, and where the numbers ``runs`` ``[B, S]`` of sequences change."""
+def prove_shift(fold: Fold) -> None:
+    """State where the paths of rows may start, other than at the first column, or the first op that brings one in.
 
-    padding: FullyMasked | None = None
-    runs: fx.Node | None = None
-
-
-def prove_shift(captured: fx.GraphModule) -> Starts:
-    """Where the paths of rows may start, other than at the first column.
-
-    Needs ``fold_graph``; writes the first op that brings a column in to ``meta["column"]``.
+    Needs ``fold_graph``.
     """
-    runs = separate_runs(captured)
-    reader = _first_reader_of_columns(captured.graph, captured.meta["wanted"], runs)
-    captured.meta["column"] = None if reader is None else refuse(reader, "")
-    tokens = captured.meta["tokens"]
+    runs = separate_runs(fold.captured)
+    reader = _first_reader_of_columns(fold, runs)
+    fold.column = None if reader is None else refuse(reader, "")
+    tokens = tokens_of(fold.captured)
     by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
-    return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)
+    if reader is None and not by_column:
+        fold.starts = Starts(hidden_padding(fold.captured), runs)
 
 
 def hidden_padding(captured: fx.GraphModule) -> FullyMasked | None:
@@ -95,13 +87,14 @@ def attentions(graph: fx.Graph) -> Iterator[Weights]:
             yield from (value.attends for value in values_of(node) if value.attends is not None)
 
 
-def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | None) -> fx.Node | None:
+def _first_reader_of_columns(fold: Fold, runs: fx.Node | None) -> fx.Node | None:
     """The first op after which a row may depend on its column.
 
     A mask that compares columns with each other is excepted, as long as it is on its way to attention. Where it meets
     keys, it has an entry for each query, which another row in compact form would have in another place. The numbers
     ``runs`` and what they are counted from are excepted as long as they only tell rows of one sequence from others.
     """
+    graph, wanted = fold.captured.graph, fold.wanted
     masks: set[fx.Node] = set()
     numbers = _numbering(graph, runs)
     looked_up = _looked_up(graph, runs)
@@ -113,7 +106,7 @@ def _first_reader_of_columns(graph: fx.Graph, wanted: Wanted, runs: fx.Node | No
             if wanted.is_compact(node):
                 return node
             continue
-        if wanted.is_compact(node) and any(_is_by_column(bias, runs) for bias in biases_of(node)):
+        if wanted.is_compact(node) and any(_is_by_column(bias, runs) for bias in fold.biases(node)):
             return node
         values = values_of(node)
         along_sequence = any(value.full_only and value.attends is None for value in values)

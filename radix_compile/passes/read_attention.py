@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from radix_compile.analysis.attention.parts import Parts, is_attention
 from radix_compile.analysis.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
 from radix_compile.analysis.attention.rows import SAME_ORDER, NotOnTree, Rows
 from radix_compile.analysis.flops import flops
-from radix_compile.analysis.rules.flex import FLEX, arguments_of, mask_of
+from radix_compile.analysis.rules.flex import FLEX, arguments_of, inlined, mask_of
 from radix_compile.analysis.rules.masks import fact_of, is_hidden
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Feature, Uniform, shape_of
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
+from radix_compile.ir.graph import facts, set_facts
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import value_of
 
@@ -26,17 +28,19 @@ aten = torch.ops.aten
 COPIES = (*SAME_ORDER, aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 
 
-def read_attention(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write :class:`Parts`, or in words why they are not read, to ``node.meta["parts"]`` of each product of weights
-    and values. Needs ``mark_token_axes``, which has found what the masks say.
+def read_attention(gm: fx.GraphModule) -> None:
+    """State the :class:`Parts` of each product of weights and values, or in words why they are not read.
+
+    Needs ``mark_token_axes``, which has found what the masks say.
     """
     for node in gm.graph.nodes:
         if is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
+            parts: Parts | str
             try:
-                node.meta["parts"] = _parts(node)
+                parts = _parts(node)
             except NotOnTree as reason:
-                node.meta["parts"] = str(reason)
-    return gm
+                parts = str(reason)
+            set_facts(node, replace(facts(node), parts=parts))
 
 
 def _parts(node: fx.Node) -> Parts:
@@ -67,7 +71,7 @@ def _flex_parts(node: fx.Node) -> Parts:
     if any(user.args[1] != 0 for user in node.users):
         raise NotOnTree("the sums of its weights are read")
     found = arguments_of(node)
-    scores = _Scores(node.meta["scores"], mask_of(node))
+    scores = _Scores(inlined(node)[1], mask_of(node))
     scale, softcap = scores.scaling()
     scale *= found.scale
     return Parts(

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from radix_compile.analysis.attention.parts import attention_steps, compact_attention, is_attention
+from radix_compile.analysis.attention.parts import TreeAttention, attention_steps, is_attention
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.rules.table import tensor_inputs
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.facts import RowMax
-from radix_compile.ir.graph import Form, Wanted
+from radix_compile.ir.graph import Form, graph_facts, tokens_of
 from radix_compile.ir.value import Refusal, refuse, values_of
 from radix_compile.kernels.tree_attention import why_tiles
+from radix_compile.passes.fold import Fold, Wanted
 from radix_compile.torch_internals import size_hint
 
 aten = torch.ops.aten
@@ -74,10 +75,9 @@ class GraphReport:
         return (self.flops_compact + self.flops_tree) / total if total else 0.0
 
 
-def report_on(captured: fx.GraphModule) -> GraphReport:
+def report_on(fold: Fold) -> GraphReport:
     """The report of a graph that has been through the pipeline."""
-    tokens: Tokens = captured.meta["tokens"]
-    wanted: Wanted = captured.meta["wanted"]
+    captured, wanted, tokens = fold.captured, fold.wanted, tokens_of(fold.captured)
     compact = {node for node, runs in wanted.runs.items() if Form.COMPACT in runs}
     report = GraphReport(folded=any(flops(node) for node in compact))
     for node in captured.graph.nodes:
@@ -87,14 +87,14 @@ def report_on(captured: fx.GraphModule) -> GraphReport:
             report.flops_compact += flops(node)
         elif node.op == "call_function" and node in wanted.runs:
             report.flops_full += flops(node)
-        attention = _attention(node, on_tree=node in compact)
+        attention = _attention(node, fold, on_tree=node in compact)
         if attention is not None:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
-    report.model = captured.meta["model"]
+    report.model = graph_facts(captured).model
     report.bytes_folded, report.bytes_scattered = (_moved(wanted, form) for form in (Form.COMPACT, Form.FULL))
     report.place = _place([refuse(node, "").module for node in captured.graph.nodes if node in compact and flops(node)])
-    report.notes += [*captured.meta.get("notes", []), *_scans(tokens, wanted)]
+    report.notes += [*fold.notes, *_scans(tokens, wanted)]
     report.refusals = _that_matter(captured.graph, tokens)
     return report
 
@@ -128,7 +128,7 @@ def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
     return [f"scan or convolution in {module}: proved causal; runs in full form" for module in modules]
 
 
-def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
+def _attention(node: fx.Node, fold: Fold, on_tree: bool) -> Attention | None:
     if node.op != "call_function":
         return None
     value = values_of(node)[0]
@@ -139,16 +139,16 @@ def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
     place = refuse(node, "")
     if value.attends is not None:
         if on_tree:
-            status = f"proved causal; runs on the prefix tree{_lowering(node)}"
+            status = f"proved causal; runs on the prefix tree{_lowering(fold.tree_attention(node))}"
             return Attention(True, status, place.module, place.source)
-        why: str = node.meta["attention"]
+        why = fold.attentions[node]
+        assert isinstance(why, str)
         return Attention(True, f"proved causal; runs in full form: {why}", place.module, place.source, why)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
     return Attention(False, reason, place.module, place.source)
 
 
-def _lowering(node: fx.Node) -> str:
-    found = compact_attention(node)
+def _lowering(found: TreeAttention | None) -> str:
     assert found is not None
     why = why_tiles(*found.operands)
     return ", by Triton kernels" if why is None else f", in tiles ({why})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -10,7 +11,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.ir.axes import BATCH, SEQ, Axis, Layout, Sorted, Token, as_size
-from radix_compile.ir.graph import Form
+from radix_compile.ir.graph import Form, facts, graph_facts, source_of_fold, tokens_of
 from radix_compile.ir.value import Value, refuse, values_of
 from radix_compile.passes.choose_cuts import has_compact_form
 
@@ -43,7 +44,7 @@ class InvariantError(AssertionError):
     """A pass made a graph that does not mean what the captured one means. The message names the node and its source."""
 
 
-def verify_graph(gm: fx.GraphModule) -> None:
+def verify_graph(gm: fx.GraphModule, homes: Mapping[fx.Node, Form] | None = None) -> None:
     """Raise :class:`InvariantError` unless every node has the form, shape and dtype that it should have.
 
     Before ``fold_graph``, each marked node's axes multiply out to its shape, and what runs compact is one value for
@@ -52,11 +53,12 @@ def verify_graph(gm: fx.GraphModule) -> None:
     captured graph.
     """
     gm.graph.lint()
-    if "source" in gm.meta:
+    known = graph_facts(gm)
+    if known.source is not None:
         _verify_forms(gm)
         _verify_shapes(gm)
-    elif "tokens" in gm.meta:
-        _verify_marks(gm)
+    elif known.tokens is not None:
+        _verify_marks(gm, homes or {})
 
 
 def _expect(holds: bool, node: fx.Node, what: str) -> None:
@@ -67,17 +69,17 @@ def _expect(holds: bool, node: fx.Node, what: str) -> None:
 # ------------------------------------------------------------------------------------------------- before the fold
 
 
-def _verify_marks(gm: fx.GraphModule) -> None:
-    layout: Layout = gm.meta["tokens"].layout
+def _verify_marks(gm: fx.GraphModule, homes: Mapping[fx.Node, Form]) -> None:
+    layout = tokens_of(gm).layout
     for node in gm.graph.nodes:
-        if node.op == "output" or "radix" not in node.meta:
+        if node.op == "output" or facts(node).marks is None:
             continue
         for value, result in zip(values_of(node), _results(node.meta.get("val")), strict=False):
             if value.mixed is None and value.arrangement is None and isinstance(result, torch.Tensor):
                 sizes = [layout.axis_size(axis) for axis in value.axes]
                 shape = [as_size(size) for size in result.shape]
                 _expect(_same(sizes, shape), node, f"its axes {value.axes} are not those of its shape {shape}")
-        if node.meta.get("home") is Form.COMPACT:
+        if homes.get(node) is Form.COMPACT:
             _expect(has_compact_form(node), node, "it is to run compact, and is not one value for each row")
 
 
@@ -91,7 +93,7 @@ def _verify_forms(gm: fx.GraphModule) -> None:
             continue
         if node.target is torch.ops.aten.sym_size.int:
             continue
-        forms = {arg: _form(arg) for arg in node.all_input_nodes}
+        forms = {arg: facts(arg).form for arg in node.all_input_nodes}
         compact = [arg for arg, form in forms.items() if form is Form.COMPACT]
         full = [arg for arg, form in forms.items() if form is Form.FULL and _has_rows(arg)]
         if compact and full:
@@ -106,34 +108,31 @@ def _verify_plan_arguments(node: fx.Node) -> None:
             _expect(str(given) == name, node, f"it takes {given} for the plan's {expected.name}")
 
 
-def _form(node: fx.Node) -> Form | None:
-    form: Form | None = node.meta.get("form")
-    return form
-
-
 def _has_rows(node: fx.Node) -> bool:
     """Is it the value of rows, and not one of the call?"""
-    return any(not value.is_constant for value in values_of(node.meta["origin"]))
+    origin = facts(node).origin
+    assert origin is not None
+    return any(not value.is_constant for value in values_of(origin))
 
 
 def _verify_shapes(gm: fx.GraphModule) -> None:
-    source: fx.GraphModule = gm.meta["source"]
-    layout: Layout = source.meta["tokens"].layout
+    source = source_of_fold(gm)
+    layout = tokens_of(source).layout
     try:
         found = internals.fake_results(gm, plan_shapes(gm))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvariantError(f"the folded graph does not run: {error}") from error
     for node in gm.graph.nodes:
-        origin = node.meta.get("origin")
+        origin, form = facts(node).origin, facts(node).form
         if origin is None:
             continue
         values, results = values_of(origin), _results(found[node])
         for value, result, captured in zip(values, results, _results(origin.meta.get("val")), strict=False):
             if not isinstance(captured, torch.Tensor):
                 continue
-            shape, wanted = [as_size(size) for size in result.shape], _shape(value, captured, _form(node), layout)
+            shape, wanted = [as_size(size) for size in result.shape], _shape(value, captured, form, layout)
             if wanted is not None:
-                _expect(_same(shape, wanted), node, f"its shape is {shape} in {_form(node)} form, not {wanted}")
+                _expect(_same(shape, wanted), node, f"its shape is {shape} in {form} form, not {wanted}")
             _expect(result.dtype == captured.dtype, node, f"its dtype is {result.dtype}, not {captured.dtype}")
     for node, captured in zip(_outputs(gm), _outputs(source), strict=True):
         if isinstance(node, fx.Node) and isinstance(wanted := captured.meta.get("val"), torch.Tensor):
@@ -144,7 +143,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
 
 
 def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
-    ids = gm.meta["source"].meta["tokens"].keys[0].meta["val"]
+    ids = tokens_of(gm).keys[0].meta["val"]
     rows = ids.shape[0] * ids.shape[1]
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     shapes = {f"radix_{name}": shape for name, shape in PLAN_SHAPES.items()}

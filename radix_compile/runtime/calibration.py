@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
+from radix_compile.ir.graph import graph_facts
 from radix_compile.runtime.cost_model import Timed
 from radix_compile.runtime.measurements_file import Graph, locked, read, warn_once, write
 
@@ -45,7 +46,8 @@ def fingerprint(captured: fx.GraphModule, device: torch.device, compiled_by: tup
     static = [node.meta["val"] for node in captured.graph.find_nodes(op="placeholder") if node.meta.get("is_static")]
     tensors = [one for one in static if isinstance(one, torch.Tensor)]
     weights = [(str(one.dtype), [size if isinstance(size, int) else None for size in one.shape]) for one in tensors]
-    about = [ops, weights, captured.meta["differentiable"], _device(device), torch.__version__, str(compiled_by)]
+    trains = graph_facts(captured).is_differentiable
+    about = [ops, weights, trains, _device(device), torch.__version__, str(compiled_by)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

@@ -14,15 +14,15 @@ from torch import fx
 
 from radix_compile.analysis.reach.column_reach import ReachCheck
 from radix_compile.analysis.rules.flex import Blocks
-from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.axes import as_size
 from radix_compile.ir.errors import CannotFold, RunsPlain
-from radix_compile.ir.facts import FullyMasked, ordered_by
-from radix_compile.ir.graph import Wanted
+from radix_compile.ir.facts import ordered_by
+from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.ir.source import ancestors
-from radix_compile.ir.value import Refusal, values_of
+from radix_compile.ir.value import values_of
+from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_visible_keys, shown_keys, with_blocks
-from radix_compile.passes.prove_shift import attentions, hidden_padding, prove_shift
+from radix_compile.passes.prove_shift import attentions, hidden_padding
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.tiles import tree_tiles
 from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
@@ -263,25 +263,27 @@ def numbers_in_paths(numbers: NDArray[Any], come_back: BoolArray) -> list[NDArra
     return [np.where(changed, counted, 0), np.where(changed, counted[:, :1], 0)]
 
 
-def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
-    """What the plan needs, from an annotated graph and what was folded in it."""
-    tokens: Tokens = captured.meta["tokens"]
-    wanted: Wanted = captured.meta["wanted"]
+def plan_inputs(fold: Fold) -> PlanInputs:
+    """What the plan of a call needs, from a folded form of a graph.
+
+    Raises ``CannotFold`` if no call can share anything.
+    """
+    captured, wanted, starts = fold.captured, fold.wanted, fold.starts
+    tokens, is_differentiable = tokens_of(captured), graph_facts(captured).is_differentiable
     folded = [node for node in wanted.forms if wanted.is_compact(node)]
     fully_masked = dict.fromkeys(
         b for node in folded for value in values_of(node) for b in sorted(value.fully_masked, key=str)
     )
     needed = set(ancestors(*folded, *(b.source for b in fully_masked)))
     placeholders = captured.graph.find_nodes(op="placeholder")
-    hidden: FullyMasked | None = captured.meta.get("padding")
+    hidden = fold.left_out
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in fully_masked)
-    starts = prove_shift(captured)
     front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
     runs = _row_program(captured, starts.runs) if starts.runs else None
     if runs is None and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", expected=True)
-    shown, relied = shown_keys(captured), relies_on_runs(captured)
+    shown, relied = shown_keys(fold), relies_on_runs(fold)
     # Numbers that only tell sequences apart are no part of their rows.
     keys = tuple(
         i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
@@ -298,20 +300,20 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
             tuple((_row_program(captured, source), truth) for source, truth in visible.shown),
             None if visible.runs is None else _row_program(captured, visible.runs),
         )
-        for tables, visible in with_blocks(captured)
+        for tables, visible in with_blocks(fold)
     )
     return PlanInputs(
         keys,
         programs,
         skip,
         tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
-        tiles=shown is not None and needs_tiles(captured),
-        lists=captured.meta["differentiable"],
+        tiles=shown is not None and needs_tiles(fold),
+        lists=is_differentiable,
         front=front,
         masks=masks,
         runs=runs,
         apart=None if relied is None else _row_program(captured, relied),
-        keys_visible=relies_on_visible_keys(captured),
+        keys_visible=relies_on_visible_keys(fold),
         undefined=any(seen.undefined for seen in attentions(captured.graph)),
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
@@ -322,12 +324,12 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
 
 
 def _triangle_check(captured: fx.GraphModule, place: dict[fx.Node, int]) -> TriangleCheck | None:
-    found = captured.meta["triangles"]
-    if not found:
+    known = graph_facts(captured)
+    if not known.triangles:
         return None
-    seq = captured.meta["tokens"].layout.seq
-    whole = any(as_size(size) != seq for size in captured.meta["triangle_sizes"])
-    return TriangleCheck(tuple((place[node], triangle) for node, triangle in found.items()), whole)
+    seq = tokens_of(captured).layout.seq
+    whole = any(as_size(size) != seq for size in known.triangle_sizes)
+    return TriangleCheck(tuple((place[node], triangle) for node, triangle in known.triangles.items()), whole)
 
 
 def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
@@ -335,14 +337,14 @@ def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
     return BlockTables((place[blocks.partial[0]], place[blocks.partial[1]]), full, blocks.query_size, blocks.key_size)
 
 
-def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:
+def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
     """What a caller with left padding, as in ``args``, could do if rows depend on their column."""
-    column: Refusal | None = captured.meta["column"]
+    captured, column = fold.captured, fold.column
     padding = hidden_padding(captured)
     if column is None or padding is None:
         return None
     placeholders = captured.graph.find_nodes(op="placeholder")
-    rows = args[placeholders.index(captured.meta["tokens"].keys[0])]  # of sizes, where the captured one has symbols
+    rows = args[placeholders.index(tokens_of(captured).keys[0])]  # of sizes, where the captured one has symbols
     shape = (rows.shape[0], rows.shape[1])
     shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
     if shown[:, 0].all():

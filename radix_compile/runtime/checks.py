@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radix_compile.ir.errors import RunsPlain
-from radix_compile.passes.triangles import Triangle, same_numbers
+from radix_compile.ir.triangles import Triangle, same_numbers
 
 
 def rows_seen(mask: Tensor) -> NDArray[np.int64] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import BATCH, SEQ, Token
-from radix_compile.ir.graph import Form
+from radix_compile.ir.graph import Form, facts, graph_facts, tokens_of
 from radix_compile.ir.value import Value, refuse, values_of
 from radix_compile.passes.fold_graph import apart
 
@@ -48,7 +48,7 @@ class CallVerifier:
         self.rounding = math.sqrt(max(torch.finfo(dtype).eps for dtype in floats))
         self.draws = any(_draws(node) for node in nodes)
         placeholders = self.captured.graph.find_nodes(op="placeholder")
-        self.ids = placeholders.index(self.captured.meta["tokens"].keys[0])
+        self.ids = placeholders.index(tokens_of(self.captured).keys[0])
 
     def __call__(
         self,
@@ -84,7 +84,8 @@ class CallVerifier:
                 )
 
         del expected
-        if self.captured.meta["differentiable"] and not self.captured.meta["wrapped"]:
+        known = graph_facts(self.captured)
+        if known.is_differentiable and not known.has_wrapped_inputs:
             self._expect_same_gradients(args, node, lambda *given: folded(*given, *plan), plain)
 
     def _expect_same_memory(
@@ -159,16 +160,15 @@ class CallVerifier:
         try:
             results = _Compared(self, captured.env, node).run(*args, *plan)
         except _Found as found:
-            form = found.node.meta["form"].value
-            return f"The first wrong result, in {form} form: {refuse(found.node.meta['origin'], 'is not what it was')}"
+            return f"The first wrong result, in {found.form.value} form: {refuse(found.origin, 'is not what it was')}"
         if self._largest_error(results, expected, node) > self.rounding:
             return "It is in what replaces the loss: every op before that is right."
         return "Op by op the folded graph is right: what the inner backend compiled from it is not."
 
 
 class _Found(Exception):  # noqa: N818 - the end of a search
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
+    def __init__(self, origin: fx.Node, form: Form) -> None:
+        self.origin, self.form = origin, form
 
 
 class _Compared(fx.Interpreter):
@@ -182,8 +182,8 @@ class _Compared(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        origin, form = n.meta.get("origin"), n.meta.get("form")
-        if origin is None or not _is_float(result):
+        origin, form = facts(n).origin, facts(n).form
+        if origin is None or form is None or not _is_float(result):
             return result
         value, expected = values_of(origin)[0], self.expected[origin]
         if value.is_row:
@@ -194,7 +194,7 @@ class _Compared(fx.Interpreter):
         else:
             error = _error(value, result, expected, self.node)
         if error > self.rounding:
-            raise _Found(n)
+            raise _Found(origin, form)
         return result
 
 

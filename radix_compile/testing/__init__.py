@@ -22,10 +22,11 @@ from torch import Tensor, fx
 from radix_compile.analysis.rules import rule_for
 from radix_compile.analysis.rules.table import RULES
 from radix_compile.ir.axes import SEQ
-from radix_compile.ir.graph import Form
+from radix_compile.ir.graph import Form, tokens_of
 from radix_compile.ir.value import value_of, values_of
-from radix_compile.passes.fold_attention import fold_attention
-from radix_compile.passes.pipeline import run_pipeline
+from radix_compile.options import Options
+from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD
+from radix_compile.passes.pipeline import annotate, fold_as
 from radix_compile.runtime.call_planner import NeedsFullAttention, plan_inputs
 from radix_compile.testing.claims import check_claims
 from radix_compile.testing.recorder import BATCH, HEADS, Recorder, Variant, sample_inputs, shuffle_later
@@ -110,9 +111,10 @@ def check(case: Case) -> None:
 
 def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> None:
     """Claims, results, strides and gradients. ``compact`` is a node that has to run compact, or be read so."""
-    folded = run_pipeline(graph)
+    annotate(graph)
+    fold = fold_as(FULL_FOLD, graph, Options())
     if compact is not None:
-        runs = graph.meta["wanted"].runs
+        runs = fold.wanted.runs
         users = [user for user in compact.users if Form.COMPACT in runs.get(user, ())]
         _expect(Form.COMPACT in runs[compact] or bool(users), "the op under test never ran compact")
     inputs = sample_inputs()
@@ -121,16 +123,15 @@ def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> N
         tensor.requires_grad_(tensor.is_floating_point())
     args = tuple(inputs.values())
     try:
-        planned = plan_inputs(graph)
+        planned = plan_inputs(fold)
         plan = planned.plan(args)
     except NeedsFullAttention:
-        graph.meta.update(keys_visible=False, apart=False)
-        folded = run_pipeline(graph, first=fold_attention)
-        planned = plan_inputs(graph)
+        fold = fold_as(FOLD_OFF_THE_TREE, graph, Options())
+        planned = plan_inputs(fold)
         plan = planned.plan(args)
     _expect(plan.compact_tokens < args[0].numel(), "nothing is shared in the sample")
     torch.manual_seed(0)
-    ours = folded(*args, *planned.arrays(plan, args, torch.device("cpu")))
+    ours = fold.program(*args, *planned.arrays(plan, args, torch.device("cpu")))
     torch.manual_seed(0)
     _expect_same(ours, graph(*args), args)
 
@@ -164,7 +165,7 @@ def check_verdict(node: fx.Node, sample: Sample) -> None:
     assert graph is not None
     for value in values_of(node):
         if sample.verdict == "refused":
-            refusal = value.mixed or graph.meta["tokens"].scans.get(node)  # of a scan, what the rule said of it
+            refusal = value.mixed or tokens_of(graph).scans.get(node)  # of a scan, what the rule said of it
             reason = "" if refusal is None else refusal.reason
             _expect(refusal is not None, f"not refused: {value}")
             _expect(sample.reason in reason, f"refused because it {reason!r}, not {sample.reason!r}")
@@ -178,7 +179,7 @@ def check_verdict(node: fx.Node, sample: Sample) -> None:
         _expect(said == sample.verdict, f"said to be {said}, and it is {sample.verdict}")
         values, outputs = values_of(node), node.meta["val"]
         output = outputs[values.index(value)] if isinstance(outputs, tuple | list) else outputs
-        layout = graph.meta["tokens"].layout
+        layout = tokens_of(graph).layout
         sizes = [layout.axis_size(axis) for axis in value.axes]
         _expect(sizes == list(output.shape), f"the axes {value.axes} are not those of {list(output.shape)}")
 
@@ -202,7 +203,7 @@ def _expect_same(ours: tuple[Tensor, ...], plain: tuple[Tensor, ...], args: tupl
 def _expect_causal(case: Case) -> None:
     """Later rows are exchanged, and earlier ones stay as they are."""
     graph, _ = recorded(case)
-    run_pipeline(graph)
+    annotate(graph)
     result: fx.Node = graph.graph.output_node().args[0][0]  # type: ignore[index, assignment]
     along = value_of(result).axes.index((SEQ,))
     inputs = sample_inputs()

@@ -43,6 +43,7 @@ from radix_compile.ir.facts import (
     Weights,
     ordered_by,
 )
+from radix_compile.ir.graph import facts, tokens_of
 from radix_compile.ir.value import Value, refuse, value_of, values_of
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.call_planner import may_wrap, rows_without_a_key
@@ -74,7 +75,7 @@ def check_claims(gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] 
 class _Claims:
     def __init__(self, gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] | None) -> None:
         self.gm = gm
-        self.tokens = gm.meta["tokens"]
+        self.tokens = tokens_of(gm)
         self.env = _run(gm, args)
         self.others: dict[fx.Node, Any] | None = None
         if others is not None:
@@ -88,7 +89,7 @@ class _Claims:
         if not self._is_ordinary():
             return
         for node in self.gm.graph.nodes:
-            if node.op == "output" or "radix" not in node.meta:
+            if node.op == "output" or facts(node).marks is None:
                 continue
             for value, tensor, other in zip(values_of(node), *self._results(node), strict=False):
                 if value.mixed is None and value.arrangement is None and isinstance(tensor, Tensor):
@@ -98,7 +99,7 @@ class _Claims:
 
     def _is_ordinary(self) -> bool:
         """Products of rows are assumed to be at most ``ORDINARY``. With larger ones nothing can be said."""
-        nodes = [node for node in self.gm.graph.nodes if "radix" in node.meta and node.op != "output"]
+        nodes = [node for node in self.gm.graph.nodes if facts(node).marks is not None and node.op != "output"]
         products = [self.env[node] for node in nodes if [one.fact for one in values_of(node)] == [Score(ORDINARY)]]
         return all(not one.numel() or bool(one.abs().max() <= ORDINARY) for one in products)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from radix_compile.ir.graph import GraphFacts, set_graph_facts
 from radix_compile.torch_internals import SET_GRAD_ENABLED, FakeTensorMode
 
 aten = torch.ops.aten
@@ -120,7 +121,7 @@ class Recorder:
     def finish(self, *results: fx.Node) -> fx.GraphModule:
         self.graph.output(results)
         gm = fx.GraphModule({}, self.graph)
-        gm.meta.update(differentiable=True, grad_mode=True)
+        set_graph_facts(gm, GraphFacts(is_differentiable=True))
         return gm
 
     # ------------------------------------------------------------------------------- values to start from

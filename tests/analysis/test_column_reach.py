@@ -15,6 +15,7 @@ from radix_compile.analysis.reach.column_reach import OutOfReach
 from radix_compile.analysis.reach.table import REACH_RULES
 from radix_compile.analysis.reach.views import groups
 from radix_compile.ir.axes import SEQ
+from radix_compile.ir.graph import tokens_of
 from radix_compile.ir.value import value_of
 from radix_compile.passes.mark_token_axes import mark_token_axes
 from tests.graphs import captured
@@ -172,7 +173,8 @@ def analysed(program: Program) -> tuple[fx.Node, fx.GraphModule]:
         return F.embedding(ids, TABLE) @ WEIGHT, program(F.embedding(ids, TABLE))
 
     torch._dynamo.reset()
-    gm = mark_token_axes(captured(whole, IDS))
+    gm = captured(whole, IDS)
+    mark_token_axes(gm)
     return gm.graph.output_node().args[0][1], gm  # type: ignore[index, return-value]
 
 
@@ -181,7 +183,7 @@ def test_causal(name: str) -> None:
     node, gm = analysed(CAUSAL[name])
     assert value_of(node).mixed is None
     assert (SEQ,) in value_of(node).axes
-    assert gm.meta["tokens"].scans
+    assert tokens_of(gm).scans
     check_against_derivatives(CAUSAL[name])
 
 
@@ -189,15 +191,15 @@ def test_causal(name: str) -> None:
 def test_not_causal(name: str) -> None:
     node, gm = analysed(NOT[name])
     assert value_of(node).mixed is not None
-    assert not gm.meta["tokens"].scans
-    assert gm.meta["tokens"].refusals
+    assert not tokens_of(gm).scans
+    assert tokens_of(gm).refusals
     check_against_derivatives(NOT[name])
 
 
 def check_against_derivatives(program: Program) -> None:
     """Of every node that has a reach."""
     _, gm = analysed(program)
-    reaches = gm.meta["tokens"].reaches
+    reaches = tokens_of(gm).reaches
     x = F.embedding(IDS, TABLE)
     looked_up = next(n for n in reversed(gm.graph.nodes) if n.target is torch.ops.aten.embedding.default)
     for node, found in list(reaches.found.items()):
@@ -249,7 +251,7 @@ def test_every_rule_is_used() -> None:
     used: set[Any] = set()
     for program in (*CAUSAL.values(), *NOT.values()):
         _, gm = analysed(program)
-        used |= {node.target for node, found in gm.meta["tokens"].reaches.found.items() if found is not None}
+        used |= {node.target for node, found in tokens_of(gm).reaches.found.items() if found is not None}
     aliases = {  # of one rule, and made by other ways of writing the same
         "alias", "detach", "contiguous", "type_as", "_to_copy", "view", "reshape", "t", "mT", "permute", "transpose",
         "split_with_sizes", "chunk", "constant_pad_nd", "mm", "bmm", "squeeze", "where", "amin", "mean",
@@ -275,7 +277,7 @@ def test_groups(before: tuple[int, ...], after: tuple[int, ...], expected: Any) 
 
 def test_what_reads_everything_takes_no_room() -> None:
     node, gm = analysed(lambda x: (x - x.mean(1, keepdim=True)).relu().reshape(B, 2, C, D).cumsum(2))
-    assert gm.meta["tokens"].reaches.of(node).last.tolist() == [[[[S - 1]]]]
+    assert tokens_of(gm).reaches.of(node).last.tolist() == [[[[S - 1]]]]
 
 
 def test_what_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +285,7 @@ def test_what_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
     node, gm = analysed(within_chunks)
     assert value_of(node).mixed is not None
     with pytest.raises(OutOfReach):
-        gm.meta["tokens"].reaches.of(node)
+        tokens_of(gm).reaches.of(node)
 
 
 class Scan(torch.nn.Module):

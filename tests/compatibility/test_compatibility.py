@@ -78,7 +78,7 @@ def test_the_page_is_of_these_families_and_has_no_failure() -> None:
 
 
 def test_a_crash_is_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radix_compile.backend.rewrite", lambda *_: 1 // 0)
+    monkeypatch.setattr("radix_compile.backend.capture_and_annotate", lambda *_: 1 // 0)
     cell: Cell = run_cell("Qwen3", "sdpa", "right padding")
     assert cell.result == "crash"
     assert "ZeroDivisionError" in cell.reason

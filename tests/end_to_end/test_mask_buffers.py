@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import radix_compile
-from radix_compile.passes.triangles import Triangle, read_triangle
+from radix_compile.ir.triangles import Triangle, read_triangle
 from tests.models import VOCABULARY, assert_as_exact, in_float64, shared_batch
 
 LONGEST = 32

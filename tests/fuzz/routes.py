@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import radix_compile
 from radix_compile import backend
 from radix_compile.ir.errors import CannotFold, RunsPlain
+from radix_compile.ir.graph import tokens_of
+from radix_compile.options import Options
 from radix_compile.passes.capture import capture
-from radix_compile.passes.fold_attention import fold_attention
-from radix_compile.passes.lower_index_ops import lower_index_ops
-from radix_compile.passes.pipeline import run_pass, run_pipeline
+from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD
+from radix_compile.passes.pipeline import annotate, fold_as
 from radix_compile.passes.report import report_on
-from radix_compile.passes.skip_padding import PaddingIsRead, skip_padding
 from radix_compile.runtime.call_planner import PlanInputs, plan_inputs
 from radix_compile.testing.claims import check_claims
 from tests.fuzz.compare import assert_same, assert_same_writes
@@ -63,20 +63,23 @@ def captured(module: Module, batch: Batch) -> fx.GraphModule:
 
 def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Outcome) -> None:
     source = captured(plain, example.batches[0])
+    options = Options(padding="skip" if example.skip else "exact")
     try:
-        programs = [_folded(source, example, run_pipeline(source))]
+        annotate(source)
+        folds = [fold_as(FULL_FOLD, source, options)]
+        programs = [(folds[0].program, plan_inputs(folds[0]))]
     except CannotFold as verdict:
         if not verdict.expected:
             raise
         outcome.add(refused=1)
         return
-    outcome.add(folded=report_on(source).folded, refused=bool(source.meta["tokens"].refusals))
-    outcome.add(skipped_padding="padding" in source.meta)
+    outcome.add(folded=report_on(folds[0]).folded, refused=bool(tokens_of(source).refusals))
+    outcome.add(skipped_padding=folds[0].left_out is not None)
     if not programs[0][1].keys:  # nothing runs compact
         return
     if programs[0][1].may_leave_the_tree:
-        source.meta.update(keys_visible=False, apart=False, listed=False)
-        programs.append(_folded(source, example, run_pipeline(source, first=fold_attention)))
+        folds.append(fold_as(FOLD_OFF_THE_TREE, source, options))
+        programs.append((folds[1].program, plan_inputs(folds[1])))
     for call in calls:
         compared = [_check_call(folded, inputs, plain, call, outcome) for folded, inputs in programs]
         if any(compared) and all(one.isfinite().all() for one in call.wanted):
@@ -102,17 +105,6 @@ def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call:
     arrays = inputs.arrays(plan, args, torch.device("cpu"))
     _compare(folded(*args, *arrays), call, plain, kept=kept)
     return True
-
-
-def _folded(source: fx.GraphModule, example: Example, folded: fx.GraphModule) -> tuple[fx.GraphModule, PlanInputs]:
-    """What the passes made of a program, finished, and how to plan its calls."""
-    source.meta.pop("padding", None)
-    plan_inputs(source)  # raises what the backend would raise before it looks at padding
-    if example.skip:
-        with contextlib.suppress(PaddingIsRead):
-            skip_padding(folded)
-    run_pass(lower_index_ops, folded)
-    return folded, plan_inputs(source)  # what is skipped is part of it
 
 
 # --------------------------------------------------------------------------------------------- through torch.compile

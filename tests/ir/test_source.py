@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from radix_compile.backend import RadixBackend
+from radix_compile.ir.graph import source_of_fold
 from radix_compile.ir.source import origin_name
 from tests.models import build, shared_batch
 
@@ -16,7 +17,8 @@ class Watching(RadixBackend):
 
     def compile(self, gm, example_inputs, options, observe=None):  # type: ignore[no-untyped-def]
         self.seen: dict[str, fx.GraphModule] = {}
-        return super().compile(gm, example_inputs, options, self.seen.__setitem__)
+        observe = lambda after, gm, fold=None: self.seen.__setitem__(after, gm)  # noqa: E731
+        return super().compile(gm, example_inputs, options, observe)
 
 
 @pytest.mark.parametrize("on_the_tree", [True, False])
@@ -25,7 +27,7 @@ def test_every_op_comes_from_a_captured_node(on_the_tree: bool) -> None:
     backend = Watching(inner="eager", threshold=1.0, fold_attention=on_the_tree)
     torch.compile(build("Qwen3"), backend=backend)(ids, labels=ids, use_cache=False)
     folded = backend.seen["lower_index_ops"]
-    captured = {node.name: node for node in folded.meta["source"].graph.nodes}
+    captured = {node.name: node for node in source_of_fold(folded).graph.nodes}
     made = [node for node in folded.graph.nodes if node.op == "call_function"]
     ops = {str(node.target) for node in made}
     assert {"radix.fold_rows.default", "radix.token_nll.default"} <= ops

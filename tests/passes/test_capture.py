@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import radix_compile
+from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.passes.capture import CaptureError, capture
 from tests.models import VOCABULARY, build, shared_batch
 
@@ -66,7 +67,7 @@ def test_whole_ops_with_metadata(mode: str, dynamic: bool) -> None:
     assert linear.meta["val"].shape[-1] == 32
     assert "self.first" in linear.meta["stack_trace"]
     assert any("first" in path for path, _ in linear.meta["nn_module_stack"].values())
-    static = [node.meta["is_static"] for node in gm.graph.find_nodes(op="placeholder")]
+    static = [facts(node).is_static for node in gm.graph.find_nodes(op="placeholder")]
     assert sum(static) == 5
     assert aten._assert_tensor_metadata.default not in targets(gm)
 
@@ -79,7 +80,7 @@ def _arguments(gm: fx.GraphModule, model: nn.Module, ids: Tensor) -> list[Any]:
     values: list[Any] = []
     sizes = iter(ids.shape)
     for node in gm.graph.find_nodes(op="placeholder"):
-        if node.meta["is_static"]:
+        if facts(node).is_static:
             values.append(next(parameters))
         else:
             values.append(ids if isinstance(node.meta["val"], Tensor) else next(sizes))
@@ -129,7 +130,7 @@ class Checkpointed(nn.Module):
 
 def test_activation_checkpointing_is_inlined_and_tagged() -> None:
     gm, _ = captured(Checkpointed(), shared_batch(4, 8, 4))
-    assert gm.meta["checkpointed"]
+    assert graph_facts(gm).has_checkpoints
     linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
     assert len(linears) == 2
     assert all(node.meta["recompute"] is CheckpointPolicy.PREFER_RECOMPUTE for node in linears)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import radix_compile
 from radix_compile.analysis.rules.table import argument
+from radix_compile.ir.graph import facts
 from radix_compile.passes import fold_graph
 from radix_compile.runtime import call_planner
 from tests.graphs import calls, folded
@@ -190,18 +191,18 @@ def test_on_the_tree(name: str) -> None:
 def test_keys_are_not_repeated_for_the_heads_of_a_group() -> None:
     node = the_op(Model(lambda q, k, v: written(q, repeated(k), repeated(v)), heads=2))
     _, key, value = node.args[:3]
-    assert [one.meta["origin"].meta["val"].shape[1] for one in (key, value)] == [2, 2]
+    assert [facts(one).origin.meta["val"].shape[1] for one in (key, value)] == [2, 2]
 
 
 def test_groups_of_heads_in_attention_as_one_op() -> None:
     node = the_op(Model(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 2))
-    assert [one.meta["origin"].meta["val"].shape[1] for one in node.args[:3]] == [H, 2, 2]
+    assert [facts(one).origin.meta["val"].shape[1] for one in node.args[:3]] == [H, 2, 2]
 
 
 def test_keys_and_values_have_as_many_heads() -> None:
     """Here the values are one head's, and the keys are not."""
     node = the_op(Model(lambda q, k, v: written(q, k, v[:, :1].expand(B, H, S, E).contiguous())))
-    assert node.args[2].meta["origin"].meta["val"].shape[1] == H
+    assert facts(node.args[2]).origin.meta["val"].shape[1] == H
 
 
 def test_sinks() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graphs import calls, folded, scattered
+from tests.graphs import calls, fold_of, folded, scattered
 from tests.models import VOCABULARY, shared_batch
 
 aten, radix = torch.ops.aten, torch.ops.radix
@@ -85,11 +85,12 @@ def program(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Calla
 
 @pytest.mark.parametrize("name", READS_NODES)
 def test_reads_the_nodes(name: str) -> None:
-    gm = folded(program(Model(), READS_NODES[name]), IDS, LABELS)
+    fold = fold_of(program(Model(), READS_NODES[name]), IDS, LABELS)
+    gm = fold.program
     assert len(calls(gm, radix.token_nll.default)) == 1
     assert not scattered(gm)
     assert not calls(gm, aten.cross_entropy_loss.default)
-    assert "softmax runs once for each node" in gm.meta["source"].meta["notes"][0]
+    assert "softmax runs once for each node" in fold.notes[0]
 
 
 def test_reads_the_nodes_of_rows_that_were_merged_before() -> None:
@@ -103,10 +104,11 @@ def test_reads_the_nodes_of_rows_that_were_merged_before() -> None:
 
 @pytest.mark.parametrize("name", READS_ROWS)
 def test_reads_the_rows(name: str) -> None:
-    gm = folded(program(Model(), READS_ROWS[name]), IDS, LABELS)
+    fold = fold_of(program(Model(), READS_ROWS[name]), IDS, LABELS)
+    gm = fold.program
     assert not calls(gm, radix.token_nll.default)
     assert scattered(gm)
-    assert "notes" not in gm.meta["source"].meta
+    assert not fold.notes
 
 
 def test_logits_that_something_else_wants_are_scattered_for_it() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from radix_compile.ir.graph import Form
-from tests.graphs import calls, folded, scattered
+from radix_compile.ir.graph import Form, source_of_fold, tokens_of
+from tests.graphs import calls, fold_of, folded, scattered
 from tests.models import VOCABULARY, build, shared_batch
 
 aten, radix = torch.ops.aten, torch.ops.radix
@@ -19,7 +19,7 @@ aten, radix = torch.ops.aten, torch.ops.radix
 
 def width(gm: fx.GraphModule, moved: fx.Node) -> int:
     """Features of the value that is folded or scattered: those of the captured node it stands for."""
-    captured = {n.name: n for n in gm.meta["source"].graph.nodes}
+    captured = {n.name: n for n in source_of_fold(gm).graph.nodes}
     value = captured[moved.name].meta["val"]
     return value.numel() // (4 * 12)
 
@@ -67,8 +67,8 @@ def test_no_fold_of_a_scatter_is_made() -> None:
 
 def test_masks_are_made_in_full_form() -> None:
     ids = shared_batch(4, 12, 8)
-    gm = folded(build("Qwen3", attention="eager"), ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    runs = gm.meta["wanted"].runs
+    fold = fold_of(build("Qwen3", attention="eager"), ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    runs = fold.wanted.runs
     masks = [node for node in runs if node.target is aten.where.ScalarOther]
     assert masks
     assert all(runs[node] == {Form.FULL} for node in masks)
@@ -135,5 +135,5 @@ def test_reshapes_are_followed(name: str) -> None:
 
     gm = folded(program, shared_batch(4, 12, 8))
     assert len(scattered(gm)) == 1
-    refusals = gm.meta["tokens"].refusals
+    refusals = tokens_of(gm).refusals
     assert bool(refusals) != follows

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from radix_compile.ir.axes import BATCH, SEQ, Feature
+from radix_compile.ir.graph import facts, source_of_fold, tokens_of
 from radix_compile.ir.value import value_of
 from radix_compile.runtime.call_planner import plan_inputs
-from tests.graphs import calls, folded
+from tests.graphs import calls, fold_of, folded
 from tests.models import VOCABULARY, build, shared_batch
 
 aten = torch.ops.aten
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_axes_of_attention(dynamic: bool) -> None:
     gm = folded(build("Qwen3", num_hidden_layers=1), shared_batch(4, 8, 4), dynamic=dynamic, use_cache=False)
-    (attention,) = calls(gm.meta["source"], aten.scaled_dot_product_attention.default)
+    (attention,) = calls(source_of_fold(gm), aten.scaled_dot_product_attention.default)
     value = value_of(attention)
     assert value.axes == ((BATCH,), (Feature(4),), (SEQ,), (Feature(8),))  # four sequences, four heads, eight columns
     assert value.full_only
@@ -27,8 +28,8 @@ def test_axes_of_attention(dynamic: bool) -> None:
 
 def test_every_node_is_annotated() -> None:
     gm = folded(build("GPT2"), shared_batch(4, 12, 8), use_cache=False)
-    for node in gm.meta["source"].graph.nodes:
-        assert node.op == "output" or "radix" in node.meta
+    for node in source_of_fold(gm).graph.nodes:
+        assert node.op == "output" or facts(node).marks is not None
 
 
 class Bag(nn.Module):
@@ -56,7 +57,7 @@ def test_graphs_without_a_batch(ids: Tensor, reason: str) -> None:
 
 def test_a_graph_that_starts_at_hidden_states() -> None:
     gm = folded(nn.Linear(16, 16), torch.zeros(4, 12, 16))
-    assert [tuple(key.meta["val"].shape) for key in gm.meta["tokens"].keys] == [(4, 12, 16)]
+    assert [tuple(key.meta["val"].shape) for key in tokens_of(gm).keys] == [(4, 12, 16)]
 
 
 def test_a_graph_of_images() -> None:
@@ -71,6 +72,6 @@ def test_only_what_is_read_is_a_row_key() -> None:
     def program(ids: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         return model(ids), other.sum()
 
-    gm = folded(program, shared_batch(4, 12, 8), torch.arange(48).view(4, 12))
-    assert len(gm.meta["tokens"].keys) == 2
-    assert len(plan_inputs(gm.meta["source"]).keys) == 1
+    fold = fold_of(program, shared_batch(4, 12, 8), torch.arange(48).view(4, 12))
+    assert len(tokens_of(fold.captured).keys) == 2
+    assert len(plan_inputs(fold).keys) == 1

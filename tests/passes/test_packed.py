@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import radix_compile
 from radix_compile import backend
-from radix_compile.passes.prove_shift import prove_shift
 from radix_compile.runtime.call_planner import numbers_in_paths, sequence_breaks
-from tests.graphs import folded
+from tests.graphs import fold_of
 from tests.models import VOCABULARY, assert_as_exact, build, in_float64
 
 WIDTH = 8
@@ -196,7 +195,7 @@ def test_texts_share_wherever_they_are(name: str, rows: int) -> None:
     ids, positions, numbers = packed(rows)
     model = Program(APART[name]).eval()
     with torch.no_grad():
-        assert prove_shift(folded(model, ids, positions, numbers).meta["source"]).runs is not None
+        assert fold_of(model, ids, positions, numbers).starts.runs is not None
     assert compact_rows(model, ids, positions, numbers) == paths_by_text(ids, positions) < ids.numel()
 
 
@@ -207,7 +206,7 @@ def test_not_where_a_row_can_tell_what_is_in_front(name: str, rows: int) -> None
     model = Program(*TOGETHER[name]).eval()
     if rows > 1:
         with torch.no_grad():
-            assert prove_shift(folded(model, ids, positions, numbers).meta["source"]).runs is None
+            assert fold_of(model, ids, positions, numbers).starts.runs is None
     found = compact_rows(model, ids, positions, numbers)
     assert found == 0 if rows == 1 else found > paths_by_text(ids, positions)
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import radix_compile
-from radix_compile.passes.prove_shift import prove_shift
-from tests.graphs import folded
+from tests.graphs import fold_of
 from tests.models import VOCABULARY, assert_as_exact, build, in_float64, paths
 
 LENGTH, WIDTH = 10, 8
@@ -108,7 +107,7 @@ def test_rows_of_the_same_text_are_one_node(name: str) -> None:
     model = Program(*SHIFT[name]).eval()
     args = token_ids(), PADDED, POSITIONS
     with torch.no_grad():
-        assert prove_shift(folded(model, *args).meta["source"]).padding is not None
+        assert fold_of(model, *args).starts.padding is not None
     assert compact_rows(model, *args) == LENGTH + sum(STARTS)
 
 
@@ -117,7 +116,7 @@ def test_not_where_a_row_may_depend_on_its_column(name: str) -> None:
     model = Program(*STAY[name]).eval()
     args = token_ids(), PADDED, POSITIONS
     with torch.no_grad():
-        assert prove_shift(folded(model, *args).meta["source"]).padding is None
+        assert fold_of(model, *args).starts.padding is None
     assert compact_rows(model, *args) >= paths(*args)
 
 

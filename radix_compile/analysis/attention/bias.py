@@ -13,6 +13,7 @@ from radix_compile.analysis.flops import flops
 from radix_compile.analysis.rules.masks import as_formula, fact_of, size_of
 from radix_compile.ir.axes import BATCH, as_size
 from radix_compile.ir.facts import ORDINARY, TRUE, Filled, Formula, Masked, negation
+from radix_compile.ir.graph import facts
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import value_of
 
@@ -85,7 +86,7 @@ class Bias:
         """Raises :class:`NotOnTree` if it has no such shape, has a gradient, or is computed from rows at some cost."""
         self.shape()
         for node in ancestors(self.node):
-            if node.meta.get("needs_gradient"):
+            if facts(node).needs_gradient:
                 raise NotOnTree("it adds a bias that has a gradient")
             if flops(node):
                 raise NotOnTree("it adds a bias that is a product itself")

@@ -12,6 +12,7 @@ from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.masks import Visible
 from radix_compile.analysis.attention.rows import Order, Rows
 from radix_compile.analysis.rules.flex import Blocks
+from radix_compile.ir.graph import facts
 from radix_compile.ir.value import values_of
 
 
@@ -82,19 +83,7 @@ def is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is not operator.getitem and values_of(node)[0].attends is not None
 
 
-def biases_of(node: fx.Node) -> tuple[Bias, ...]:
-    """What an attention in compact form reads in full form."""
-    found = compact_attention(node)
-    return () if found is None else found.biases
-
-
 def attention_steps(node: fx.Node) -> list[fx.Node]:
     """The products that an attention on the tree stands for: one op, or the two of attention written out."""
-    parts = node.meta.get("parts")
+    parts = facts(node).parts
     return [node, parts.product] if isinstance(parts, Parts) and parts.product is not None else [node]
-
-
-def compact_attention(node: fx.Node) -> TreeAttention | None:
-    """The compact form of an attention, if it has one: what the pass ``fold_attention`` found."""
-    found = node.meta.get("attention")
-    return found if isinstance(found, TreeAttention) else None

@@ -19,6 +19,7 @@ from radix_compile.analysis.rules.masks import as_formula
 from radix_compile.analysis.rules.table import is_tensor, operand
 from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens
 from radix_compile.ir.facts import Formula, Given, Weights, disjunction, hides, implies_causal
+from radix_compile.ir.graph import facts
 from radix_compile.ir.value import Marks, Value, broadcast, value_of
 
 FLEX = torch.ops.higher_order.flex_attention
@@ -96,14 +97,15 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
 
 def _visible(node: fx.Node, layout: Layout) -> Formula:
     """What ``mask_mod`` shows, if ``score_mod`` makes scores out of scores."""
-    mask, scores = value_of(node.meta["visible"]), value_of(node.meta["scores"])
+    mask_node, scores_node = inlined(node)
+    mask, scores = value_of(mask_node), value_of(scores_node)
     for what, value in (("mask_mod", mask), ("score_mod", scores)):
         if value.mixed is not None:
             raise Mixes(f"the {what} {value.mixed.reason}")
     if not scores.is_pair:
         raise Mixes("the score_mod is not understood")
     try:
-        broadcast(layout, [operand(node.meta["scores"]), operand(node.meta["visible"])])
+        broadcast(layout, [operand(scores_node), operand(mask_node)])
     except Mixes as reason:
         raise Mixes(f"the mask_mod {reason}") from reason
     return mask_of(node)
@@ -111,4 +113,12 @@ def _visible(node: fx.Node, layout: Layout) -> Formula:
 
 def mask_of(node: fx.Node) -> Formula:
     """What the ``mask_mod`` of a flex_attention shows."""
-    return as_formula(value_of(node.meta["visible"]))
+    return as_formula(value_of(inlined(node)[0]))
+
+
+def inlined(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The nodes with all that ``mask_mod`` and ``score_mod`` return. Needs ``inline_flex_functions``."""
+    visible, scores = facts(node).visible, facts(node).scores
+    assert visible is not None
+    assert scores is not None
+    return visible, scores

@@ -26,7 +26,8 @@ def of(expression: Callable[[Tensor], Tensor]) -> tuple[Bounds | None, Tensor]:
     def program(ids: Tensor) -> tuple[Tensor, Tensor]:
         return torch.nn.functional.embedding(ids, TABLE) @ torch.ones(S, S), expression(ids)
 
-    graph = mark_token_axes(captured(program, IDS))
+    graph = captured(program, IDS)
+    mark_token_axes(graph)
     result: Any = graph.graph.output_node().args[0][1]  # type: ignore[index]
     assert isinstance(result, fx.Node)
     assert isinstance(result.meta["val"], FakeTensor)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from radix_compile import torch_internals as internals
 
@@ -63,8 +63,3 @@ def read_triangle(tensor: Tensor) -> Triangle | None:
 def same_numbers(one: Tensor, other: Tensor) -> Tensor:
     """As a bool tensor, for which nothing waits. Zeros have the same sign, too: ``1 / mask`` would tell."""
     return ((one == other) & (torch.signbit(one) == torch.signbit(other))).all()
-
-
-def triangles_of(graph: fx.Graph) -> dict[fx.Node, Triangle]:
-    """The inputs that held one when the graph was captured."""
-    return {node: node.meta["triangle"] for node in graph.find_nodes(op="placeholder") if node.meta.get("triangle")}
