@@ -61,7 +61,7 @@ class Tensors:
         self.arrays = [torch.from_numpy(one).to(device) for one in (self.plan.fold, self.plan.scatter)]
         tree = self.plan.tree()
         self.tree = [torch.from_numpy(one).to(device) for one in tree]
-        self.tiles = [torch.from_numpy(one).to(device) for one in tree_tiles(self.plan, *tree).arrays]
+        self.tiles = [torch.from_numpy(one).to(device) for one in tree_tiles(self.plan, *tree).by_name().values()]
         rows = self.arrays[1].clamp(min=0)
         batch, columns = case.ids.shape
         full = [one[0, rows].view(batch, columns, -1, size) for one in compact]

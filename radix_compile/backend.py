@@ -17,6 +17,7 @@ from radix_compile import torch_internals as internals
 from radix_compile.inspection.tracing import trace_report, trace_rewrite
 from radix_compile.ir.errors import CannotFold
 from radix_compile.ir.graph import graph_facts, tokens_of
+from radix_compile.ir.plan_arrays import plan_arrays
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.capture import CaptureError, capture, first_line
@@ -217,7 +218,8 @@ def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Seq
     bound = internals.upper_bound(rows)
     multiple = min(as_multiple(options.pad_multiple_of), bound)
     most = -(-bound // multiple) * multiple
-    arrays = internals.unbacked_plan_inputs(rows, most, ids.device, plan.tree is not None, plan.tiles, plan.lists)
+    shapes = [array.shape for array in plan_arrays(plan.parts)]
+    arrays = internals.unbacked_plan_inputs(shapes, rows, most, ids.device)
     inputs = [*internals.flatten_subclasses(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)
     try:

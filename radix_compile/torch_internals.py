@@ -227,16 +227,14 @@ def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]
 
 
 def unbacked_plan_inputs(
-    rows: int | torch.SymInt, most: int, device: torch.device, tree: bool, tiles: bool, lists: bool
+    shapes: Sequence[tuple[str | int, ...]], rows: int | torch.SymInt, most: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """Fake ``fold`` ``[T']`` and ``scatter`` ``[rows]`` (int64), with T' a size no guard can be made about.
+    """Fake int64 arrays of these shapes (see ``ir.plan_arrays``): ``nodes``, T', is a size no guard can be made about.
 
-    All that is known is that it is at most ``most``: inductor computes with 32-bit offsets where that is enough of a
-    reason to. It has a likely value as well, which no guard is made about and no result depends on: what shares
-    nothing but tensors of sizes that have none, inductor does not fuse.
-
-    With ``tree``, ``begin`` and ``end`` ``[T']`` too; with ``tiles`` the arrays of ``TreeTiles``; with ``lists``,
-    ``rows`` ``[rows]``, ``starts`` ``[T' + 1]`` and ``pieces`` ``[P]``.
+    All that is known of it is that it is at most ``most``: inductor computes with 32-bit offsets where that is enough
+    of a reason to. It has a likely value as well, which no guard is made about and no result depends on: what shares
+    nothing but tensors of sizes that have none, inductor does not fuse. The other sizes that have a name are ``rows``,
+    ``nodes + 1``, and any: each is a symbol by itself, as inductor wants each symbol to be the size of some input.
     """
     mode = fake_mode()
     shape_env = mode.shape_env
@@ -247,20 +245,17 @@ def unbacked_plan_inputs(
         torch._check(nodes <= most)
         shape_env.var_to_hint_override[nodes.node.expr] = min(LIKELY_NODES, most)
 
-        def count() -> torch.SymInt:
-            size = shape_env.create_unbacked_symint()
-            torch._check(size >= 0)
-            return size
+        sizes: dict[str, int | torch.SymInt] = {"nodes": nodes, "rows": rows, "nodes + 1": nodes + 1}
 
-        shapes: list[tuple[int | torch.SymInt, ...]] = [(nodes,), (rows,)]
-        if tree:
-            shapes += [(nodes,), (nodes,)]
-        if tiles:
-            starts = count()  # a symbol by itself: inductor wants each to be the size of some input
-            shapes += [(count(), 3), (starts,), (count(),), (starts,), (count(), 4), (count(), 3)]
-        if lists:
-            shapes += [(rows,), (nodes + 1,), (count(),)]
-        arrays = [torch.empty(shape, dtype=torch.int64, device=device) for shape in shapes]
+        def sized(size: str | int) -> int | torch.SymInt:
+            if isinstance(size, int):
+                return size
+            if size not in sizes:
+                sizes[size] = shape_env.create_unbacked_symint()
+                torch._check(sizes[size] >= 0)
+            return sizes[size]
+
+        arrays = [torch.empty([*map(sized, shape)], dtype=torch.int64, device=device) for shape in shapes]
     shape_env.pending_fresh_unbacked_symbols.clear()
     return arrays
 

@@ -20,6 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import radix_compile
 from radix_compile import torch_internals as internals
+from radix_compile.ir.plan_arrays import PLAN_ARRAYS, plan_arrays
 from tests.models import shared_batch
 
 
@@ -61,7 +62,7 @@ def test_fake_inputs_are_those_of_the_guards() -> None:
 def test_the_number_of_nodes_is_unbacked() -> None:
     def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
         cpu = torch.device("cpu")
-        fold, scatter = internals.unbacked_plan_inputs(24, 32, cpu, tree=False, tiles=False, lists=False)
+        fold, scatter = internals.unbacked_plan_inputs([one.shape for one in plan_arrays(())], 24, 32, cpu)
         assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
         # Its likely value is none that inductor takes for a bound of offsets, which 32 bits would then be enough for.
         shape_env = internals.fake_mode().shape_env
@@ -70,7 +71,7 @@ def test_the_number_of_nodes_is_unbacked() -> None:
         assert scatter.shape == (24,)
         assert statically_known_true(fold.shape[0] <= 32)
         assert not statically_known_true(fold.shape[0] <= 31)
-        plan = internals.unbacked_plan_inputs(24, 32, cpu, tree=True, tiles=True, lists=True)
+        plan = internals.unbacked_plan_inputs([one.shape for one in PLAN_ARRAYS], 24, 32, cpu)
         fold, scatter, begin, end, runs, *_, rows, starts, pieces = plan
         assert runs.shape[1] == 3
         assert pieces.shape[0].node.hint is None or not pieces.shape[0].node.has_hint()

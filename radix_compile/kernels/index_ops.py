@@ -34,24 +34,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from radix_compile.ir.calls import parameters
+from radix_compile.ir.plan_arrays import schema
 from radix_compile.kernels import reference
 from radix_compile.kernels.row_layout import empty_rows
 
 radix = torch.ops.radix
 
-_LISTS = "Tensor fold, Tensor rows, Tensor starts, Tensor pieces"
-_MAYBE_LISTS = _LISTS.replace("Tensor", "Tensor?")
+LISTS = ("fold", "rows", "starts", "pieces")
+"""The arrays that a sum over the rows of each node takes, and so the gradient of a scatter."""
+
+_PLAN = schema(["fold", "scatter"])
+_LISTS = schema(["scatter", *LISTS])
+_MAYBE_LISTS = f"Tensor scatter, {schema(LISTS, optional=['always', 'lists'])}"
 _FULL = "SymInt batch, SymInt seq"
 _AXES = "int batch_dim, int seq_dim"
 _EACH = "int[] batch_dims, int[] seq_dims"
 _SCHEMAS = (
-    f"fold_rows(Tensor full, Tensor fold, Tensor scatter, {_AXES}) -> Tensor",
-    f"place_rows(Tensor compact, Tensor fold, Tensor scatter, {_FULL}, {_AXES}) -> Tensor",
-    f"scatter_rows(Tensor compact, Tensor scatter, {_MAYBE_LISTS}, {_FULL}, {_AXES}, bool holes) -> Tensor",
-    f"sum_rows(Tensor full, Tensor scatter, {_LISTS}, {_AXES}) -> Tensor",
-    f"foreach_scatter_rows(Tensor[] compact, Tensor scatter, {_MAYBE_LISTS}, {_FULL}, {_EACH}, bool holes) -> Tensor[]",
-    f"foreach_sum_rows(Tensor[] full, Tensor scatter, {_LISTS}, {_EACH}) -> Tensor[]",
-    f"gather_columns(Tensor table, Tensor fold, Tensor scatter, {_FULL}, int dim) -> Tensor",
+    f"fold_rows(Tensor full, {_PLAN}, {_AXES}) -> Tensor",
+    f"place_rows(Tensor compact, {_PLAN}, {_FULL}, {_AXES}) -> Tensor",
+    f"scatter_rows(Tensor compact, {_MAYBE_LISTS}, {_FULL}, {_AXES}, bool holes) -> Tensor",
+    f"sum_rows(Tensor full, {_LISTS}, {_AXES}) -> Tensor",
+    f"foreach_scatter_rows(Tensor[] compact, {_MAYBE_LISTS}, {_FULL}, {_EACH}, bool holes) -> Tensor[]",
+    f"foreach_sum_rows(Tensor[] full, {_LISTS}, {_EACH}) -> Tensor[]",
+    f"gather_columns(Tensor table, {_PLAN}, {_FULL}, int dim) -> Tensor",
 )
 
 # ---------------------------------------------------------------------------------------------------------- which code
@@ -64,9 +70,6 @@ def has_triton() -> bool:
 
 def _run(name: str, moved: Any, *args: Any) -> Any:
     """The op by its Triton kernel, if there is one for these tensors."""
-    if name in ("scatter_rows", "sum_rows"):  # a list of one
-        *plan, batch_dim, seq_dim = args[: 9 if name == "scatter_rows" else 7]
-        return _run(f"foreach_{name}", [moved], *plan, [batch_dim], [seq_dim], *args[len(plan) + 2 :])[0]
     tensors: Sequence[Tensor] = [moved] if isinstance(moved, Tensor) else moved
     if has_triton() and all(tensor.is_cuda for tensor in tensors):
         from radix_compile.kernels import triton_rows, triton_sums
@@ -77,32 +80,71 @@ def _run(name: str, moved: Any, *args: Any) -> Any:
     return getattr(reference, name)(moved, *args)
 
 
+def _scatter_rows(
+    compact: Tensor,
+    scatter: Tensor,
+    fold: Tensor | None,
+    rows: Tensor | None,
+    starts: Tensor | None,
+    pieces: Tensor | None,
+    batch: int,
+    seq: int,
+    batch_dim: int,
+    seq_dim: int,
+    holes: bool,
+) -> Tensor:
+    plan = scatter, fold, rows, starts, pieces
+    moved: list[Tensor] = _run("foreach_scatter_rows", [compact], *plan, batch, seq, [batch_dim], [seq_dim], holes)
+    return moved[0]
+
+
+def _sum_rows(
+    full: Tensor,
+    scatter: Tensor,
+    fold: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    pieces: Tensor,
+    batch_dim: int,
+    seq_dim: int,
+) -> Tensor:
+    sums: list[Tensor] = _run("foreach_sum_rows", [full], scatter, fold, rows, starts, pieces, [batch_dim], [seq_dim])
+    return sums[0]
+
+
+_OF_ONE: dict[str, Callable[..., Tensor]] = {"scatter_rows": _scatter_rows, "sum_rows": _sum_rows}
+"""The ops that move one tensor by the code that moves several."""
+
 # ----------------------------------------------------------------------------------------------- shapes and strides
 
 
-def _fake_compact(full: Tensor, nodes: int, batch_dim: int, seq_dim: int) -> Tensor:
-    return empty_rows(full, 1, nodes, batch_dim, seq_dim)
+def _fake_fold_rows(given: dict[str, Any]) -> Tensor:
+    return empty_rows(given["full"], 1, given["fold"].shape[0], given["batch_dim"], given["seq_dim"])
 
 
-def _fake_foreach_scatter_rows(compact: Any, *rest: Any) -> list[Tensor]:
-    batch, seq, batch_dims, seq_dims = rest[5:9]
-    return [empty_rows(one, batch, seq, *at) for one, *at in zip(compact, batch_dims, seq_dims, strict=True)]
+def _fake_scatter_rows(given: dict[str, Any]) -> Tensor:
+    return empty_rows(given["compact"], given["batch"], given["seq"], given["batch_dim"], given["seq_dim"])
 
 
-def _fake_foreach_sum_rows(full: Any, scatter: Any, fold: Any, *rest: Any) -> list[Tensor]:
-    axes = rest[3:]
-    return [_fake_compact(one, fold.shape[0], *at) for one, *at in zip(full, *axes, strict=True)]
+def _fake_foreach_scatter_rows(given: dict[str, Any]) -> list[Tensor]:
+    each = zip(given["compact"], given["batch_dims"], given["seq_dims"], strict=True)
+    return [empty_rows(one, given["batch"], given["seq"], *dims) for one, *dims in each]
 
 
-def _fake_gather_columns(table: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, dim: int) -> Tensor:
-    return empty_rows(table.unsqueeze(0), 1, fold.shape[0], 0, dim + 1).squeeze(0)
+def _fake_foreach_sum_rows(given: dict[str, Any]) -> list[Tensor]:
+    each = zip(given["full"], given["batch_dims"], given["seq_dims"], strict=True)
+    return [empty_rows(one, 1, given["fold"].shape[0], *dims) for one, *dims in each]
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "fold_rows": lambda full, fold, scatter, *axes: _fake_compact(full, fold.shape[0], *axes),
-    "place_rows": lambda compact, fold, scatter, *full: empty_rows(compact, *full),
-    "scatter_rows": lambda compact, *rest: empty_rows(compact, *rest[5:9]),
-    "sum_rows": lambda full, scatter, fold, rows, starts, pieces, *axes: _fake_compact(full, fold.shape[0], *axes),
+def _fake_gather_columns(given: dict[str, Any]) -> Tensor:
+    return empty_rows(given["table"].unsqueeze(0), 1, given["fold"].shape[0], 0, given["dim"] + 1).squeeze(0)
+
+
+_FAKES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "fold_rows": _fake_fold_rows,
+    "place_rows": _fake_scatter_rows,
+    "scatter_rows": _fake_scatter_rows,
+    "sum_rows": _fake_fold_rows,
     "foreach_scatter_rows": _fake_foreach_scatter_rows,
     "foreach_sum_rows": _fake_foreach_sum_rows,
     "gather_columns": _fake_gather_columns,
@@ -112,67 +154,77 @@ _FAKES: dict[str, Callable[..., Any]] = {
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """For a gradient: the plan and sizes, never a row."""
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any, names: Sequence[str]) -> None:
+    """Keep what a gradient needs, by name: the plan and sizes, never a row."""
     first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
-    plan = [value for value in inputs[1:] if value is None or isinstance(value, Tensor)]
-    ctx.save_for_backward(*plan)
-    ctx.rest = inputs[1 + len(plan) :]
     ctx.first_shape = first.shape
+    rest = dict(zip(names[1:], inputs[1:], strict=True))
+    ctx.plan = [name for name, value in rest.items() if value is None or isinstance(value, Tensor)]
+    ctx.save_for_backward(*(rest[name] for name in ctx.plan))
+    ctx.numbers = {name: value for name, value in rest.items() if name not in ctx.plan}
 
 
-def _nothing(ctx: Any) -> list[None]:
-    """For the arguments without a gradient."""
-    return [None] * (len(ctx.saved_tensors) + len(ctx.rest))
+def _kept(ctx: Any) -> dict[str, Any]:
+    return {**dict(zip(ctx.plan, ctx.saved_tensors, strict=True)), **ctx.numbers}
+
+
+def _result(ctx: Any, gradient: Any) -> tuple[Any, ...]:
+    """The gradients of all arguments: the others have none."""
+    return (gradient, *[None] * (len(ctx.plan) + len(ctx.numbers)))
+
+
+def _sizes(ctx: Any, batch_dim: int, seq_dim: int) -> dict[str, Any]:
+    return {"batch": ctx.first_shape[batch_dim], "seq": ctx.first_shape[seq_dim]}
 
 
 def _fold_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    batch_dim, seq_dim = ctx.rest
-    size = ctx.first_shape[batch_dim], ctx.first_shape[seq_dim]
-    return (radix.place_rows(grad, *ctx.saved_tensors, *size, batch_dim, seq_dim), *_nothing(ctx))
+    kept = _kept(ctx)
+    sizes = _sizes(ctx, kept["batch_dim"], kept["seq_dim"])
+    return _result(ctx, _call("place_rows", compact=grad, **kept, **sizes))
 
 
 def _place_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (radix.fold_rows(grad, *ctx.saved_tensors, *ctx.rest[2:]), *_nothing(ctx))
+    return _result(ctx, _call("fold_rows", full=grad, **_kept(ctx)))
 
 
 def _scatter_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (radix.sum_rows(grad, *_with_lists(ctx), *ctx.rest[2:4]), *_nothing(ctx))
+    return _result(ctx, _call("sum_rows", full=grad, **_with_lists(_kept(ctx))))
 
 
 def _foreach_scatter_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     """Integers and bools that move along have no gradient, but get one here."""
+    kept = _with_lists(_kept(ctx))
     moved = [grad.is_floating_point() or grad.is_complex() for grad in grads]
-    each = [list(itertools.compress(values, moved)) for values in (grads, *ctx.rest[2:4])]
-    sums = iter(radix.foreach_sum_rows(each[0], *_with_lists(ctx), *each[1:]))
-    return ([next(sums) if one else None for one in moved], *_nothing(ctx))
+    full, kept["batch_dims"], kept["seq_dims"] = (
+        list(itertools.compress(values, moved)) for values in (grads, kept["batch_dims"], kept["seq_dims"])
+    )
+    sums = iter(_call("foreach_sum_rows", full=full, **kept))
+    return _result(ctx, [next(sums) if one else None for one in moved])
 
 
-def _with_lists(ctx: Any) -> tuple[Tensor, ...]:
-    plan: tuple[Tensor, ...] = ctx.saved_tensors
-    if any(tensor is None for tensor in plan):
+def _with_lists(kept: dict[str, Any]) -> dict[str, Any]:
+    if any(kept[name] is None for name in LISTS):
         raise RuntimeError("the gradient of scatter_rows needs lists: pass `fold`, `rows`, `starts` and `pieces`")
-    return plan
+    return kept
 
 
 def _sum_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    batch_dim, seq_dim = ctx.rest
-    size = ctx.first_shape[batch_dim], ctx.first_shape[seq_dim]
-    return (radix.scatter_rows(grad, *ctx.saved_tensors, *size, batch_dim, seq_dim, True), *_nothing(ctx))
+    kept = _kept(ctx)
+    sizes = _sizes(ctx, kept["batch_dim"], kept["seq_dim"])
+    return _result(ctx, _call("scatter_rows", compact=grad, holes=True, **kept, **sizes))
 
 
 def _foreach_sum_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    batch_dims, seq_dims = ctx.rest
-    size = ctx.first_shape[batch_dims[0]], ctx.first_shape[seq_dims[0]]
-    full = radix.foreach_scatter_rows(grads, *ctx.saved_tensors, *size, batch_dims, seq_dims, True)
-    return (full, *_nothing(ctx))
+    kept = _kept(ctx)
+    sizes = _sizes(ctx, kept["batch_dims"][0], kept["seq_dims"][0])
+    return _result(ctx, _call("foreach_scatter_rows", compact=grads, holes=True, **kept, **sizes))
 
 
 def _gather_columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    batch, seq, dim = ctx.rest
+    kept = _kept(ctx)
     # Each row is placed at its own column, so the sum over sequences is the sum over the nodes of a column.
-    full = radix.place_rows(grad.unsqueeze(0), *ctx.saved_tensors, batch, seq, 0, dim + 1)
-    return (full.sum(0), *_nothing(ctx))
+    full = _call("place_rows", compact=grad.unsqueeze(0), batch_dim=0, seq_dim=kept["dim"] + 1, **kept)
+    return _result(ctx, full.sum(0))
 
 
 _BACKWARDS: dict[str, Callable[..., Any]] = {
@@ -188,12 +240,27 @@ _BACKWARDS: dict[str, Callable[..., Any]] = {
 # ------------------------------------------------------------------------------------------------------- registration
 
 library = torch.library.Library("radix", "DEF")
+_NAMES: dict[str, list[str]] = {}
+"""The names of the arguments of each op."""
+
+
+def _call(op: str, **given: Any) -> Any:
+    """Call one of the ops with what it takes of ``given``."""
+    return getattr(radix, op)(*(given[name] for name in _NAMES[op]))
+
+
+def _fake(op: str, *given: Any) -> Any:
+    return _FAKES[op](dict(zip(_NAMES[op], given, strict=True)))
+
+
 for _schema in _SCHEMAS:
     _name = _schema.split("(")[0]
     library.define(_schema)
-    library.impl(_name, functools.partial(_run, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"radix::{_name}", _FAKES[_name], lib=library)
-    torch.library.register_autograd(f"radix::{_name}", _BACKWARDS[_name], setup_context=_keep, lib=library)
+    _NAMES[_name] = parameters(getattr(radix, _name).default)
+    library.impl(_name, _OF_ONE.get(_name) or functools.partial(_run, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"radix::{_name}", functools.partial(_fake, _name), lib=library)
+    _setup = functools.partial(_keep, names=_NAMES[_name])
+    torch.library.register_autograd(f"radix::{_name}", _BACKWARDS[_name], setup_context=_setup, lib=library)
 
 
 def decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:

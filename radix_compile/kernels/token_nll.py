@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radix_compile.kernels.index_ops import has_triton, library
+from radix_compile.ir.plan_arrays import schema
+from radix_compile.kernels.index_ops import LISTS, has_triton, library
 
 radix = torch.ops.radix
 
@@ -91,10 +92,10 @@ def _fake(logits: Tensor, target: Tensor, *plan: Tensor) -> tuple[Tensor, Tensor
 
 
 library.define(
-    "token_nll(Tensor logits, Tensor target, Tensor scatter, Tensor? fold, Tensor? rows, Tensor? starts,"
-    " Tensor? pieces) -> (Tensor nll, Tensor lse)"
+    f"token_nll(Tensor logits, Tensor target, Tensor scatter, {schema(LISTS, optional=['always', 'lists'])})"
+    " -> (Tensor nll, Tensor lse)"
 )
-library.define("sum_same_target(Tensor values, Tensor target, Tensor scatter, Tensor rows, Tensor starts) -> Tensor")
+library.define(f"sum_same_target(Tensor values, Tensor target, {schema(['scatter', 'rows', 'starts'])}) -> Tensor")
 library.impl("token_nll", token_nll, "CompositeExplicitAutograd")
 library.impl("sum_same_target", _sum_same_target, "CompositeExplicitAutograd")
 torch.library.register_fake("radix::token_nll", _fake, lib=library)

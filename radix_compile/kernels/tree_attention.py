@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from radix_compile import torch_internals as internals
+from radix_compile.ir.calls import parameters
+from radix_compile.ir.plan_arrays import schema
 from radix_compile.kernels import attention_tiles
 from radix_compile.kernels.index_ops import has_triton
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, heads_inside, row_bytes
 
 radix = torch.ops.radix
 
-_LISTS = "Tensor? runs, Tensor? run_starts, Tensor? keys, Tensor? key_starts, Tensor? parts, Tensor? divided"
-_PLAN = f"Tensor fold, Tensor scatter, Tensor begin, Tensor end, {_LISTS}"
-PLAN = len(TreeArrays._fields)
-"""How many arguments of the op are the plan."""
+_PLAN = schema(TreeArrays._fields, optional=["tiles"])
 _CARRIED = "Tensor? sinks, Tensor? bias, float scale, int? window, float? softcap"
 _SCHEMAS = (
     f"tree_attention(Tensor query, Tensor key, Tensor value, {_PLAN}, {_CARRIED}) -> (Tensor, Tensor)",
@@ -64,26 +63,33 @@ def why_tiles(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    given = query, key, value, TreeArrays(*rest[:PLAN]), ScoreOptions(*rest[PLAN:])
-    if lowering(query, value) == "triton":
+def _split(given: dict[str, Any]) -> tuple[dict[str, Any], TreeArrays, ScoreOptions]:
+    """The tensors, the plan and the options among the arguments of an op."""
+    plan = TreeArrays(**{name: given.pop(name) for name in TreeArrays._fields})
+    options = ScoreOptions(**{name: given.pop(name) for name in ScoreOptions._fields})
+    return given, plan, options
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    tensors, plan, options = _split(dict(zip(_NAMES["tree_attention"], args, strict=True)))
+    if lowering(tensors["query"], tensors["value"]) == "triton":
         from radix_compile.kernels import triton_attention
 
-        with torch.cuda.device_of(query):
-            return triton_attention.tree_attention(*given)
-    with torch.autocast(query.device.type, enabled=False):
-        return attention_tiles.tree_attention(*given)
+        with torch.cuda.device_of(tensors["query"]):
+            return triton_attention.tree_attention(**tensors, plan=plan, score_options=options)
+    with torch.autocast(tensors["query"].device.type, enabled=False):
+        return attention_tiles.tree_attention(**tensors, plan=plan, score_options=options)
 
 
-def _gradients(grad: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given = grad, query, *rest[:4], TreeArrays(*rest[4 : 4 + PLAN]), ScoreOptions(*rest[4 + PLAN :])
-    if lowering(query, rest[1]) == "triton":
+def _gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, plan, options = _split(dict(zip(_NAMES["tree_attention_backward"], args, strict=True)))
+    if lowering(tensors["query"], tensors["value"]) == "triton":
         from radix_compile.kernels import triton_attention_backward
 
-        with torch.cuda.device_of(query):
-            return triton_attention_backward.tree_attention_backward(*given)
-    with torch.autocast(query.device.type, enabled=False):
-        return attention_tiles.tree_attention_backward(*given)
+        with torch.cuda.device_of(tensors["query"]):
+            return triton_attention_backward.tree_attention_backward(**tensors, plan=plan, score_options=options)
+    with torch.autocast(tensors["query"].device.type, enabled=False):
+        return attention_tiles.tree_attention_backward(**tensors, plan=plan, score_options=options)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -97,27 +103,33 @@ def _fake_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *re
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, window, softcap = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-    ctx.score_options = scale, window, softcap
+    given = dict(zip(_NAMES["tree_attention"], inputs, strict=True))
+    numbers = ("scale", "window", "softcap")
+    ctx.numbers = {name: given.pop(name) for name in numbers}
+    tensors = given | {"result": output[0], "total": output[1]}
+    ctx.names = list(tensors)
+    ctx.save_for_backward(*tensors.values())
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    query, key, value, result, total, *plan, sinks, bias = ctx.saved_tensors
-    if bias is not None and ctx.needs_input_grad[3 + PLAN + 1]:
+    names = _NAMES["tree_attention"]
+    given = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.numbers
+    wanted = dict(zip(names, ctx.needs_input_grad, strict=True))
+    if given["bias"] is not None and wanted["bias"]:
         raise RuntimeError("tree_attention has no gradient for its bias")
-    gradients = radix.tree_attention_backward(
-        grad, query, key, value, result, total, *plan, sinks, bias, *ctx.score_options
-    )
-    by_sink = None
-    if sinks is not None and ctx.needs_input_grad[3 + PLAN]:
+    arguments = (given[name] for name in _NAMES["tree_attention_backward"] if name != "grad")
+    found = dict(zip(("query", "key", "value"), radix.tree_attention_backward(grad, *arguments), strict=True))
+    sinks, result, total = given["sinks"], given["result"], given["total"]
+    if sinks is not None and wanted["sinks"]:
         shares = (sinks.to(total.dtype)[:, None] - total).exp()
-        by_sink = -(shares * (grad[0] * result[0]).sum(-1, dtype=total.dtype)).sum(1).to(sinks.dtype)
-    return (*gradients, *[None] * PLAN, by_sink, None, None, None, None)
+        found["sinks"] = -(shares * (grad[0] * result[0]).sum(-1, dtype=total.dtype)).sum(1).to(sinks.dtype)
+    return tuple(found.get(name) for name in names)
 
 
 library = torch.library.Library("radix", "FRAGMENT")
+_NAMES: dict[str, list[str]] = {}
+"""The names of the arguments of each op."""
 _CODE: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_forward, _fake_forward),
     (_gradients, _fake_gradients),
@@ -125,6 +137,7 @@ _CODE: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
 for _schema, (_real, _fake) in zip(_SCHEMAS, _CODE, strict=True):
     _name = _schema.split("(")[0]
     library.define(_schema)
+    _NAMES[_name] = parameters(getattr(radix, _name).default)
     library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"radix::{_name}", _fake, lib=library)
 torch.library.register_autograd("radix::tree_attention", _backward, setup_context=_keep, lib=library)

@@ -11,8 +11,10 @@ from torch import fx
 
 from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import BATCH, SEQ, as_size
+from radix_compile.ir.calls import arguments_of, call
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.graph import facts, graph_facts, tokens_of
+from radix_compile.ir.plan_arrays import BY_NAME
 from radix_compile.ir.source import trace_back
 from radix_compile.ir.value import mark, marks_of, value_of
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
@@ -126,7 +128,10 @@ def _scattered(node: fx.Node) -> fx.Node | None:
     if facts(node).marks is None or not _has_rows_in_order(node):
         return None
     node = _behind_views(node)
-    return node if node.target is radix.scatter_rows.default and node.args[-3:-1] == (0, 1) else None
+    if node.target is not radix.scatter_rows.default:
+        return None
+    given = arguments_of(node)
+    return node if (given["batch_dim"], given["seq_dim"]) == (0, 1) else None
 
 
 def _has_rows_in_order(node: fx.Node) -> bool:
@@ -143,12 +148,13 @@ def _behind_views(node: fx.Node) -> fx.Node:
 
 def _token_nll(logits: fx.Node, target: fx.Node, scattered: fx.Node) -> fx.Node:
     """``[B * S]``, for a target ``[B * S]``, with the plan that ``scattered`` was made with."""
-    call = scattered.graph.call_function
+    graph = scattered.graph
     merged = facts(logits).marks is not None and len(value_of(logits).axes) == 2
     if not merged:  # [1, T', V]
-        logits = call(aten.squeeze.dim, (logits, 0))
-    made = call(radix.token_nll.default, (logits, target, *scattered.args[1:6]))
-    return call(operator.getitem, (made, 0))
+        logits = graph.call_function(aten.squeeze.dim, (logits, 0))
+    plan = {name: given for name, given in arguments_of(scattered).items() if name in BY_NAME}
+    made = call(graph, radix.token_nll.default, logits=logits, target=target, **plan)
+    return graph.call_function(operator.getitem, (made, 0))
 
 
 def _wider(logits: fx.Node) -> fx.Node:

@@ -26,11 +26,14 @@ from radix_compile.analysis.memory import numbers, order_in_memory, reads_layout
 from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, is_tensor
 from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Sorted, Token
+from radix_compile.ir.calls import call
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
 from radix_compile.ir.graph import Form, facts, graph_facts, set_facts, set_graph_facts, tokens_of
+from radix_compile.ir.plan_arrays import Part, plan_arrays
 from radix_compile.ir.source import trace_back
 from radix_compile.ir.value import is_row, value_of, values_of
-from radix_compile.kernels import index_ops  # noqa: F401 - importing it registers the ops
+from radix_compile.kernels import index_ops
+from radix_compile.kernels.tree_arguments import TreeArrays
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.passes.choose_cuts import has_compact_form, thin_source
 from radix_compile.passes.fold import Fold, Wanted
@@ -43,9 +46,7 @@ radix = torch.ops.radix
 def fold_graph(fold: Fold) -> None:
     """Make the folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
 
-    They are ``fold`` ``[T']`` and ``scatter`` ``[B*S]``; if attention runs on the tree, ``begin`` and ``end``, both
-    ``[T']``, and on a GPU the arrays of ``TreeTiles``; and if gradients are asked for, ``rows`` ``[B*S]``, ``starts``
-    ``[T'+1]`` and ``pieces``: see ``kernels.index_ops``.
+    ``ir.plan_arrays`` describes them.
 
     The fact ``form`` of a node says in which form it has the value of the captured node ``origin``.
     """
@@ -138,21 +139,16 @@ class _Rewriter:
         return fx.GraphModule(self.gm, self.graph)
 
     def _add_plan_inputs(self) -> None:
-        self.fold = self.graph.placeholder("radix_fold")
-        self.scatter = self.graph.placeholder("radix_scatter")
-        self.tree: list[fx.Node | None] = []
-        if shown_keys(self.decided) is not None:
-            self.tree = [self.graph.placeholder(f"radix_{name}") for name in ("begin", "end")]
-            tiled = needs_tiles(self.decided)
-            for name in ("runs", "run_starts", "keys", "key_starts", "parts", "divided"):
-                self.tree.append(self.graph.placeholder(f"radix_{name}") if tiled else None)
-        self.lists: tuple[fx.Node | None, ...] = (None, None, None, None)
-        if self.known.is_differentiable:
-            self.lists = self.fold, *(self.graph.placeholder(f"radix_{name}") for name in ("rows", "starts", "pieces"))
+        arrays = plan_arrays(parts_of_plan(self.decided))
+        plan: dict[str, fx.Node | None] = {one.name: self.graph.placeholder(one.placeholder) for one in arrays}
+        self.fold_and_scatter = {name: plan[name] for name in ("fold", "scatter")}
+        self.tree = {name: plan.get(name) for name in TreeArrays._fields}
+        lists = plan if self.known.is_differentiable else {}
+        self.scatter_and_lists = {"scatter": plan["scatter"]} | {name: lists.get(name) for name in index_ops.LISTS}
         ids = self.full[self.tokens.keys[0]]
         self.batch = self._size(self.layout.batch, ids, 0)
         self.seq = self._size(self.layout.seq, ids, 1)
-        self.nodes = self.graph.call_function(aten.sym_size.int, (self.fold, 0))
+        self.nodes = self.graph.call_function(aten.sym_size.int, (plan["fold"], 0))
 
     def _size(self, size: sympy.Expr, ids: fx.Node, dim: int) -> int | fx.Node:
         return int(size) if isinstance(size, sympy.Integer) else self.graph.call_function(aten.sym_size.int, (ids, dim))
@@ -220,14 +216,13 @@ class _Rewriter:
     def _attend(self, node: fx.Node, attention: TreeAttention) -> fx.Node:
         """Attention on the tree."""
         parts, visible = attention.parts, attention.visible
-        rows = [self._by_head(row, attention.dtype) for row in (parts.query, parts.key, parts.value)]
-        plan = self.fold, self.scatter, *self.tree
+        rows = {name: self._by_head(getattr(parts, name), attention.dtype) for name in ("query", "key", "value")}
         sinks = None if parts.sinks is None else self.full[parts.sinks]
         bias = self._bias(attention.biases)
         if bias is not None and self.known.is_differentiable:  # it has no gradient, and the op has none for it
             bias = self.graph.call_function(aten.detach.default, (bias,))
-        score_options = sinks, bias, parts.scale, visible.window, parts.softcap
-        made = self.graph.call_function(radix.tree_attention.default, (*rows, *plan, *score_options))
+        options = {"scale": parts.scale, "window": visible.window, "softcap": parts.softcap}
+        made = call(self.graph, radix.tree_attention.default, **rows, **self.tree, sinks=sinks, bias=bias, **options)
         keep_recompute_tag(made, node)
         result = self.graph.call_function(operator.getitem, (made, 0))
         own = Rows(node, parts.order)
@@ -291,8 +286,15 @@ class _Rewriter:
             key = (result, dim, how, self.records_here)
             if key not in self.columns:
                 if how == "column":
-                    arguments = (result, self.fold, self.scatter, self.batch, self.seq, dim)
-                    made = self.graph.call_function(radix.gather_columns.default, arguments)
+                    made = call(
+                        self.graph,
+                        radix.gather_columns.default,
+                        table=result,
+                        **self.fold_and_scatter,
+                        batch=self.batch,
+                        seq=self.seq,
+                        dim=dim,
+                    )
                 else:
                     made = self.graph.call_function(aten.slice.Tensor, (result, dim, 0, 1))
                 self.columns[key] = made
@@ -325,18 +327,25 @@ class _Rewriter:
         axes = value_of(node).axes
         split = apart(axes)
         full = self._reshaped(self.full[node], axes, split, compact=False)
-        batch_dim, seq_dim = split.index((BATCH,)), split.index((SEQ,))
-        arguments = (full, self.fold, self.scatter, batch_dim, seq_dim)
-        made = self.graph.call_function(radix.fold_rows.default, arguments)
+        dims = {"batch_dim": split.index((BATCH,)), "seq_dim": split.index((SEQ,))}
+        made = call(self.graph, radix.fold_rows.default, full=full, **self.fold_and_scatter, **dims)
         return self._tagged(self._reshaped(made, split, axes, compact=True), node, Form.COMPACT)
 
     def _scatter(self, node: fx.Node) -> fx.Node:
         axes = value_of(node).axes
         split = apart(axes)
         compact = self._reshaped(self.compact[node], axes, split, compact=True)
-        batch_dim, seq_dim = split.index((BATCH,)), split.index((SEQ,))
-        arguments = (compact, self.scatter, *self.lists, self.batch, self.seq, batch_dim, seq_dim, False)
-        made = self.graph.call_function(radix.scatter_rows.default, arguments)
+        made = call(
+            self.graph,
+            radix.scatter_rows.default,
+            compact=compact,
+            **self.scatter_and_lists,
+            batch=self.batch,
+            seq=self.seq,
+            batch_dim=split.index((BATCH,)),
+            seq_dim=split.index((SEQ,)),
+            holes=False,
+        )
         set_facts(made, replace(facts(made), has_gradient=node in self.graded))
         return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
 
@@ -408,6 +417,18 @@ class _Rewriter:
     def _state(self, made: fx.Node, origin: fx.Node, form: Form) -> None:
         marks = facts(made).marks or facts(origin).marks
         set_facts(made, replace(facts(made), marks=marks, form=form, origin=origin))
+
+
+def parts_of_plan(fold: Fold) -> set[Part]:
+    """The parts of a plan that the folded program takes."""
+    parts: set[Part] = set()
+    if shown_keys(fold) is not None:
+        parts.add("tree")
+        if needs_tiles(fold):
+            parts.add("tiles")
+    if graph_facts(fold.captured).is_differentiable:
+        parts.add("lists")
+    return parts
 
 
 def shown_keys(fold: Fold) -> tuple[tuple[fx.Node, bool], ...] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile.ir.calls import arguments_of, call
 from radix_compile.ir.graph import facts, set_facts
 from radix_compile.passes.fold import Fold
 from radix_compile.torch_internals import checkpoint_region
@@ -46,8 +47,7 @@ def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
             blocked[node] = None
         elif node.target is radix.scatter_rows.default:
             blocked[node] = None
-            plan_and_size, holes, region = node.args[1:-3], node.args[-1], checkpoint_region(node)
-            key = (*plan_and_size, holes, region, facts(node).has_gradient)
+            key = (*_shared_arguments(node).values(), checkpoint_region(node), facts(node).has_gradient)
             waiting.setdefault(key, []).append(node)
         else:
             order.append(node)
@@ -58,14 +58,26 @@ def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
     return list(blocked)
 
 
+def _shared_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments that scatters must have in common to move together: the plan, the sizes, and what holes mean."""
+    own = ("compact", "batch_dim", "seq_dim")
+    return {name: value for name, value in arguments_of(node).items() if name not in own}
+
+
 def _joined(group: list[fx.Node]) -> list[fx.Node]:
     if len(group) == 1:
         return group
     graph = group[0].graph
-    compact, batch_dims, seq_dims = ([node.args[i] for node in group] for i in (0, -3, -2))
-    arguments = (compact, *group[0].args[1:-3], batch_dims, seq_dims, group[0].args[-1])
+    each = [arguments_of(node) for node in group]
     with graph.inserting_after(group[-1]):
-        together = graph.call_function(radix.foreach_scatter_rows.default, arguments)
+        together = call(
+            graph,
+            radix.foreach_scatter_rows.default,
+            compact=[one["compact"] for one in each],
+            batch_dims=[one["batch_dim"] for one in each],
+            seq_dims=[one["seq_dim"] for one in each],
+            **_shared_arguments(group[0]),
+        )
     together.meta.update(group[-1].meta)
     set_facts(together, replace(facts(together), form=None, origin=None))
     results = [together]

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import fx
 
+from radix_compile.ir.calls import set_arguments
 from radix_compile.ir.facts import FullyMasked, Score
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import is_row, values_of
@@ -36,7 +37,7 @@ def skip_padding(fold: Fold) -> None:
         log.info(fold.notes[-1])
         return
     for node in fold.program.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
-        node.args = (*node.args[:-1], True)
+        set_arguments(node, holes=True)
 
 
 def _padding(fold: Fold) -> FullyMasked:

@@ -11,30 +11,21 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.ir.axes import BATCH, SEQ, Axis, Layout, Sorted, Token, as_size
+from radix_compile.ir.calls import arguments_of
 from radix_compile.ir.graph import Form, facts, graph_facts, source_of_fold, tokens_of
+from radix_compile.ir.plan_arrays import BY_NAME, PLAN_ARRAYS
 from radix_compile.ir.value import Value, refuse, values_of
 from radix_compile.passes.choose_cuts import has_compact_form
 
 NODES = 1_000_003
 """The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""
 
-PLAN_SHAPES: dict[str, tuple[Any, ...]] = {
-    "fold": (NODES,),
-    "scatter": ("rows",),
-    "begin": (NODES,),
-    "end": (NODES,),
-    "runs": (5, 3),
-    "run_starts": (9,),
-    "keys": (64,),
-    "key_starts": (9,),
-    "parts": (11, 4),
-    "divided": (2, 3),
-    "rows": ("rows",),
-    "starts": (NODES + 1,),
-    "pieces": (7,),
+SIZES = {
+    "nodes": NODES,
+    "nodes + 1": NODES + 1,
+    **{"runs": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2, "pieces": 7},
 }
-PLAN = tuple(f"radix_{name}" for name in PLAN_SHAPES)
-"""The inputs that ``fold_graph`` adds."""
+"""The sizes of the plan's arrays to compute shapes with."""
 
 INDEX_OPS = "radix"
 """The namespace of the ops that may read both forms: they are what leads from the one to the other."""
@@ -102,10 +93,9 @@ def _verify_forms(gm: fx.GraphModule) -> None:
 
 def _verify_plan_arguments(node: fx.Node) -> None:
     """Each index array of the plan is passed as what it is."""
-    for expected, given in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
-        name = f"radix_{expected.name}"
-        if name in PLAN and given is not None:
-            _expect(str(given) == name, node, f"it takes {given} for the plan's {expected.name}")
+    for name, given in arguments_of(node).items():
+        if name in BY_NAME and given is not None:
+            _expect(str(given) == BY_NAME[name].placeholder, node, f"it takes {given} for the plan's {name}")
 
 
 def _has_rows(node: fx.Node) -> bool:
@@ -144,10 +134,9 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
 
 def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
     ids = tokens_of(gm).keys[0].meta["val"]
-    rows = ids.shape[0] * ids.shape[1]
-    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    shapes = {f"radix_{name}": shape for name, shape in PLAN_SHAPES.items()}
-    return {name: (rows,) if shapes[name] == ("rows",) else shapes[name] for name in names if name in shapes}
+    sizes = {**SIZES, "rows": ids.shape[0] * ids.shape[1]}
+    inputs = {node.name for node in gm.graph.find_nodes(op="placeholder")}
+    return {array.placeholder: array.sized(sizes) for array in PLAN_ARRAYS if array.placeholder in inputs}
 
 
 def _shape(value: Value, captured: torch.Tensor, form: Form | None, layout: Layout) -> list[sympy.Expr] | None:

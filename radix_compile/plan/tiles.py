@@ -11,7 +11,7 @@ The other way round, for gradients of keys, the queries of a tile are its descen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -52,9 +52,8 @@ class TreeTiles:
     parts: Int64
     divided: Int64
 
-    @property
-    def arrays(self) -> tuple[Int64, ...]:
-        return self.runs, self.run_starts, self.keys, self.key_starts, self.parts, self.divided
+    def by_name(self) -> dict[str, Int64]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def filled_up(self) -> TreeTiles:
         """With entries that do nothing behind each list, up to a power of two, so that calls differ in size less often.

@@ -18,11 +18,13 @@ from radix_compile.ir.axes import as_size
 from radix_compile.ir.errors import CannotFold, RunsPlain
 from radix_compile.ir.facts import ordered_by
 from radix_compile.ir.graph import graph_facts, tokens_of
+from radix_compile.ir.plan_arrays import Part, plan_arrays
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_visible_keys, shown_keys, with_blocks
 from radix_compile.passes.prove_shift import attentions, hidden_padding
+from radix_compile.plan.arrays import Int64
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.tiles import tree_tiles
 from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
@@ -131,6 +133,12 @@ class PlanInputs:
     filled_up: bool = False
 
     @property
+    def parts(self) -> set[Part]:
+        """The parts of a plan that the folded program takes."""
+        taken: dict[Part, bool] = {"tree": self.tree is not None, "tiles": self.tiles, "lists": self.lists}
+        return {part for part, is_taken in taken.items() if is_taken}
+
+    @property
     def may_leave_the_tree(self) -> bool:
         """May a call be ``NeedsFullAttention``? Numbers of sequences that are computed from no key never change."""
         return self.keys_visible or bool(self.listed) or (self.apart is not None and bool(self.apart.inputs))
@@ -190,16 +198,17 @@ class PlanInputs:
 
     def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         """What the folded program takes of the plan, on its device, in one copy."""
-        arrays = [plan.fold, plan.scatter]
+        made: dict[str, Int64] = {"fold": plan.fold, "scatter": plan.scatter}
         if self.tree is not None:
             shape = args[self.keys[0]].shape[:2]
             shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
-            begin, end = plan.tree(np.logical_and.reduce(shown) if shown else None)
-            arrays += [begin, end]
+            made["begin"], made["end"] = plan.tree(np.logical_and.reduce(shown) if shown else None)
             if self.tiles:
-                tiles = tree_tiles(plan, begin, end)
-                arrays += (tiles.filled_up() if self.filled_up else tiles).arrays
-        arrays += plan.row_lists(self.filled_up) if self.lists else ()
+                tiles = tree_tiles(plan, made["begin"], made["end"])
+                made |= (tiles.filled_up() if self.filled_up else tiles).by_name()
+        if self.lists:
+            made["rows"], made["starts"], made["pieces"] = plan.row_lists(self.filled_up)
+        arrays = [made[array.name] for array in plan_arrays(self.parts)]
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.

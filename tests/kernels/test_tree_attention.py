@@ -69,8 +69,9 @@ def tree_of(ids: Tensor, shown: Tensor | None = None, filled_up: bool = False, *
     plan = PrefixPlan.from_rows(*((ids,) if shown is None else (ids, shown)), **options)
     begin, end = plan.tree(None if shown is None else shown.flatten().numpy() != 0)
     tiles = tree_tiles(plan, begin, end)
-    arrays = plan.fold, plan.scatter, begin, end, *(tiles.filled_up() if filled_up else tiles).arrays
-    return TreeArrays(*(torch.from_numpy(one).to(DEVICE) for one in arrays))
+    lists = (tiles.filled_up() if filled_up else tiles).by_name()
+    arrays = {"fold": plan.fold, "scatter": plan.scatter, "begin": begin, "end": end, **lists}
+    return TreeArrays(**{name: torch.from_numpy(one).to(DEVICE) for name, one in arrays.items()})
 
 
 class Inputs(NamedTuple):

@@ -108,8 +108,9 @@ for batch, seq in ((3, 4), (250, 5)):
 
 plan = PrefixPlan.from_rows(torch.randint(0, 3, (30, 9)))
 begin, end = plan.tree()
-arrays = plan.fold, plan.scatter, begin, end, *tree_tiles(plan, begin, end).arrays
-arrays = TreeArrays(*map(torch.from_numpy, arrays))
+arrays = {"fold": plan.fold, "scatter": plan.scatter, "begin": begin, "end": end}
+arrays |= tree_tiles(plan, begin, end).by_name()
+arrays = TreeArrays(**{name: torch.from_numpy(one) for name, one in arrays.items()})
 biases = [None, values((1, 4, 9, 9), torch.float32), values((30, 1, 9, 9), torch.float32) > 0]
 triton_tree.room = lambda query: room
 least = tree_attention.SHARED_MEMORY

@@ -52,7 +52,7 @@ def test_a_mistake_in_a_pass_does_not_lose_the_call(monkeypatch: pytest.MonkeyPa
     def broken(gm: fx.GraphModule) -> fx.GraphModule:
         raise KeyError("lost")
 
-    monkeypatch.setattr("radix_compile.passes.pipeline.PASSES", (broken,))
+    monkeypatch.setattr("radix_compile.passes.pipeline.ANALYSES", (broken,))
     monkeypatch.setattr("radix_compile.passes.pipeline.ALWAYS_VERIFY", False)
     monkeypatch.setattr("radix_compile.passes.pipeline.RAISE_MISTAKES", False)
     model = Net()
