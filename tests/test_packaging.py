@@ -81,7 +81,7 @@ def test_one_wheel_for_all_has_every_file_of_the_package(tree: Path, wheel: Path
 @pytest.mark.slow  # it builds and installs the archives
 def test_the_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
     scripts = environment(tmp_path / "environment", wheel)
-    found = "import radix_compile, torch; print(radix_compile.__file__, *torch._dynamo.list_backends())"
+    found = "import radix_compile.testing, torch; print(radix_compile.__file__, *torch._dynamo.list_backends())"
     place, *backends = run(scripts / "python", "-I", "-c", found, cwd=tmp_path).split()
     assert Path(place).is_relative_to(tmp_path)
     assert "radix" in backends
