@@ -58,7 +58,7 @@ def check_rule(op: Op, sample: Sample) -> None:
 
     The message says what is wrong: the verdict is another one, an annotation is not true of the numbers, a result, a
     stride or a gradient is not that of the plain run. A sample that folds is also built in every :class:`Variant`, in
-    which it may fold or not.
+    which it may fold or not. A sample in which ``op`` is not recorded is a ``ValueError``.
     """
     graph, node = recorded(op, sample)
     _expect_as_plain(graph, node if sample.verdict == "compact" else None)
@@ -108,8 +108,10 @@ def recorded(op: Op, sample: Sample, variant: Variant = Variant.AS_WRITTEN) -> t
     if variant is Variant.TABLES:
         more += [t.heads_in_a_row, t(aten.as_strided.default, t.heads_in_a_row, [BATCH, HEADS, COLUMNS], [1, 3, 7])]
     result = sample.build(t, op)
-    node = [node for node in t.graph.nodes if _is_op(node.target, op)][-1]
-    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *more), node
+    nodes = [node for node in t.graph.nodes if _is_op(node.target, op)]
+    if not nodes:
+        raise ValueError(f"sample must record op, an overload such as aten.glu.default, got a sample without {op}")
+    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *more), nodes[-1]
 
 
 def _is_op(target: object, op: Op) -> bool:

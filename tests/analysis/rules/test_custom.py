@@ -133,6 +133,12 @@ def test_a_registered_rule_that_is_wrong_is_found() -> None:
         check_rule(OPS.reverse.default, compact(lambda t, op: t(op, t(torch.ops.aten.detach.default, t.x))))
 
 
+@pytest.mark.parametrize("op", [OPS.norm, OPS.norm.default])
+def test_a_sample_has_the_op_in_it(op: Any) -> None:
+    with pytest.raises(ValueError, match=r"a sample without radix_tests\.norm"):
+        check_rule(op, compact(lambda t, _: t.x))
+
+
 @pytest.mark.parametrize(
     ("kind", "program", "reason"),
     [
