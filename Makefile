@@ -49,12 +49,14 @@ format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and build output
-	rm -rf $(VENV) .versions build dist radix_compile/plan/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions build dist extension/build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 # torch comes first and pinned: asking for it without the version may fetch a different build.
-$(STAMP): pyproject.toml setup.py radix_compile/plan/_fold_and_scatter.c constraints.txt
+# The extension comes last and may fail, as it does where there is no C compiler.
+$(STAMP): pyproject.toml constraints.txt extension/pyproject.toml extension/setup.py extension/radix_compile_native.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch==2.13.0
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) ./extension || echo 'radix-compile-native is not installed: NumPy does its work'
 	@touch $@

@@ -18,7 +18,10 @@ from torch import nn
 
 import radix_compile
 from radix_compile.passes.pipeline import BUGS
+from radix_compile.plan import fold_and_scatter
 from radix_compile.runtime.calibration import calibration_file
+
+NATIVE = "radix-compile-native"
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def _checks(device: str) -> Iterator[Check]:
     yield Check("python", platform.python_version())
-    for package in ("radix-compile", "torch", "triton", "transformers", "rich", "matplotlib"):
+    for package in ("radix-compile", NATIVE, "torch", "triton", "transformers", "rich", "matplotlib"):
         yield Check(package, _version(package))
     yield _device(device)
     yield _triton(device)
+    yield _fold_and_scatter()
     yield Check("measurements", str(calibration_file() or "not kept: no home directory"))
     found = "radix" in torch.compiler.list_backends(exclude_tags=())
     yield Check('backend="radix"', "found" if found else "not found: install the package (pip install -e .)", found)
@@ -83,6 +87,15 @@ def _triton(device: str) -> Check:
     if not device.startswith("cuda"):
         return Check("kernels", "in torch, as on any CPU")
     return Check("kernels", "by Triton" if there else "Triton is missing: attention on the tree runs in torch", there)
+
+
+def _fold_and_scatter() -> Check:
+    name = "compute_fold_and_scatter"
+    if fold_and_scatter.extension is not None:
+        return Check(name, f"in C, by {NATIVE}")
+    if _version(NATIVE) == "not installed":
+        return Check(name, f"in NumPy; {NATIVE} does the same in C")
+    return Check(name, f"in NumPy: {NATIVE} is installed and cannot be imported", False)
 
 
 def _known_bad(device: str) -> Iterator[Check]:

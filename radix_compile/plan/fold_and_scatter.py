@@ -1,8 +1,8 @@
 """The published function of RadixMLP (arXiv 2601.15013), on the host.
 
-It is there twice: in C, as an extension that installing this package builds where it finds a compiler, and in
-NumPy.  The extension takes contiguous arrays of a valid batch, which is nearly every call; the rest, and every call
-where the extension is missing, is for the code below, which also knows the error messages.
+It is there twice: in C, in the distribution radix-compile-native (the folder ``extension``), and in NumPy.  The C
+takes contiguous arrays of a valid batch, which is nearly every call; the rest, and every call where that distribution
+is not installed, is for the code below, which also knows the error messages.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Outputs: TypeAlias = tuple[UInt32, UInt32, UInt32, UInt32]
 
 extension: Callable[[object, object, object, SupportsIndex | None], Outputs | None] | None
 try:
-    from radix_compile.plan import _fold_and_scatter
+    from radix_compile_native import fold_and_scatter
 
-    extension = _fold_and_scatter.fold_and_scatter
+    extension = fold_and_scatter
 except ImportError:
     extension = None
 

@@ -1,4 +1,9 @@
-"""Every row of the rule table, executed: is what the rule says of the op true of its numbers?
+"""The check of a rule: is what it says of the op true of the numbers that the op returns?
+
+``check_rule`` executes the rule on a sample, a small program with the op in it and the verdict that is expected:
+
+    check_rule(torch.ops.aten.glu.default, compact(lambda t, op: t(op, t.x, -1)))
+    check_rule(torch.ops.aten.glu.default, refused("gates along", lambda t, op: t(op, t.x, 1)))
 
 A position-wise rule says that rows of equal path have equal results, whatever the other rows are; so the op is run on
 the rows of the nodes alone, which leaves rows out, brings together rows of different sequences and repeats them for
@@ -11,16 +16,9 @@ around, and in regions without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import resources
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
-from radix_compile.analysis.rules import rule_for
-from radix_compile.analysis.rules.table import RULES
 from radix_compile.ir.axes import SEQ
 from radix_compile.ir.graph import Form, tokens_of
 from radix_compile.ir.value import value_of, values_of
@@ -31,11 +29,23 @@ from radix_compile.runtime.call_planner import NeedsFullAttention, plan_inputs
 from radix_compile.testing.claims import check_claims
 from radix_compile.testing.recorder import BATCH, HEADS, Recorder, Variant, sample_inputs, shuffle_later
 from radix_compile.testing.recorder import SEQ as COLUMNS
-from radix_compile.testing.samples import NEVER_FOLDS, NEVER_REFUSED, NO_RULE, POINTWISE, SAMPLES, Sample
+from radix_compile.testing.sample import Sample, arranged, compact, constant, full, pair, refused
 from radix_compile.torch_internals import OpOverload
 
+__all__ = [
+    "Recorder",
+    "RuleError",
+    "Sample",
+    "arranged",
+    "check_rule",
+    "compact",
+    "constant",
+    "full",
+    "pair",
+    "refused",
+]
+
 aten = torch.ops.aten
-FOLDS = ("compact", "full", "pair", "constant", "arranged")
 Op = OpOverload | str
 """An op, or the name of one that is not always registered."""
 
@@ -44,79 +54,32 @@ class RuleError(AssertionError):
     """The rule says something of the sample that is not so. The message is what."""
 
 
-@dataclass(frozen=True)
-class Case:
-    op: Op
-    number: int
-    sample: Sample
+def check_rule(op: Op, sample: Sample) -> None:
+    """Raise ``AssertionError`` if the rule of ``op``, or what the rewrite makes of it, is wrong for the sample.
 
-    def __str__(self) -> str:
-        return f"{self.op}-{self.number}-{self.sample.verdict}"
-
-
-def cases() -> Iterator[Case]:
-    """Every sample of every row, and of some of the ops that need no row."""
-    table: dict[Any, list[Sample]] = {**SAMPLES, **POINTWISE}
-    for op, samples in table.items():
-        for number, sample in enumerate(samples):
-            yield Case(op, number, sample)
-
-
-def gaps() -> list[str]:
-    """What is missing: rows without a sample, samples without a row, rows that are never seen to fold or to refuse."""
-    found = [f"{op}: no sample" for op in RULES if not SAMPLES.get(op)]
-    found += [f"{op}: samples, but no rule" for op in SAMPLES if op not in RULES]
-    for op, samples in SAMPLES.items():
-        verdicts = {sample.verdict for sample in samples}
-        if (op in NEVER_FOLDS) == bool(verdicts & set(FOLDS)):
-            found.append(f"{op}: no sample that folds")
-        if (op in NEVER_REFUSED) == ("refused" in verdicts):
-            found.append(f"{op}: no sample that is refused")
-    return found
-
-
-def used_ops() -> list[str]:
-    """The ops that were seen in the graphs of the models on the compatibility page."""
-    return resources.files(__package__).joinpath("used_ops.txt").read_text().split()
-
-
-def used_without_rule() -> dict[str, str]:
-    """Those of them at which folding stops, and why that is so; an empty reason is a gap in the table."""
-    return {name: NO_RULE.get(name, "") for name in used_ops() if rule_for(named(name)) is None}
-
-
-def named(name: str) -> OpOverload | None:
-    """The op called ``aten.add.Tensor``, if there is one."""
-    found: Any = torch.ops
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, OpOverload) else None
-
-
-def check(case: Case) -> None:
-    """Raise :class:`RuleError` if the rule, or what the rewrite makes of it, is wrong for the sample.
-
-    A sample that folds is also built in every :class:`Variant`, in which it may fold or not.
+    The message says what is wrong: the verdict is another one, an annotation is not true of the numbers, a result, a
+    stride or a gradient is not that of the plain run. A sample that folds is also built in every :class:`Variant`, in
+    which it may fold or not. A sample in which ``op`` is not recorded is a ``ValueError``.
     """
-    graph, node = recorded(case)
-    _expect_as_plain(graph, node if case.sample.verdict == "compact" else None)
-    check_verdict(node, case.sample)
-    if case.sample.verdict == "full":
-        _expect_causal(case)
+    graph, node = recorded(op, sample)
+    _expect_as_plain(graph, node if sample.verdict == "compact" else None)
+    check_verdict(node, sample)
+    if sample.verdict == "full":
+        _expect_causal(op, sample)
     for variant in Variant:
-        if variant is not Variant.AS_WRITTEN and case.sample.verdict != "refused":
-            graph, _ = recorded(case, variant)
+        if variant is not Variant.AS_WRITTEN and sample.verdict != "refused":
+            graph, _ = recorded(op, sample, variant)
             _expect_as_plain(graph)
 
 
-def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> None:
-    """Claims, results, strides and gradients. ``compact`` is a node that has to run compact, or be read so."""
+def _expect_as_plain(graph: fx.GraphModule, node: fx.Node | None = None) -> None:
+    """Claims, results, strides and gradients. ``node`` has to run compact, or be read so."""
     annotate(graph)
     fold = fold_as(FULL_FOLD, graph, Options())
-    if compact is not None:
+    if node is not None:
         runs = fold.wanted.runs
-        users = [user for user in compact.users if Form.COMPACT in runs.get(user, ())]
-        _expect(Form.COMPACT in runs[compact] or bool(users), "the op under test never ran compact")
+        users = [user for user in node.users if Form.COMPACT in runs.get(user, ())]
+        _expect(Form.COMPACT in runs[node] or bool(users), "the op under test never ran compact")
     inputs = sample_inputs()
     check_claims(graph, list(inputs.values()), list(shuffle_later(inputs, 0).values()))
     for tensor in inputs.values():
@@ -136,18 +99,20 @@ def _expect_as_plain(graph: fx.GraphModule, compact: fx.Node | None = None) -> N
     _expect_same(ours, graph(*args), args)
 
 
-def recorded(case: Case, variant: Variant = Variant.AS_WRITTEN) -> tuple[fx.GraphModule, fx.Node]:
+def recorded(op: Op, sample: Sample, variant: Variant = Variant.AS_WRITTEN) -> tuple[fx.GraphModule, fx.Node]:
     """The sample's graph and the node under test; its result is also added to itself, in compact form if it may be."""
     t = Recorder(sample_inputs(), variant)
     more: list[fx.Node] = []
     if variant in (Variant.UNIFORM, Variant.TABLES):
         with t.without_gradients():
-            more = [case.sample.build(t, case.op)]
+            more = [sample.build(t, op)]
     if variant is Variant.TABLES:
         more += [t.heads_in_a_row, t(aten.as_strided.default, t.heads_in_a_row, [BATCH, HEADS, COLUMNS], [1, 3, 7])]
-    result = case.sample.build(t, case.op)
-    node = [node for node in t.graph.nodes if _is_op(node.target, case.op)][-1]
-    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *more), node
+    result = sample.build(t, op)
+    nodes = [node for node in t.graph.nodes if _is_op(node.target, op)]
+    if not nodes:
+        raise ValueError(f"sample must record op, an overload such as aten.glu.default, got a sample without {op}")
+    return t.finish(result, t(aten.add.Tensor, result, result), t.x, *more), nodes[-1]
 
 
 def _is_op(target: object, op: Op) -> bool:
@@ -200,9 +165,9 @@ def _expect_same(ours: tuple[Tensor, ...], plain: tuple[Tensor, ...], args: tupl
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-def _expect_causal(case: Case) -> None:
+def _expect_causal(op: Op, sample: Sample) -> None:
     """Later rows are exchanged, and earlier ones stay as they are."""
-    graph, _ = recorded(case)
+    graph, _ = recorded(op, sample)
     annotate(graph)
     result: fx.Node = graph.graph.output_node().args[0][0]  # type: ignore[index, assignment]
     along = value_of(result).axes.index((SEQ,))
@@ -213,5 +178,4 @@ def _expect_causal(case: Case) -> None:
         torch.testing.assert_close(
             after.narrow(along, 0, column), before.narrow(along, 0, column), rtol=1e-12, atol=1e-12
         )
-    if case.op is not aten.diff.default:  # its sample reads the positions alone
-        _expect(not torch.equal(after, before), "the sample never reads the ids, and proves nothing")
+    _expect(not torch.equal(after, before), "the sample reads neither ids nor positions, and proves nothing")

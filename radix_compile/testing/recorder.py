@@ -54,10 +54,11 @@ def sample_inputs() -> dict[str, Tensor]:
 
 
 def shuffle_later(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
-    """The same inputs with other ids from ``column`` on."""
-    ids = inputs["ids"].clone()
+    """The same inputs with other ids and positions from ``column`` on."""
+    ids, positions = inputs["ids"].clone(), inputs["positions"].clone()
     ids[:, column:] = (ids[:, column:] + 7) % VOCABULARY
-    return {**inputs, "ids": ids}
+    positions[:, column:] = 2 * positions[:, column:] + 1
+    return {**inputs, "ids": ids, "positions": positions}
 
 
 class Variant(Enum):

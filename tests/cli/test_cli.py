@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import workloads
-from radix_compile.cli import main
+from radix_compile.cli import doctor, main
 from tests.models import build
 
 LAYERS = 4
@@ -183,6 +183,23 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert checks["torch"]["found"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert checks['backend="radix"']["good"] is True
+
+
+@pytest.mark.parametrize(
+    ("extension", "version", "found", "good"),
+    [
+        (len, "0.1.0", "in C, by radix-compile-native", None),
+        (None, "not installed", "in NumPy; radix-compile-native does the same in C", None),
+        (None, "0.1.0", "in NumPy: radix-compile-native is installed and cannot be imported", False),
+    ],
+)
+def test_doctor_says_which_plan_function_runs(
+    extension: object, version: str, found: str, good: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.fold_and_scatter, "extension", extension)
+    monkeypatch.setattr(doctor, "_version", lambda package: version)
+    monkeypatch.setattr(doctor, "_fold", lambda device, inner: doctor.Check("a fold", "not looked at"))
+    assert doctor.Check("compute_fold_and_scatter", found, good) in list(doctor._checks("cpu"))
 
 
 @pytest.mark.parametrize(

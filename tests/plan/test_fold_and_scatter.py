@@ -26,7 +26,7 @@ settings.load_profile("fold_and_scatter")
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of this module runs with the C extension and without it."""
     if request.param == "extension" and fold_and_scatter.extension is None:
-        pytest.skip("the C extension is not built: every call takes the NumPy path")
+        pytest.skip("radix-compile-native is not installed: every call takes the NumPy path")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "numpy":
             patch.setattr(fold_and_scatter, "extension", None)

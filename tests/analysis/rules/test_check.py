@@ -9,20 +9,21 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from radix_compile import testing as sweep
+from radix_compile import testing
 from radix_compile.analysis.rules import rule_for
 from radix_compile.analysis.rules.elementwise import elementwise
 from radix_compile.analysis.rules.table import RULES
 from radix_compile.ir.value import Value, value_of
-from radix_compile.testing.__main__ import main
-from radix_compile.testing.samples import NO_RULE, POINTWISE, SAMPLES
+from tests.analysis.rules import sweep
+from tests.analysis.rules.samples import NO_RULE, POINTWISE, SAMPLES
+from tests.analysis.rules.sweep import main
 
 aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("case", list(sweep.cases()), ids=str)
 def test_verdict_and_numbers(case: sweep.Case) -> None:
-    sweep.check(case)
+    testing.check_rule(case.op, case.sample)
 
 
 def test_every_row_has_samples() -> None:
@@ -66,12 +67,12 @@ def test_a_causal_rule_that_reads_ahead_is_found(monkeypatch: pytest.MonkeyPatch
         return Value(value_of(node.args[0]).axes, full_only=True)  # type: ignore[arg-type]
 
     monkeypatch.setitem(RULES, aten.roll.default, causal)
-    sample = sweep.Sample(lambda t, op: t(op, t.x, [-1], [1]), "full")
+    sample = testing.full(lambda t, op: t(op, t.x, [-1], [1]))
     with pytest.raises(AssertionError, match="claimed to be determined"):
-        sweep.check(sweep.Case(aten.roll.default, 0, sample))
-    monkeypatch.setattr(sweep, "check_claims", lambda *args: None)
+        testing.check_rule(aten.roll.default, sample)
+    monkeypatch.setattr(testing, "check_claims", lambda *args: None)
     with pytest.raises(AssertionError, match="not close"):
-        sweep.check(sweep.Case(aten.roll.default, 0, sample))
+        testing.check_rule(aten.roll.default, sample)
 
 
 def test_no_such_op(capsys: pytest.CaptureFixture[str]) -> None:

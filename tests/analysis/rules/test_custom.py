@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import radix_compile
 from radix_compile.analysis.rules.table import RULES
 from radix_compile.ir.value import Value, value_of
+from radix_compile.testing import Recorder, check_rule, compact, full
 from tests.models import VOCABULARY, shared_batch
 
 
@@ -35,6 +36,11 @@ def scan(x: Tensor, decay: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
+@torch.library.custom_op("radix_tests::reverse", mutates_args=())
+def reverse(x: Tensor) -> Tensor:
+    return x.flip(1)
+
+
 @torch.library.custom_op("radix_tests::split", mutates_args=())
 def split(x: Tensor) -> list[Tensor]:
     return [x[..., :4].clone(), x[..., 4:].clone()]
@@ -48,6 +54,7 @@ def writes(x: Tensor) -> None:
 norm.register_fake(lambda x, weight: x.new_empty(x.shape))
 gate.register_fake(lambda x, y: torch.empty_like(x))
 scan.register_fake(lambda x, decay: x.new_empty(x.shape))
+reverse.register_fake(lambda x: torch.empty_like(x))
 split.register_fake(lambda x: [x.new_empty(*x.shape[:-1], 4), x.new_empty(*x.shape[:-1], x.shape[-1] - 4)])
 OPS = torch.ops.radix_tests
 
@@ -108,6 +115,28 @@ def test_a_rule_may_be_a_function_and_have_several_results() -> None:
     del RULES[OPS.split.default]
     radix_compile.register_rule(OPS.split.default, halves)
     assert RULES[OPS.split.default] is halves
+
+
+def test_a_registered_rule_can_be_checked() -> None:
+    def scanned(t: Recorder, op: Any) -> fx.Node:
+        return t(op, *(t(torch.ops.aten.detach.default, one) for one in (t.x, t.bias)))  # it has no gradient
+
+    radix_compile.register_rule(OPS.scan.default, "causal")
+    check_rule(OPS.scan.default, full(scanned))
+    with pytest.raises(AssertionError, match="said to be full, and it is compact"):
+        check_rule(OPS.scan.default, compact(scanned))
+
+
+def test_a_registered_rule_that_is_wrong_is_found() -> None:
+    radix_compile.register_rule(OPS.reverse.default, "rowwise")
+    with pytest.raises(AssertionError, match=r"radix_tests\.reverse\.default.* claimed to be determined .* is not"):
+        check_rule(OPS.reverse.default, compact(lambda t, op: t(op, t(torch.ops.aten.detach.default, t.x))))
+
+
+@pytest.mark.parametrize("op", [OPS.norm, OPS.norm.default])
+def test_a_sample_has_the_op_in_it(op: Any) -> None:
+    with pytest.raises(ValueError, match=r"a sample without radix_tests\.norm"):
+        check_rule(op, compact(lambda t, _: t.x))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from radix_compile.testing import Sample, compact, constant, full, pair, refused
 from radix_compile.testing.recorder import BATCH, HEADS, SEQ
-from radix_compile.testing.samples.patterns import (
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.patterns import (
     MERGED,
     additive,
     attention,
@@ -21,8 +23,6 @@ from radix_compile.testing.samples.patterns import (
     repeated_weight,
     rolled,
 )
-from radix_compile.testing.samples.sample import Sample, compact, constant, full, pair, refused
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from radix_compile.testing import Sample, arranged, compact, constant, full, refused
 from radix_compile.testing.recorder import BATCH, FEATURES, SEQ
-from radix_compile.testing.samples.experts import experts
-from radix_compile.testing.samples.patterns import (
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.experts import experts
+from tests.analysis.rules.samples.patterns import (
     MERGED,
     numbers,
     same_table_rows,
@@ -14,8 +16,6 @@ from radix_compile.testing.samples.patterns import (
     table_of_numbers,
     table_rows,
 )
-from radix_compile.testing.samples.sample import Sample, arranged, compact, constant, full, refused
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from radix_compile.testing import Sample, arranged, compact, constant, full, refused
 from radix_compile.testing.recorder import BATCH, FEATURES, SEQ
-from radix_compile.testing.samples.experts import EXPERTS, by_token, experts, order_read_as_numbers
-from radix_compile.testing.samples.patterns import (
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.experts import EXPERTS, by_token, experts, order_read_as_numbers
+from tests.analysis.rules.samples.patterns import (
     column_numbers,
     counted,
     counted_from_one,
@@ -15,8 +17,6 @@ from radix_compile.testing.samples.patterns import (
     swapped,
     table_of_numbers,
 )
-from radix_compile.testing.samples.sample import Sample, arranged, compact, constant, full, refused
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from radix_compile.testing import Sample, constant
 from radix_compile.testing.recorder import FEATURES, SEQ
-from radix_compile.testing.samples.patterns import (
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.patterns import (
     filling,
     filling_like,
     filling_new,
@@ -14,8 +16,6 @@ from radix_compile.testing.samples.patterns import (
     triangles,
     written_over,
 )
-from radix_compile.testing.samples.sample import Sample, constant
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from radix_compile.testing.recorder import BATCH, FEATURES, HEADS, SEQ, Recorder
-from radix_compile.testing.samples.experts import experts
-from radix_compile.testing.samples.sample import Build, Sample, arranged, compact, constant, pair, refused
+from radix_compile.testing.sample import Build, Sample, arranged, compact, constant, pair, refused
 from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.experts import experts
 
 aten = torch.ops.aten
 LOWEST = torch.finfo(torch.float64).min

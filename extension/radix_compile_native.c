@@ -1,4 +1,5 @@
-/* The hot path of radix_compile.fold_and_scatter, which describes what is computed and does it without this too.
+/* The hot path of radix_compile.compute_fold_and_scatter, which describes what is computed and does it without this
+   too.
 
    The sequences of a batch go one by one into a path-compressed prefix tree.  An edge is a stretch of rows of the
    sequence that brought it, so the tree takes memory for the sequences and none for the tokens, and rows are compared
@@ -453,7 +454,7 @@ static PyModuleDef_Slot slots[] = {
 
 static struct PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
-    .m_name = "_fold_and_scatter",
+    .m_name = "radix_compile_native",
     .m_size = sizeof(State),
     .m_methods = methods,
     .m_slots = slots,
@@ -462,7 +463,7 @@ static struct PyModuleDef definition = {
 };
 
 PyMODINIT_FUNC
-PyInit__fold_and_scatter(void)
+PyInit_radix_compile_native(void)
 {
     return PyModuleDef_Init(&definition);
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from radix_compile.testing import Sample, compact, constant, pair, refused
 from radix_compile.testing.recorder import BATCH, SEQ
-from radix_compile.testing.samples.patterns import (
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.patterns import (
     UNARY,
     first_of,
     logic,
@@ -16,8 +18,6 @@ from radix_compile.testing.samples.patterns import (
     second_of,
     truth,
 )
-from radix_compile.testing.samples.sample import Sample, compact, constant, pair, refused
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from radix_compile.testing import Sample, arranged, compact, constant, full, pair, refused
 from radix_compile.testing.recorder import FEATURES, HEADS, SEQ
-from radix_compile.testing.samples.experts import experts
-from radix_compile.testing.samples.patterns import (
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.experts import experts
+from tests.analysis.rules.samples.patterns import (
     LOWEST,
     SORTED,
     centred,
@@ -24,8 +26,6 @@ from radix_compile.testing.samples.patterns import (
     which_key,
     with_sinks,
 )
-from radix_compile.testing.samples.sample import Sample, arranged, compact, constant, full, pair, refused
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from radix_compile.testing.samples.experts import experts
-from radix_compile.testing.samples.patterns import (
+from radix_compile.testing import Sample, arranged, compact, constant, full, refused
+from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.experts import experts
+from tests.analysis.rules.samples.patterns import (
     encoder_layer,
     first_column_less_one,
     first_of,
@@ -13,8 +15,6 @@ from radix_compile.testing.samples.patterns import (
     over_features,
     packed_by,
 )
-from radix_compile.testing.samples.sample import Sample, arranged, compact, constant, full, refused
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
 

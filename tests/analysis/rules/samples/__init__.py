@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from radix_compile.testing.samples.contractions import CONTRACTIONS
-from radix_compile.testing.samples.creation import CREATION
-from radix_compile.testing.samples.elementwise import ELEMENTWISE, POINTWISE
-from radix_compile.testing.samples.indexing import INDEXING
-from radix_compile.testing.samples.reductions import REDUCTIONS
-from radix_compile.testing.samples.sample import Sample
-from radix_compile.testing.samples.sequence import SEQUENCE
-from radix_compile.testing.samples.sorting import SORTING
-from radix_compile.testing.samples.views import VIEWS
+from radix_compile.testing import Sample
 from radix_compile.torch_internals import OpOverload
+from tests.analysis.rules.samples.contractions import CONTRACTIONS
+from tests.analysis.rules.samples.creation import CREATION
+from tests.analysis.rules.samples.elementwise import ELEMENTWISE, POINTWISE
+from tests.analysis.rules.samples.indexing import INDEXING
+from tests.analysis.rules.samples.reductions import REDUCTIONS
+from tests.analysis.rules.samples.sequence import SEQUENCE
+from tests.analysis.rules.samples.sorting import SORTING
+from tests.analysis.rules.samples.views import VIEWS
 
 __all__ = ["NEVER_FOLDS", "NEVER_REFUSED", "NO_RULE", "POINTWISE", "SAMPLES", "Sample"]
 
