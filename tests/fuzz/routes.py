@@ -121,7 +121,7 @@ def _folded(source: fx.GraphModule, example: Example, folded: fx.GraphModule) ->
 def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: Outcome) -> None:
     torch._dynamo.reset()
     before = radix_compile.stats()
-    options = {"inner": example.route, "threshold": 1.0}
+    options = {"inner_backend": example.route, "fold": "always"}
     compiled = torch.compile(plain, backend="radix", options=options, dynamic=example.dynamic or None)
     with (
         warnings.catch_warnings(record=True) as caught,
