@@ -133,13 +133,13 @@ class RadixBackend:
         if self.listener is not None:
             self.listener.on_report(report)
 
-    def _say_so(self, report: GraphReport, options: Options, refusal: Exception) -> None:
+    def _say_so(self, report: GraphReport, options: Options, verdict: Exception) -> None:
         details = "".join(f"\n  {refusal}" for refusal in report.refusals)
         log.info("not folded: %s%s", report.reason, details)
-        if isinstance(refusal, CannotFold) and refusal.expected:
+        if isinstance(verdict, CannotFold) and verdict.expected:
             return
         if options.strict:
-            raise CannotFold(f"radix: nothing folds: {report.reason}{details}") from refusal
+            raise CannotFold(f"radix: nothing folds: {report.reason}{details}") from verdict
         if report.reason not in self._warned:
             self._warned.add(report.reason)
             warnings.warn(f"radix: nothing folds: {report.reason}", stacklevel=2)
