@@ -12,7 +12,7 @@ hidden states of a batch, or with `--backward` a forward and a backward pass. Th
     skip      radix with `padding="skip"`, for batches that are padded
     auto      radix with its options as they are: it times its programs first, and then takes what is predicted fastest
 
-In the columns before the last, whatever is shared folds (`threshold=1.0`).
+In the columns before the last, whatever is shared folds (`fold="always"`).
 
 With `--check` the error of each is printed too: its distance from the same model in the next wider type (float64 for
 float32, float32 for bfloat16), run one sequence at a time, over the norm of that. Of hidden states behind tokens, or of
@@ -153,13 +153,13 @@ class Ways:
         return lambda: by_hand(self.model, self.ids, self.inputs.get("attention_mask"), case.groups, case.prefix)
 
     def rows(self) -> Call:
-        return self._radix(fold_attention=False, threshold=1.0)
+        return self._radix(fold_attention=False, fold="always")
 
     def radix(self) -> Call:
-        return self._radix(threshold=1.0)
+        return self._radix(fold="always")
 
     def skip(self) -> Call:
-        return self._radix(threshold=1.0, padding="skip")
+        return self._radix(fold="always", padding="skip")
 
     def auto(self) -> Call:
         return self._radix()

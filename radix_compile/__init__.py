@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radix_compile.analysis.rules.custom import register_rule
-    from radix_compile.backend import RadixBackend
+    from radix_compile.backend import Listener, RadixBackend
     from radix_compile.explanation import Explanation, explain, graph_diff
     from radix_compile.inspection.diff import GraphDiff
-    from radix_compile.options import Options
+    from radix_compile.ir.errors import CannotFold
+    from radix_compile.options import Options, RadixOptions
     from radix_compile.plan.batching import SharedPrefixBatchSampler, order_for_sharing, sharing
     from radix_compile.plan.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
     from radix_compile.runtime.counters import Stats, reset_stats, stats
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Listener": "backend",
     "RadixBackend": "backend",
     "Explanation": "explanation",
     "GraphDiff": "inspection.diff",
     "explain": "explanation",
     "graph_diff": "explanation",
     "register_rule": "analysis.rules.custom",
+    "CannotFold": "ir.errors",
     "Options": "options",
+    "RadixOptions": "options",
     "PrefixPlan": "plan.prefix_plan",
     "compute_fold_and_scatter": "plan.prefix_plan",
     "compute_fold_and_scatter_torch": "plan.prefix_plan",
@@ -42,11 +46,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "CannotFold",
     "Explanation",
     "GraphDiff",
+    "Listener",
     "Options",
     "PrefixPlan",
     "RadixBackend",
+    "RadixOptions",
     "SharedPrefixBatchSampler",
     "Stats",
     "WrongFold",

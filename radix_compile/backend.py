@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ from radix_compile.ir.errors import CannotFold
 from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.ir.plan_arrays import plan_arrays
 from radix_compile.kernels import embedding, index_ops, token_nll
-from radix_compile.options import Options
+from radix_compile.options import Options, RadixOptions
 from radix_compile.passes.capture import CaptureError, capture, first_line
 from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD, POSITION_WISE_FOLD, Fold, FoldVariant
 from radix_compile.passes.pipeline import Observer, PassFailed, annotate, fold_as
@@ -41,20 +41,33 @@ PLAN_SIZES = 64
 """For CUDA graphs, numbers of nodes are multiples of the rows by about this many, if the user does not say of what."""
 
 
+class Listener(Protocol):
+    """Receives the reports and the choices of a :class:`RadixBackend`. Errors of its methods reach the caller."""
+
+    def on_report(self, report: GraphReport) -> None:
+        """Called once for each graph that is compiled, folded or not, before ``strict`` raises."""
+
+    def on_choice(self, report: GraphReport, choice: Choice) -> None:
+        """Called when a program is chosen for a call, before it runs; not for calls that can only run plain.
+
+        ``report`` is the object that ``on_report`` was called with for the graph.
+        """
+
+
 class RadixBackend:
     """A ``torch.compile`` backend that runs token-wise work once per distinct prefix of the batch.
 
-    ``torch.compile(model, backend=RadixBackend(threshold=0.9))``, or by name with
-    ``torch.compile(model, backend="radix", options={"threshold": 0.9})``. The keyword arguments are those of
-    :class:`~radix_compile.options.Options`. Backends with equal options are equal, so that Dynamo does not compile
-    again for a second one.
+    ``torch.compile(model, backend=RadixBackend(fold=0.9))``, or by name with
+    ``torch.compile(model, backend="radix", options={"fold": 0.9})``. The keyword arguments are those of
+    :class:`~radix_compile.options.Options`, and ``listener``. Backends with equal options and the same listener are
+    equal, so that Dynamo does not compile again for a second one.
     """
 
     __name__ = "radix"
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, listener: Listener | None = None, **options: Unpack[RadixOptions]) -> None:
         self.options = Options().updated(options)
-        self.predicts_for: Options | None = None
+        self.listener = listener
         self._warned: set[str] = set()
 
     def __call__(
@@ -69,11 +82,22 @@ class RadixBackend:
         return self.compile(gm, example_inputs, self.options.updated(options, mode))
 
     def compile(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observe: Observer | None = None
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        options: Options,
+        observe: Observer | None = None,
+        predict_as: Options | None = None,
     ) -> Program:
+        """Compile one graph with ``options`` in place of the backend's own. ``observe`` is given it after each pass.
+
+        With ``predict_as``, what is predicted is what was measured with those options, and nothing is timed.
+        """
         COUNTERS.add(graphs=1)
         report = GraphReport(folded=False)
         try:
+            if options.fold == "never":
+                raise CannotFold('the option fold is "never"', expected=True)
             captured = capture_and_annotate(gm, example_inputs, options, observe)
             variant = FULL_FOLD if options.fold_attention else POSITION_WISE_FOLD
             fold = fold_as(variant, captured, options, observe)
@@ -96,30 +120,30 @@ class RadixBackend:
             if isinstance(refusal, PassFailed):
                 log.error("a mistake in radix_compile: please report it", exc_info=refusal)
             trace_report(report)
-            self._say_so(report, options, expected=getattr(refusal, "expected", False))
-            self.report(report)
+            self._report(report)
+            self._say_so(report, options, refusal)
             return _compile_plain(gm, example_inputs, options)
-        self.report(report)
+        self._report(report)
         plain = _compile_plain(gm, example_inputs, options)
-        kept = _measurements(captured, self.predicts_for or options)
-        model = CostModel({one.name: one.work for one in folded}, [] if kept is None else kept.load())
-        said = report.model, report.place, partial(self.chose, report)
-        call = PerCall(plain, folded, options, model, kept, graph_facts(captured).has_wrapped_inputs, *said)
+        known = _measurements(captured, predict_as or options)
+        model = CostModel({one.name: one.work for one in folded}, [] if known is None else known.load())
+        kept = known if predict_as is None else None
+        chose = None if self.listener is None else partial(self.listener.on_choice, report)
+        wraps = graph_facts(captured).has_wrapped_inputs
+        call = PerCall(plain, folded, options, model, kept, wraps, report.model, report.place, chose)
         return call.__call__  # a function, which is what tools that look at compiled code expect
 
-    def report(self, report: GraphReport) -> None:
-        """Called with the report of every graph; ``explain`` listens here."""
+    def _report(self, report: GraphReport) -> None:
+        if self.listener is not None:
+            self.listener.on_report(report)
 
-    def chose(self, report: GraphReport, choice: Choice) -> None:
-        """Called with what is decided about each call of a graph that can fold; listened to, too."""
-
-    def _say_so(self, report: GraphReport, options: Options, expected: bool) -> None:
+    def _say_so(self, report: GraphReport, options: Options, verdict: Exception) -> None:
         details = "".join(f"\n  {refusal}" for refusal in report.refusals)
         log.info("not folded: %s%s", report.reason, details)
-        if expected:
+        if isinstance(verdict, CannotFold) and verdict.expected:
             return
         if options.strict:
-            raise RuntimeError(f"radix: nothing folds: {report.reason}{details}")
+            raise CannotFold(f"radix: nothing folds: {report.reason}{details}") from verdict
         if report.reason not in self._warned:
             self._warned.add(report.reason)
             warnings.warn(f"radix: nothing folds: {report.reason}", stacklevel=2)
@@ -129,7 +153,7 @@ class RadixBackend:
         self._warned.clear()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.options == other.options
+        return type(other) is type(self) and self.options == other.options and self.listener is other.listener
 
     def __hash__(self) -> int:
         return hash((type(self), self.options))
@@ -168,7 +192,7 @@ def expect_enough(report: GraphReport) -> None:
 
 def _other_variant(inputs: PlanInputs, options: Options) -> FoldVariant | None:
     """The second folded program of a graph, given how calls of the first are planned; None if it needs none."""
-    if inputs.tiles and options.threshold is None:
+    if inputs.tiles and options.fold == "auto":
         # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
         return POSITION_WISE_FOLD
     return FOLD_OFF_THE_TREE if inputs.may_leave_the_tree else None
@@ -177,7 +201,9 @@ def _other_variant(inputs: PlanInputs, options: Options) -> FoldVariant | None:
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:
     COUNTERS.add(plain_compiles=1)
     try:
-        return internals.compile_with(options.inner, gm, example_inputs, options.mode, dict(options.inner_options))
+        return internals.compile_with(
+            options.inner_backend, gm, example_inputs, options.mode, dict(options.inner_options)
+        )
     except internals.RUNS_EAGERLY as error:
         warnings.warn(f"radix: the inner backend stops at {error}, and torch.compile runs it eagerly", stacklevel=2)
         raise
@@ -189,10 +215,12 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
     if any(getattr(node.target, "namespace", "").endswith(("c10d", "c10d_functional")) for node in nodes):
         return None
     ids = tokens_of(captured).keys[0].meta["val"]
-    inner = options.inner if isinstance(options.inner, str) else getattr(options.inner, "__qualname__", "a callable")
-    compiled_by = inner, options.mode, options.inner_options, options.padding, options.fold_attention
+    backend = options.inner_backend
+    inner = backend if isinstance(backend, str) else getattr(backend, "__qualname__", "a callable")
+    inner_options = tuple(sorted(options.inner_options.items()))
+    compiled_by = inner, options.mode, inner_options, options.padding, options.fold_attention
     key = fingerprint(captured, ids.device, compiled_by)
-    about = {"torch": torch.__version__, "device": ids.device.type, "inner": inner}
+    about = {"torch": torch.__version__, "device": ids.device.type, "inner_backend": inner}
     file = Path(options.calibration) if options.calibration else calibration_file()
     return Measurements(file, key, about)
 
@@ -200,7 +228,7 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
 def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Options:
     """CUDA graphs are recorded for sizes, of which hardly any would come again if plans had all that there are."""
     ids = tokens_of(captured).keys[0].meta["val"]
-    graphs = internals.records_cuda_graphs(options.inner, options.mode, dict(options.inner_options))
+    graphs = internals.records_cuda_graphs(options.inner_backend, options.mode, options.inner_options)
     if options.pad_multiple_of is not None or ids.device.type != "cuda" or not graphs:
         return options
     rows = internals.size_hint(ids.shape[0]) * internals.size_hint(ids.shape[1])
@@ -227,7 +255,7 @@ def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Seq
         with cached, internals.backward_compiled_ahead(), internals.backward_may_run_again():
             inner_options = dict(options.inner_options)
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
-            program = internals.compile_with(options.inner, folded, inputs, options.mode, inner_options, ours)
+            program = internals.compile_with(options.inner_backend, folded, inputs, options.mode, inner_options, ours)
             hint = [internals.size_hint(size) for size in ids.shape[:2]]
             return Folded(name, program, plan, verify, Work.of(report_on(fold), *hint))
     except (RuntimeError, *internals.RUNS_EAGERLY) as error:

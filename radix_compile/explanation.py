@@ -15,9 +15,8 @@ from radix_compile.backend import RadixBackend
 from radix_compile.inspection.diff import GraphDiff, GraphPair
 from radix_compile.inspection.graph_view import GraphView, view_of
 from radix_compile.ir.value import Refusal
-from radix_compile.options import Options
+from radix_compile.options import Options, RadixOptions
 from radix_compile.passes.fold import Fold
-from radix_compile.passes.pipeline import Observer
 from radix_compile.passes.report import GraphReport
 from radix_compile.runtime.calibration import time_programs
 from radix_compile.runtime.counters import reset_stats, restore_stats, stats
@@ -126,41 +125,35 @@ class Explanation:
         return lines
 
 
-class _Listening(RadixBackend):
-    """The backend, with its reports and the graphs between its passes kept."""
+class _Recording:
+    """A ``torch.compile`` backend that is radix, and keeps what it hears of: a pair for each graph, and predictions."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.reports: list[GraphReport] = []
+    __name__ = RadixBackend.__name__
+
+    def __init__(self, options: Options, predict_as: Options | None) -> None:
+        self.options, self.predict_as = options, predict_as
         self.pairs: list[GraphPair] = []
         self.predicted: dict[str, float] = {}
+        self._backend = RadixBackend(listener=self)
 
-    def compile(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observe: Observer | None = None
-    ) -> Program:
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
         self._recorder = Recorder()
-        return super().compile(gm, example_inputs, options, self._recorder)
+        return self._backend.compile(gm, example_inputs, self.options, self._recorder, self.predict_as)
 
-    def report(self, report: GraphReport) -> None:
-        self.reports.append(report)
+    def on_report(self, report: GraphReport) -> None:
         self.pairs.append(self._recorder.pair(report))
 
-    def chose(self, report: GraphReport, choice: Choice) -> None:
-        number = next(i for i, one in enumerate(self.reports) if one is report)
+    def on_choice(self, report: GraphReport, choice: Choice) -> None:
+        number = next(i for i, pair in enumerate(self.pairs) if pair.report is report)
         self.pairs[number] = self.pairs[number].of_call(choice.plan, choice.ids)
         for name, seconds in (choice.predicted or {}).items():  # summed over graphs
             self.predicted[name] = self.predicted.get(name, 0.0) + seconds
-
-    __hash__ = RadixBackend.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
 
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    options: dict[str, Any] | None = None,
+    options: RadixOptions | None = None,
     measure: bool = False,
     **kwargs: Any,
 ) -> Explanation:
@@ -168,7 +161,7 @@ def explain(
 
     ``model`` is a module or a function, compiled or not; its weights and its own compiled code are left alone, except
     that, like ``torch._dynamo.explain``, this starts Dynamo afresh: what was compiled compiles again at its next call.
-    The programs run uncompiled (``inner="eager"``), and whatever is shared folds (``threshold=1.0``), unless
+    The programs run uncompiled (``inner_backend="eager"``), and whatever is shared folds (``fold="always"``), unless
     ``options`` says otherwise. Gradient mode is the caller's. With ``measure``, the programs are compiled with
     ``options`` as they are and time is taken: of the call as it would be, and of the plain program.
     """
@@ -177,9 +170,7 @@ def explain(
     return explanation
 
 
-def graph_diff(
-    model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
-) -> GraphDiff:
+def graph_diff(model: Callable[..., Any], *args: Any, options: RadixOptions | None = None, **kwargs: Any) -> GraphDiff:
     """Run ``model(*args, **kwargs)`` once through the backend, as :func:`explain` does, and return what it rewrote.
 
     Of the graphs before and after there is ``text()``, ``html(path)``, ``svg(path)`` and ``to_dict()``.
@@ -191,38 +182,40 @@ def look_at(
     model: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    options: Mapping[str, Any] | None = None,
+    options: RadixOptions | None = None,
     measure: bool = False,
 ) -> Explanation:
     """What :func:`explain` prints."""
     model = getattr(model, "_orig_mod", model)
-    backend = _Listening(**{**({} if measure else {"inner": "eager", "threshold": 1.0}), **(options or {})})
-    backend.predicts_for = Options().updated(options)
+    given = Options().updated(options)
+    if measure:
+        recording = _Recording(given, predict_as=None)
+    else:
+        recording = _Recording(Options(inner_backend="eager", fold="always").updated(options), predict_as=given)
     torch.compiler.reset()
     internals.forget_graph_breaks()
     before = stats()
     reset_stats()
     try:
-        compiled = torch.compile(model, backend=backend)
+        compiled = torch.compile(model, backend=recording)
         compiled(*args, **kwargs)
-        counted, predicted = stats(), dict(backend.predicted)
+        counted, predicted = stats(), dict(recording.predicted)
         breaks = internals.graph_breaks()
-        measured = _measured(model, compiled, backend, args, kwargs) if measure else {}
+        measured = _measured(model, compiled, given, args, kwargs) if measure else {}
     finally:
         restore_stats(before)
         torch.compiler.reset()
     pairs = counted.pairs, counted.tree_pairs
-    diff = GraphDiff(tuple(backend.pairs), getattr(model, "__name__", type(model).__name__))
-    return Explanation(
-        backend.reports, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff
-    )
+    diff = GraphDiff(tuple(recording.pairs), getattr(model, "__name__", type(model).__name__))
+    graphs = [pair.report for pair in recording.pairs]
+    return Explanation(graphs, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff)
 
 
 def _measured(
-    model: Callable[..., Any], compiled: Callable[..., Any], backend: RadixBackend, args: Any, kwargs: Any
+    model: Callable[..., Any], compiled: Callable[..., Any], options: Options, args: Any, kwargs: Any
 ) -> dict[str, float]:
     """The call plain and as it is, whole, after warming up."""
-    plain = torch.compile(model, backend=backend.options.inner, options=dict(backend.options.inner_options) or None)
+    plain = torch.compile(model, backend=options.inner_backend, options=dict(options.inner_options) or None)
     tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     runs = {"plain": lambda: plain(*args, **kwargs), "radix": lambda: compiled(*args, **kwargs)}

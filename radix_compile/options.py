@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
-Inner = str | Callable[..., Any]
+FoldRule = Literal["auto", "always", "never"]
+Padding = Literal["exact", "skip"]
 
 
-@dataclass(frozen=True, slots=True)
+class RadixOptions(TypedDict, total=False):
+    """The options as keywords or as a ``dict``, for type checkers; :class:`Options` says what each of them does."""
+
+    fold: FoldRule | float
+    inner_backend: str | Callable[..., Any]
+    inner_options: Mapping[str, Any]
+    mode: str | None
+    calibrate: bool
+    calibration: str | Path | None
+    min_tokens: int
+    pad_multiple_of: int | None
+    padding: Padding
+    fold_attention: bool
+    verify: bool
+    strict: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of the ``radix`` backend. Values are checked on construction (``ValueError``).
 
-    ``inner``            the backend that compiles the plain and the folded program: a name or a callable.
-    ``threshold``        None: fold a call if that is predicted to be faster. A number: if compact tokens / tokens is at
-                         most this; 1.0: always.
+    ``fold``             "auto": fold a call if that is predicted to be faster. "always": fold every call that can
+                         fold. "never": compile and run the plain program only. A number above 0 and at most 1: fold a
+                         call if compact tokens / tokens is at most this.
+    ``inner_backend``    the backend that compiles the plain and the folded program: a name or a callable.
+    ``inner_options``    passed on to the inner backend as its ``options``. Kept as a ``dict`` of its own.
+    ``mode``             passed on to the inner backend (inductor's ``reduce-overhead``, ``max-autotune``, ...).
     ``calibrate``        time the programs of a graph on the inputs of a call where a prediction needs it, and keep what
-                         was measured on disk. False: predict from what is there, else fold at a threshold of 0.95.
+                         was measured on disk. False: predict from what is there, else fold if compact tokens / tokens
+                         is at most 0.95.
     ``calibration``      the file of measurements, if not the one in the user's cache directory.
     ``min_tokens``       run calls with fewer rows (sequences times columns) plain.
     ``pad_multiple_of``  pad the number of compact rows up to a multiple of this, or of the number of rows if that is
@@ -31,32 +53,31 @@ class Options:
     ``verify``           check every graph after every pass, and compare the first, second, fourth, ... folded call to
                          the plain program: results, strides, which results share memory, and gradients, for which both
                          run once more. A wrong one is a ``WrongFold`` that names the op it began at, or the gradient.
-    ``strict``           raise, with the reasons, when a graph cannot be folded at all.
-    ``mode``             passed on to the inner backend (inductor's ``reduce-overhead``, ``max-autotune``, ...).
-    ``inner_options``    passed on to the inner backend as its ``options``.
+    ``strict``           raise ``CannotFold``, with the reasons, when a graph cannot be folded at all.
     """
 
-    inner: Inner = "inductor"
-    threshold: float | None = None
+    fold: FoldRule | float = "auto"
+    inner_backend: str | Callable[..., Any] = field(default="inductor", hash=False)  # may be unhashable
+    inner_options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # a dict is unhashable
+    mode: str | None = None
     calibrate: bool = True
     calibration: str | Path | None = None
     min_tokens: int = 0
     pad_multiple_of: int | None = None
-    padding: str = "exact"
+    padding: Padding = "exact"
     fold_attention: bool = True
     verify: bool = False
     strict: bool = False
-    mode: str | None = None
-    inner_options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner_options, Mapping):
-            object.__setattr__(self, "inner_options", tuple(sorted(self.inner_options.items())))
-        _expect(
-            "inner", self.inner, isinstance(self.inner, str) or callable(self.inner), "a backend name or a callable"
-        )
-        limit = self.threshold
-        _expect("threshold", limit, limit is None or _is_share(limit), "a number from 0 to 1, or None")
+        rules, paddings = get_args(FoldRule), get_args(Padding)
+        limit = f'"auto", "always", "never" or a number above 0 and at most 1{_near(self.fold, rules)}'
+        _expect("fold", self.fold, self.fold in rules if isinstance(self.fold, str) else _is_share(self.fold), limit)
+        inner = self.inner_backend
+        _expect("inner_backend", inner, isinstance(inner, str) or callable(inner), "a backend name or a callable")
+        _expect("inner_options", self.inner_options, _has_names(self.inner_options), "a mapping with strings for keys")
+        object.__setattr__(self, "inner_options", dict(self.inner_options))  # the caller may write to the one given
+        _expect("mode", self.mode, self.mode is None or isinstance(self.mode, str), "a string or None")
         _expect("calibrate", self.calibrate, isinstance(self.calibrate, bool), "True or False")
         path = self.calibration
         _expect("calibration", path, isinstance(path, str | Path | None), "a path or None")
@@ -64,13 +85,11 @@ class Options:
         _expect("min_tokens", self.min_tokens, _is_count(self.min_tokens, 0), "an integer, zero or more")
         multiple = self.pad_multiple_of
         _expect("pad_multiple_of", multiple, multiple is None or _is_count(multiple, 1), "a positive integer or None")
-        choice = _near(self.padding, ["exact", "skip"])
-        _expect("padding", self.padding, self.padding in ("exact", "skip"), f'"exact" or "skip"{choice}')
+        known = isinstance(self.padding, str) and self.padding in paddings
+        _expect("padding", self.padding, known, f'"exact" or "skip"{_near(self.padding, paddings)}')
         _expect("fold_attention", self.fold_attention, isinstance(self.fold_attention, bool), "True or False")
         _expect("verify", self.verify, isinstance(self.verify, bool), "True or False")
         _expect("strict", self.strict, isinstance(self.strict, bool), "True or False")
-        _expect("mode", self.mode, self.mode is None or isinstance(self.mode, str), "a string or None")
-        _expect("inner_options", self.inner_options, isinstance(self.inner_options, tuple), "a dict")
 
     def updated(self, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """These options with some replaced. An unknown name is a ``ValueError`` that names the near miss."""
@@ -92,13 +111,17 @@ def _expect(name: str, value: object, holds: bool, expected: str) -> None:
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _near(name: object, names: list[str]) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1)
+def _has_names(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def _near(name: object, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
     return f" (did you mean {close[0]!r}?)" if close else ""

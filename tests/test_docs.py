@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from radix_compile.cli import main
+from radix_compile.options import Options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +37,19 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def options(page: Path) -> list[tuple[str, str]]:
+    """The names and defaults in the table of options."""
+    table = page.read_text().partition("| option | default | |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE)
+
+
+def test_the_tables_of_options() -> None:
+    defaults = [(name, repr(default).replace("'", '"')) for name, default in asdict(Options()).items()]
+    assert options(ROOT / "docs" / "options.md") == defaults
+    shown = options(ROOT / "README.md")
+    assert shown == [row for row in defaults if row in shown] != []
 
 
 def commands(page: Path) -> list[tuple[list[str], list[str]]]:

@@ -34,7 +34,7 @@ def exact_model() -> Any:
 
 def folding(inner: str) -> radix_compile.RadixBackend:
     """The radix backend, which folds every call or raises."""
-    return radix_compile.RadixBackend(inner=inner, threshold=1.0, strict=True)
+    return radix_compile.RadixBackend(inner_backend=inner, fold="always", strict=True)
 
 
 @pytest.mark.parametrize("inner", INNERS)
@@ -72,7 +72,7 @@ def test_what_the_scripts_print(
 ) -> None:
     assert example.main(["--backend", "none", "--steps", "2"]) == 0
     plain = capsys.readouterr().out.splitlines()
-    monkeypatch.setattr(backend.radix, "options", radix_compile.Options(inner="aot_eager", threshold=1.0))
+    monkeypatch.setattr(backend.radix, "options", radix_compile.Options(inner_backend="aot_eager", fold="always"))
     assert example.main(["--backend", "radix", "--steps", "2"]) == 0
     *steps, tokens = capsys.readouterr().out.splitlines()
     assert len(steps) == len(plain) == 2

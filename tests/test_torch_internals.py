@@ -160,7 +160,7 @@ def test_parameters_of_rewritten_graphs_are_static() -> None:
 
     model = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 16), nn.Linear(16, 2), Constant())
     weights = sorted(str(list(parameter.shape)) for parameter in model.parameters())
-    options = {"inner": aot_autograd(fw_compiler=compiler), "threshold": 1.0, "strict": True}
+    options = {"inner_backend": aot_autograd(fw_compiler=compiler), "fold": "always", "strict": True}
     with torch.no_grad():
         torch.compile(model, backend="radix", options=options)(shared_batch(4, 6, 2))
     folded, plain = static
@@ -228,7 +228,9 @@ def test_a_backward_pass_that_writes_to_what_it_reads(donates: bool, monkeypatch
     monkeypatch.setattr(internals, "_copied", lambda tensor: copied.append(tensor) or original(tensor))
     model = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4))
     weights = list(model.parameters())
-    run = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    run = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     with torch._functorch.config.patch(donated_buffer=donates):
         loss = run(shared_batch(4, 6, 2)).sin().sum()
         first, second, last = (torch.autograd.grad(loss, weights, retain_graph=keep) for keep in (True, True, False))
@@ -266,7 +268,7 @@ class WithSink(nn.Module):
 
 
 def test_inductor_lays_out_what_may_be_an_image() -> None:
-    run = torch.compile(WithSink(), backend="radix", options={"threshold": 1.0, "strict": True})
+    run = torch.compile(WithSink(), backend="radix", options={"fold": "always", "strict": True})
     run(shared_batch(4, 6, 4).remainder(9)).sum().backward()
     assert radix_compile.stats().folded_calls == 1
 
@@ -288,7 +290,7 @@ class Joined(nn.Module):
 
 def test_what_is_saved_lies_as_the_backward_pass_expects() -> None:
     model, ids = Joined().double(), shared_batch(4, 6, 4)
-    run = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    run = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
     weights = list(model.parameters())
     ours, plain = (torch.autograd.grad(call(ids).sin().sum(), weights) for call in (run, model))
     torch.testing.assert_close(ours, plain)
@@ -310,7 +312,7 @@ def test_a_backward_pass_that_cannot_be_compiled_loses_no_call(monkeypatch: pyte
         return make_boxed_func(gm.forward)
 
     inner = aot_autograd(fw_compiler=compile_forward, bw_compiler=fail)
-    run = torch.compile(model, backend="radix", options={"inner": inner, "threshold": 1.0})
+    run = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always"})
     with pytest.warns(UserWarning, match="cannot compile the folded program: RuntimeError: no kernel"):
         loss = run(ids).sum()
     loss.backward()
@@ -333,7 +335,7 @@ def test_inductor_weighs_fusions_on_nodes(monkeypatch: pytest.MonkeyPatch) -> No
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.RMSNorm(32), nn.Linear(32, 64), nn.SiLU())
     ids = torch.randint(0, 50, (4, 32))
     ids[:, :24] = ids[0, :24]
-    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"fold": "always"})
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         compiled(ids)
     # Of a bound of 128: less than the 8192 that are likely otherwise.

@@ -99,7 +99,7 @@ def _row(options: argparse.Namespace, model: nn.Module, prefix: int | None) -> R
         options = argparse.Namespace(**{**vars(options), "prefix": prefix})
     batch = load_batch(options, model)
     args, kwargs = arguments_of(model, batch)
-    pinned: dict[str, Any] = {"threshold": 1.0} if options.pin else {}
+    pinned: dict[str, Any] = {"fold": "always"} if options.pin else {}
     torch.compiler.reset()
     plain, radix = torch.compile(model), torch.compile(model, backend="radix", options=pinned)
     calls: dict[str, Callable[[], Any]] = {

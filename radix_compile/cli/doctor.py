@@ -131,7 +131,7 @@ def _fold(device: str, inner: str) -> Check:
         ids = torch.arange(40, device=device).view(4, 10) % 50
         ids[:, :6] = ids[0, :6]
         torch.compiler.reset()
-        options: dict[str, Any] = {"inner": inner, "threshold": 1.0, "strict": True}
+        options: dict[str, Any] = {"inner_backend": inner, "fold": "always", "strict": True}
         with torch.no_grad():
             ours = torch.compile(model, backend="radix", options=options)(ids)
             error = float((ours - model(ids)).abs().max())

@@ -6,6 +6,7 @@ from __future__ import annotations
 class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
     """The graph as a whole cannot be folded. The message is the reason.
 
+    It ends in the plain program; with the option ``strict`` it is raised, and the message has all reasons.
     ``expected`` if that says nothing about the model (a batch of one), so that nobody need be warned.
     """
 

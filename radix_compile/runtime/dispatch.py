@@ -22,8 +22,8 @@ from radix_compile.runtime.verify_calls import CallVerifier
 
 Program = Callable[..., Any]
 
-THRESHOLD = 0.95
-"""Without a prediction, a call folds if it has at most this many nodes per row."""
+MOST_NODES = {"auto": 0.95, "always": 1.0}
+"""A call folds if it has at most this many nodes per row, by the option ``fold``; "auto" if nothing is predicted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class _Call(NamedTuple):
 class PerCall:
     """The programs of a graph, called as it was.
 
-    ``model`` chooses among them, unless ``options.threshold`` is a number. If it cannot tell, programs are timed, and
+    ``model`` chooses among them if ``options.fold`` is "auto". If it cannot tell, programs are timed, and
     ``measurements`` keeps what was found; neither if that is None. ``name`` is the model's, ``place`` says what of
     it is folded, and ``chose`` is told of each choice.
     """
@@ -85,7 +85,7 @@ class PerCall:
     takes_wrapped: bool
     name: str
     place: str
-    chose: Callable[[Choice], None]
+    chose: Callable[[Choice], None] | None
 
     def __call__(self, *wrapped: Any) -> Any:
         args = internals.flatten_subclasses(wrapped) if self.takes_wrapped else wrapped
@@ -140,22 +140,23 @@ class PerCall:
 
     def _choose(self, call: _Call) -> Folded | str:
         """One of the candidates, or why none of them."""
-        threshold, counts = self.options.threshold, call.counts
+        fold, counts = self.options.fold, call.counts
         by_name = {one.name: one for one in call.candidates}
         if counts.nodes <= 1:  # which is not compiled for
             return "too little is shared"
-        kept = self.measurements if threshold is None and self.options.calibrate else None
+        kept = self.measurements if fold == "auto" and self.options.calibrate else None
         if kept is not None and self.model.needs_timing(counts, list(by_name)):
             self.model.timed.append(self._timed(call))
             kept.save(self.model.timed)
         predicted = self.model.predict(counts, list(by_name))
         reason = "too little is shared"
-        if threshold is None and predicted is not None:
+        if fold == "auto" and predicted is not None:
             name, reason = fastest(predicted), "the plain program is predicted to be as fast"
         else:
-            limit = THRESHOLD if threshold is None else threshold
+            limit = MOST_NODES[fold] if isinstance(fold, str) else fold
             name = call.candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
-        self.chose(Choice(name, predicted, call.plan, call.args[self.folded[0].inputs.keys[0]]))
+        if self.chose is not None:
+            self.chose(Choice(name, predicted, call.plan, call.args[self.folded[0].inputs.keys[0]]))
         return reason if name == PLAIN else by_name[name]
 
     def _timed(self, call: _Call) -> Timed:

@@ -17,7 +17,7 @@ from radix_compile.ir.graph import Form, facts, graph_facts, tokens_of
 from radix_compile.ir.value import Value, refuse, values_of
 from radix_compile.passes.fold_graph import apart
 
-REPORT = "Please report it. With options={'threshold': 0.0} everything runs plain."
+REPORT = "Please report it. With options={'fold': 'never'} everything runs plain."
 
 
 class WrongFold(RuntimeError):  # noqa: N818 - what is wrong is the fold

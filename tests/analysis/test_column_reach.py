@@ -306,7 +306,7 @@ class Scan(torch.nn.Module):
 
 def test_other_lengths_are_proved_when_they_come() -> None:
     model = Scan().double()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}, dynamic=True)
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"}, dynamic=True)
     with torch.no_grad():
         for length in (8, 11, 16, 5, 8):
             ids = shared_batch(4, length, 3)
@@ -321,7 +321,7 @@ def test_a_length_for_which_it_is_not_true_runs_plain(monkeypatch: pytest.Monkey
     from radix_compile.analysis.reach import column_reach
 
     model = Scan().double()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}, dynamic=True)
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"}, dynamic=True)
     with torch.no_grad():
         compiled(shared_batch(4, 8, 3))
         assert radix_compile.stats().folded_calls == 1
@@ -347,7 +347,7 @@ class TellsSequencesApart(torch.nn.Module):
 
 def test_a_table_of_unknown_axes_is_refused() -> None:
     model, ids = TellsSequencesApart().double(), shared_batch(4, 8, 3)
-    options = {"inner": "eager", "threshold": 1.0, "strict": True}
+    options = {"inner_backend": "eager", "fold": "always", "strict": True}
     compiled = torch.compile(model, backend="radix", options=options, dynamic=True)
     torch.testing.assert_close(compiled(ids), model(ids))
     assert radix_compile.stats().folded_calls == 1

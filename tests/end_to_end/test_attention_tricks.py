@@ -121,7 +121,9 @@ ONE_HEAD: dict[str, Callable[..., Tensor]] = {
 
 def check(model: nn.Module, *args: Any, dynamic: bool | None = None) -> radix_compile.Stats:
     model = model.double()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}, dynamic=dynamic)
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "eager", "fold": "always"}, dynamic=dynamic
+    )
     with torch.no_grad():
         plain = model(*args)
         assert plain.isfinite().all()
@@ -224,7 +226,7 @@ def test_a_float32_bias_stays_one(dtype: torch.dtype, far: Callable[[int], Tenso
     columns = 256
     model = Model(lambda q, k, v: attend((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) + far(columns), v))
     ids, model = random_ids(B, columns, 220), model.to(dtype)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     with torch.no_grad():
         assert_as_exact(compiled(ids), model(ids), in_float64(model)(ids))
     assert radix_compile.stats().tree_pairs

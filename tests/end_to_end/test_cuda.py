@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_folds_with_the_outputs_of_the_plain_model(attention: str, dtype: torch.dtype) -> None:
     model = build("Qwen3", attention=attention, head_dim=16).to("cuda", dtype)
-    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    compiled = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
     for batch, seq in [(4, 12), (4, 40), (7, 33), (6, 50)]:
         radix_compile.reset_stats()
         ids = shared_batch(batch, seq, shared=seq - 4, seed=seq).cuda()
@@ -37,7 +37,7 @@ def test_folds_with_the_outputs_of_the_plain_model(attention: str, dtype: torch.
 
 def test_left_padding_and_caches() -> None:
     model = build("Llama", head_dim=16).cuda()
-    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    compiled = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
     ids = shared_batch(4, 24, 16).cuda()
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[1, :3] = 0
@@ -58,14 +58,14 @@ def check_gradients(model: nn.Module, compiled: Callable[..., Any], ids: Tensor)
 
 def test_gradients() -> None:
     model = build("Qwen3", head_dim=16).cuda()
-    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    compiled = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
     check_gradients(model, compiled, shared_batch(4, 24, 16).cuda())
 
 
 def test_cuda_graphs() -> None:
     """One for every tuple of the plan's sizes, in which calls of equal shape differ. Weights are not copied."""
     model = build("Qwen3", head_dim=16).cuda()
-    options = {"threshold": 1.0, "strict": True, "mode": "reduce-overhead"}
+    options = {"fold": "always", "strict": True, "mode": "reduce-overhead"}
     compiled = torch.compile(model, backend="radix", options=options)
     counters.clear()
     batches = [shared_batch(6, 50, shared, seed=shared).cuda() for shared in (46, 30, 1)]
@@ -94,7 +94,8 @@ def test_cuda_graphs() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_a_device_that_is_not_the_current_one() -> None:
     model = build("Qwen3", head_dim=16).to("cuda:1")
-    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}  # inductor's programs set the device themselves
+    # Inductor's programs set the device themselves.
+    options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     compiled = torch.compile(model, backend="radix", options=options)
     ids = shared_batch(4, 24, 16).to("cuda:1")
     assert torch.cuda.current_device() == 0

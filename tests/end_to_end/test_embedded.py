@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import radix_compile
 from tests.models import build, compare, paths, shared_batch
 
-OPTIONS = {"inner": "aot_eager", "threshold": 1.0, "verify": True}
+OPTIONS = {"inner_backend": "aot_eager", "fold": "always", "verify": True}
 RIGHT = (torch.arange(16) < torch.tensor([16, 12, 14, 16])[:, None]).long()
 
 

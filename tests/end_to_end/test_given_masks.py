@@ -31,7 +31,7 @@ def as_floats(visible: Tensor, floor: float = LOWEST) -> Tensor:
 def run(attention: str, mask: Tensor, ids: Tensor = IDS, **options: Any) -> radix_compile.Stats:
     """One call, compared to the plain model."""
     model = build("Qwen3", attention=attention)
-    settings = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    settings = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     compiled = torch.compile(model, backend="radix", options=settings, **options)
     radix_compile.reset_stats()
     compare(model, compiled, ids, mask)
@@ -74,7 +74,7 @@ def test_documents_in_one_row_by_their_mask() -> None:
 
 def test_sizes_that_change() -> None:
     model = build("Qwen3")
-    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     compiled = torch.compile(model, backend="radix", options=options, dynamic=True)
     for batch, seq in ((4, 12), (3, 15)):
         compare(model, compiled, shared_batch(batch, seq, 6), causal(batch, seq))
@@ -98,7 +98,9 @@ def changed(where: tuple[Any, ...], visible: bool) -> Tensor:
 )
 def test_other_masks_run_plain_and_right(mask: Tensor, reason: str) -> None:
     model = build("Qwen3")
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     with torch.no_grad():
         ours = compiled(IDS, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(ours, model(IDS, attention_mask=mask, use_cache=False).logits)
@@ -120,7 +122,7 @@ def test_pairs_that_are_no_mask_run_plain() -> None:
         q = torch.nn.functional.embedding(ids, table).unflatten(-1, (4, 8)).transpose(1, 2)
         return torch.nn.functional.scaled_dot_product_attention(q, q, q, bias) @ weight
 
-    compiled = torch.compile(program, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    compiled = torch.compile(program, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     bias = torch.randn(BATCH, 1, SEQ, SEQ)
     torch.testing.assert_close(compiled(IDS, bias), program(IDS, bias))
     assert radix_compile.stats().folded_calls == 0

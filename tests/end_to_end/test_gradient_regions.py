@@ -69,7 +69,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, ids: Tensor) ->
 def compare(program: Program, inner: str = "aot_eager", mode: bool = True, folds: bool | None = True) -> None:
     """Results and gradients, which calls have that are made in that grad mode."""
     model, ids = Model(program).double(), shared_batch(B, S, 7)
-    compiled = torch.compile(model, backend="radix", options={"inner": inner, "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always"})
     with torch.set_grad_enabled(mode):
         torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-9, atol=1e-9)
         if folds is not None:
@@ -231,7 +231,7 @@ def test_a_loss_in_another_dtype(dtype: torch.dtype | None) -> None:
     """Of float32 logits: no worse than the plain program, against float64."""
     program: Program = lambda m, x, ids: log_probability(F.log_softmax(30 * m.head(x), -1, dtype=dtype), ids)  # noqa: E731
     model, ids = Model(program), shared_batch(B, S, 7)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     with torch.no_grad():
         ours, plain = compiled(ids), model(ids)
         logits = 30 * model.head(model.first(model.embedding(ids))).to(dtype or torch.float32).double()

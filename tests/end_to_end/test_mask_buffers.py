@@ -16,7 +16,7 @@ from tests.models import VOCABULARY, assert_as_exact, in_float64, shared_batch
 
 LONGEST = 32
 ONES = torch.ones(LONGEST, LONGEST)
-OPTIONS = {"inner": "aot_eager", "threshold": 1.0, "verify": True}
+OPTIONS = {"inner_backend": "aot_eager", "fold": "always", "verify": True}
 
 Hide = Callable[[Tensor, Tensor, int], Tensor]
 

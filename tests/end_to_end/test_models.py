@@ -88,7 +88,9 @@ QUICK = (
 )
 def test_folds_with_the_outputs_of_the_plain_model(kind: str, attention: str, form: str) -> None:
     model = build(kind, attention=attention)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     for batch, seq in [(4, 12), (4, 17)]:  # static shapes, then a symbolic sequence length
         radix_compile.reset_stats()
         ids = shared_batch(batch, seq, shared=seq - 4, seed=seq)
@@ -104,7 +106,9 @@ def test_folds_with_the_outputs_of_the_plain_model(kind: str, attention: str, fo
 @pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
 def test_folds_under_other_heads(head: str, form: str) -> None:
     model = build("Qwen3", head=head, num_labels=3)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     ids = shared_batch(4, 12, shared=8)
     kwargs = inputs(form, ids)
     compare(model, compiled, ids, **kwargs)
@@ -114,7 +118,9 @@ def test_folds_under_other_heads(head: str, form: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bfloat16(attention: str) -> None:
     model = build("Qwen3", attention=attention).bfloat16()
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     ids = shared_batch(4, 12, shared=8)
     compare(model, compiled, ids, **inputs("right padding", ids))
     assert radix_compile.stats().folded_calls == 1
@@ -122,7 +128,9 @@ def test_bfloat16(attention: str) -> None:
 
 def test_shapes_that_change_together_or_alone() -> None:
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     for batch, seq in [(4, 12), (4, 17), (7, 17), (5, 9), (3, 30), (9, 12)]:
         ids = shared_batch(batch, seq, shared=seq // 2, seed=batch)
         kwargs = inputs("right padding", ids)
@@ -145,7 +153,7 @@ def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str, attent
             logits: torch.Tensor = model(ids, attention_mask=mask, use_cache=False).logits
         return logits
 
-    options = {"inner": inner, "threshold": 1.0, "strict": True}
+    options = {"inner_backend": inner, "fold": "always", "strict": True}
     with torch.inference_mode():
         plain = program(True)
         exact = in_float64(model)(ids, attention_mask=mask, use_cache=False).logits
@@ -173,7 +181,7 @@ def test_the_same_op_inside_and_outside_autocast_is_two() -> None:
         return inside, linear(hidden)
 
     ids = shared_batch(4, 12, 8)
-    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     with torch.no_grad():
         ours, plain = torch.compile(program, backend="radix", options=options)(ids), program(ids)
     for one, other in zip(ours, plain, strict=True):

@@ -138,7 +138,7 @@ def unfused() -> Iterator[None]:
 
 def check(program: Any, ids: Tensor, exact: Tensor) -> None:
     """Every layer folds, with the outputs of the plain program."""
-    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     with torch.no_grad():
         assert not radix_compile.explain(program, ids).refusals
         radix_compile.reset_stats()
@@ -189,7 +189,7 @@ def test_weights_quantised_to_integers(inner: str) -> None:
     model, ids = build("Qwen3"), shared_batch(4, 16, 9)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     assert type(model.model.layers[0].mlp.up_proj.weight) is not nn.Parameter
-    options = {"inner": inner, "threshold": 1.0, "verify": True}
+    options = {"inner_backend": inner, "fold": "always", "verify": True}
     compiled = torch.compile(model, backend="radix", options=options)
     with torch.no_grad():
         ours, plain = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits

@@ -113,7 +113,7 @@ def test_compiled_by_inductor(name: str) -> None:
 def compare(program: Program, inner: str, gradients: bool, dynamic: bool | None = None) -> None:
     """Strides, numbers, and numbers after the caller has written to each output in turn."""
     model, ids = Model(program), shared_batch(B, S, 7)
-    options = {"inner": inner, "threshold": 1.0}
+    options = {"inner_backend": inner, "fold": "always"}
     compiled = torch.compile(model, backend="radix", options=options, dynamic=dynamic)
     with torch.set_grad_enabled(gradients):
         count = len(model(ids))
@@ -136,7 +136,7 @@ def compare(program: Program, inner: str, gradients: bool, dynamic: bool | None 
 def test_a_caller_goes_on_in_place(inner: str) -> None:
     """With gradients, as plain programs let it."""
     model, ids = Model(lambda m, x, ids: (heads(m.first(x)), m.last(x) * 2)), shared_batch(B, S, 7)
-    compiled = torch.compile(model, backend="radix", options={"inner": inner, "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always"})
     found = []
     for run in (compiled, model):
         rows, wide = run(ids)
@@ -157,7 +157,7 @@ def test_sizes_that_change(name: str) -> None:
 def test_keys_and_values_of_a_cache() -> None:
     """What a caller goes on with: ``torch.cat`` makes them anew, heads first."""
     model, ids = build("Qwen3"), shared_batch(4, 12, 7)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with torch.no_grad():
         ours, expected = compiled(ids).past_key_values, model(ids).past_key_values
     assert radix_compile.stats().folded_calls == 1

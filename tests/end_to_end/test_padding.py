@@ -12,7 +12,7 @@ from torch import Tensor
 import radix_compile
 from tests.models import build, compare, paths, shared_batch
 
-SKIP = {"inner": "aot_eager", "threshold": 1.0, "strict": True, "padding": "skip"}
+SKIP = {"inner_backend": "aot_eager", "fold": "always", "strict": True, "padding": "skip"}
 
 
 def padded(batch: int = 4, seq: int = 12, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def test_a_mask_that_the_model_computes(padding: str) -> None:
         bias = torch.where(mask, 0.0, torch.finfo(x.dtype).min)
         return x + torch.nn.functional.scaled_dot_product_attention(q, q, q, bias)[:, 0] @ weight
 
-    options = {"inner": "eager", "threshold": 1.0, "padding": padding}
+    options = {"inner_backend": "eager", "fold": "always", "padding": padding}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = torch.compile(program, backend="radix", options=options)(ids)

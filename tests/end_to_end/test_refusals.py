@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import BertConfig, BertModel
 
 import radix_compile
+from radix_compile.passes.capture import CaptureError
 from tests.models import VOCABULARY, build, compare, shared_batch
 
 
@@ -31,7 +33,10 @@ def assert_refused(model: nn.Module, reason: str, op: str, *args: Any, **kwargs:
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="radix: nothing folds"):
         compare(
-            model, torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}), *args, **kwargs
+            model,
+            torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"}),
+            *args,
+            **kwargs,
         )
     assert radix_compile.stats().folded_calls == 0
 
@@ -132,7 +137,7 @@ def test_dropout_in_training() -> None:
 def test_decoding_with_a_filled_cache() -> None:
     model = build("Qwen3")
     ids = shared_batch(4, 12, 8)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with torch.no_grad():
         ours, plain = compiled(ids), model(ids)
         assert radix_compile.stats().folded_calls == 1
@@ -146,7 +151,30 @@ def test_decoding_with_a_filled_cache() -> None:
 
 def test_strict_raises_with_the_reasons() -> None:
     model = Block(Apply(lambda x: x.flip(1))).eval()
-    with pytest.raises(Exception, match=r"nothing folds: .*flip.*reverses the sequence axis"):
-        torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})(
+    with pytest.raises(BackendCompilerFailed, match=r"nothing folds: .*flip.*reverses the sequence axis") as raised:
+        torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always", "strict": True})(
             shared_batch(4, 12, 8)
         )
+    refusal = raised.value.inner_exception
+    assert isinstance(refusal, radix_compile.CannotFold)
+    assert re.search(r"^radix: nothing folds: .*flip.*\n  .*flip.*\.py:", str(refusal))
+    with pytest.raises(BackendCompilerFailed, match="CannotFold: radix: nothing folds"):
+        explained(model, shared_batch(4, 12, 8), options={"strict": True})
+
+
+def test_strict_says_what_went_wrong_first() -> None:
+    def program(ids: Tensor, table: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: row * 2)(table[ids])
+
+    compiled = torch.compile(program, backend="radix", options={"inner_backend": "eager", "strict": True})
+    with pytest.raises(BackendCompilerFailed, match=r"nothing folds: .*torch\.func") as raised:
+        compiled(shared_batch(4, 8, 4), torch.randn(VOCABULARY, 16))
+    assert isinstance(raised.value.inner_exception, radix_compile.CannotFold)
+    assert isinstance(raised.value.inner_exception.__cause__, CaptureError)
+
+
+def test_strict_lets_pass_what_says_nothing_about_the_model() -> None:
+    model, one = Block(nn.Identity()).eval(), shared_batch(2, 12, 8)[:1]
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "strict": True})
+    compare(model, compiled, one)
+    assert (radix_compile.stats().graphs, radix_compile.stats().folded_compiles) == (1, 0)

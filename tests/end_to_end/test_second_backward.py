@@ -35,7 +35,9 @@ def test_a_graph_that_is_kept(inner: str) -> None:
     model = build("Qwen3", num_hidden_layers=1).train()
     ids = shared_batch(4, 12, 8)
     plain = gradients(loss_of(model)(ids), model)
-    run = torch.compile(loss_of(model), backend="radix", options={"inner": inner, "threshold": 1.0, "strict": True})
+    run = torch.compile(
+        loss_of(model), backend="radix", options={"inner_backend": inner, "fold": "always", "strict": True}
+    )
 
     loss = run(ids)
     first = gradients(loss, model, retain_graph=True)
@@ -78,7 +80,7 @@ def test_another_batch_before_the_second_time(inner: str) -> None:
     model = Small()
     batches = shared_batch(4, 12, 8), shared_batch(4, 12, 3, seed=1)
     plain = [gradients(model(ids), model) for ids in batches]
-    run = torch.compile(model, backend="radix", options={"inner": inner, "threshold": 1.0, "strict": True})
+    run = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always", "strict": True})
     losses = [run(ids) for ids in batches]
     found = [[gradients(loss, model, retain_graph=keep) for loss in losses] for keep in (True, True, False)]
     for first, second, last, expected in zip(*found, plain, strict=True):

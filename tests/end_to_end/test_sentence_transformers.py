@@ -16,7 +16,7 @@ import radix_compile
 from radix_compile.plan.batching import SharedPrefixBatchSampler
 from tests.models import VOCABULARY, build
 
-OPTIONS = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+OPTIONS = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
 WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
 PROMPT = " ".join(WORDS[:12]) + " "
 QUERIES = [" ".join(WORDS[20 + i : 22 + 2 * i]) for i in range(6)]

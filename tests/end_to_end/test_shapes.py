@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import radix_compile
 from tests.models import VOCABULARY, build, compare, paths, shared_batch
 
-EAGER = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+EAGER = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
 COLLISIONS = {
     "seq == hidden": (4, 32, {}),
     "seq == head_dim": (3, 8, {}),
@@ -60,7 +60,7 @@ def test_token_ids_of_any_integer_type_and_layout(dtype: torch.dtype) -> None:
 
 def test_identical_sequences_and_nothing_shared() -> None:
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 0.95})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": 0.95})
     compare(model, compiled, shared_batch(4, 12, 12))
     stats = radix_compile.stats()
     assert (stats.tokens, stats.compact_tokens) == (48, 12)
@@ -75,7 +75,7 @@ def test_identical_sequences_and_nothing_shared() -> None:
 
 def test_a_batch_of_one_goes_straight_to_the_inner_backend(recwarn: pytest.WarningsRecorder) -> None:
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "strict": True})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "strict": True})
     compare(model, compiled, shared_batch(1, 12, 12))
     stats = radix_compile.stats()
     assert (stats.graphs, stats.plain_compiles, stats.folded_compiles, stats.calls) == (1, 1, 0, 0)
@@ -93,15 +93,15 @@ class MLP(nn.Module):
         return self.layers(self.embedding(ids))
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"min_tokens": 1000}, {"threshold": 0.7}])
+@pytest.mark.parametrize("options", [{"fold": 0.5}, {"min_tokens": 1000}, {"fold": 0.7}])
 def test_the_options_that_choose_between_the_programs(options: dict[str, float]) -> None:
     model = MLP()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", **options})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", **options})
     with torch.no_grad():
         compiled(shared_batch(4, 12, 6))  # 6 + 4 * 6 of 48 rows: 0.625
     stats = radix_compile.stats()
-    expected = {"threshold": "too little is shared", "min_tokens": "fewer rows than min_tokens"}
-    folds = options.get("threshold", 0) > 0.625
+    expected = {"fold": "too little is shared", "min_tokens": "fewer rows than min_tokens"}
+    folds = options.get("fold", 0) > 0.625
     assert stats.plain_calls == ({} if folds else {expected[name]: 1 for name in options})
     assert stats.folded_calls == folds
 
@@ -120,7 +120,7 @@ def test_pad_multiple_of(multiple: int, padded: int, dynamic: bool) -> None:
 
         return run
 
-    backend = radix_compile.RadixBackend(inner=inner, threshold=1.0, pad_multiple_of=multiple)
+    backend = radix_compile.RadixBackend(inner_backend=inner, fold="always", pad_multiple_of=multiple)
     compare(model, torch.compile(model, backend=backend, dynamic=dynamic), shared_batch(4, 12, 6))
     assert seen == [padded]
     assert radix_compile.stats().compact_tokens == 30
@@ -132,7 +132,7 @@ def test_sizes_that_are_marked_unbacked(dims: list[int]) -> None:
     model = MLP()
     ids = shared_batch(4, 12, 6)
     mark_unbacked(ids, dims)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with pytest.warns(UserWarning, match=rf"nothing folds: dimension {dims[0]} of L\['ids'\] is an unbacked symbol"):
         compare(model, compiled, ids)
     assert radix_compile.stats().folded_calls == 0
@@ -167,7 +167,7 @@ def test_sizes_that_depend_on_the_data(by_number: bool) -> None:
 def test_twenty_batches_compile_nothing_new() -> None:
     """Through inductor: after the shapes have become symbols, neither Dynamo nor inductor compiles again."""
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0}, dynamic=True)
+    compiled = torch.compile(model, backend="radix", options={"fold": "always"}, dynamic=True)
     compare(model, compiled, shared_batch(4, 12, 8))
     compare(model, compiled, shared_batch(5, 20, 8))
     before = (dict(counters["stats"]), dict(counters["inductor"]), dict(counters["aot_autograd"]))
@@ -182,7 +182,7 @@ def test_twenty_batches_compile_nothing_new() -> None:
 
 def test_plain_program_through_inductor_when_nothing_is_shared() -> None:
     model = MLP()
-    compiled = torch.compile(model, backend="radix", options={"threshold": 0.95})
+    compiled = torch.compile(model, backend="radix", options={"fold": 0.95})
     for _ in range(2):
         compare(model, compiled, torch.arange(3, 51).view(4, 12))
     assert radix_compile.stats().folded_calls == 0
@@ -195,7 +195,7 @@ def test_by_name_without_an_import() -> None:
     program = (
         "import sys, torch; "
         "m = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)); "
-        "torch.compile(m, backend='radix', options={'inner': 'eager'})(torch.zeros(3, 5, dtype=torch.long)); "
+        "torch.compile(m, backend='radix', options={'inner_backend': 'eager'})(torch.zeros(3, 5, dtype=torch.long)); "
         "print(sys.modules['radix_compile'].__name__, 'transformers' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -218,10 +218,12 @@ def test_a_folded_program_that_does_not_compile_leaves_the_plain_one() -> None:
     with pytest.warns(UserWarning, match="cannot compile the folded program: RuntimeError: out of registers"):
         compare(
             model,
-            torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0)),
+            torch.compile(model, backend=radix_compile.RadixBackend(inner_backend=inner, fold="always")),
             shared_batch(4, 12, 8),
         )
     assert radix_compile.stats().folded_calls == 0
     torch._dynamo.reset()
     with pytest.raises(Exception, match="out of registers"), torch.no_grad():
-        torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, strict=True))(shared_batch(4, 12, 8))
+        torch.compile(model, backend=radix_compile.RadixBackend(inner_backend=inner, strict=True))(
+            shared_batch(4, 12, 8)
+        )

@@ -67,7 +67,7 @@ PACKED = torch.arange(1, 7).repeat(B, 2)
 def check(step: Step, ids: Tensor, *inputs: Tensor, buffer: Tensor | None = None, folds: bool | None = None) -> None:
     """Compare with the plain model, its NaN too; ``folds`` says whether calls must fold, or must not."""
     model = Model(step, buffer)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     with torch.no_grad():
         expected = model(ids, *inputs)
         ours = compiled(ids, *inputs)
@@ -310,7 +310,7 @@ def test_gradients_of_rows_that_see_nothing_but_a_floor(floor: float, select: bo
         return torch.where(causal(), scores, -math.inf).softmax(-1) @ x
 
     model = Model(step)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     found = []
     for run in (compiled, model):
         result = run(PADDED, PADDING)

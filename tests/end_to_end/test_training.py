@@ -15,7 +15,7 @@ import radix_compile
 from tests.models import assert_as_exact, build, in_float64, paths, shared_batch
 
 BATCH, SEQ = 4, 12
-FOLD = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+FOLD = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
 Loss = Callable[..., Tensor]
 
 
@@ -133,7 +133,7 @@ def test_through_inductor() -> None:
             run(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         )
 
-    options = {"threshold": 1.0, "strict": True}
+    options = {"fold": "always", "strict": True}
     compiled = torch.compile(model, backend="radix", options=options)
     ours = gradients(outside(compiled), model, **batch)
     assert_equal(ours, gradients(outside(plain), plain, **batch))
@@ -159,7 +159,7 @@ def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool, inner: str) 
         exact_model = in_float64(model)
     plain = copy.deepcopy(model)
     batch = BATCHES["three levels"]()
-    compiled = torch.compile(loss_of(model), backend="radix", options={**FOLD, "inner": inner})
+    compiled = torch.compile(loss_of(model), backend="radix", options={**FOLD, "inner_backend": inner})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours, theirs = gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch)
     exact = gradients(loss_of(exact_model), exact_model, **batch)

@@ -51,7 +51,9 @@ def batch() -> Tensor:
 def run(trick: Trick, *rest: Tensor, dynamic: bool | None = None) -> int:
     """Compare with the plain model in float64; returns the number of folded calls."""
     model, ids = Model(trick).double(), batch()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0}, dynamic=dynamic)
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "eager", "fold": "always"}, dynamic=dynamic
+    )
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, *rest), model(ids, *rest), rtol=1e-9, atol=1e-9)
     return radix_compile.stats().folded_calls
@@ -370,7 +372,7 @@ def test_gradient_that_counts_the_tokens_of_the_batch() -> None:
     """``scale_grad_by_freq`` divides by how often a token occurs in the batch, not among the nodes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, D, scale_grad_by_freq=True), nn.Linear(D, 4 * D)).double()
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     gradients = []
     for run_model in (model, compiled):
         (gradient,) = torch.autograd.grad(run_model(batch()).square().sum(), [model[0].weight])

@@ -113,7 +113,7 @@ def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call:
 def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: Outcome) -> None:
     torch._dynamo.reset()
     before = radix_compile.stats()
-    options = {"inner": example.route, "threshold": 1.0}
+    options = {"inner_backend": example.route, "fold": "always"}
     compiled = torch.compile(plain, backend="radix", options=options, dynamic=example.dynamic or None)
     with (
         warnings.catch_warnings(record=True) as caught,

@@ -67,7 +67,7 @@ def test_a_model_that_does_not_fold_says_why_and_where() -> None:
 
 def test_one_warning_for_one_reason(recwarn: pytest.WarningsRecorder) -> None:
     model = Block(Apply(lambda x: x.flip(1))).eval()
-    compiled = torch.compile(model, backend=radix_compile.RadixBackend(inner="eager", threshold=1.0))
+    compiled = torch.compile(model, backend=radix_compile.RadixBackend(inner_backend="eager", fold="always"))
     with torch.no_grad():
         for seq in (12, 13, 14):
             compiled(shared_batch(4, seq, 8))
@@ -76,7 +76,9 @@ def test_one_warning_for_one_reason(recwarn: pytest.WarningsRecorder) -> None:
 
 def test_a_graph_beside_the_model_is_no_reason_to_warn(recwarn: pytest.WarningsRecorder) -> None:
     """After a graph break there are often a few ops with no arithmetic in them."""
-    torch.compile(lambda x: x * 2, backend=radix_compile.RadixBackend(inner="eager", threshold=1.0))(torch.ones(4, 12))
+    torch.compile(lambda x: x * 2, backend=radix_compile.RadixBackend(inner_backend="eager", fold="always"))(
+        torch.ones(4, 12)
+    )
     assert radix_compile.stats().graphs == 1
     assert not [warning for warning in recwarn if "radix" in str(warning.message)]
 
@@ -85,7 +87,7 @@ def test_counts_of_the_process_are_left_alone() -> None:
     model = build("Qwen3", head="Model", num_hidden_layers=1)
     ids = shared_batch(4, 12, 8)
     with torch.no_grad():
-        torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})(ids)
+        torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})(ids)
         before = radix_compile.stats()
         assert before.folded_calls == 1
         radix_compile.explain(model, ids)
@@ -100,7 +102,7 @@ def test_a_compiled_model_is_explained_as_the_model_it_is() -> None:
 
 def test_stats() -> None:
     model = build("Qwen3", head="Model", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 0.95})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": 0.95})
     with torch.no_grad():
         for _ in range(3):
             compiled(shared_batch(4, 12, 8))
@@ -126,7 +128,7 @@ def test_the_log_shows_the_passes_at_work() -> None:
     try:
         with torch.no_grad():
             torch.compile(
-                build("Qwen3", head="Model", num_hidden_layers=1), backend="radix", options={"inner": "eager"}
+                build("Qwen3", head="Model", num_hidden_layers=1), backend="radix", options={"inner_backend": "eager"}
             )(shared_batch(4, 12, 8))
     finally:
         logger.removeHandler(handler)

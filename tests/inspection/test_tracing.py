@@ -15,7 +15,7 @@ import torch
 from tests.models import build, shared_batch
 {before}
 model, ids = build("Qwen3", head_dim=16), shared_batch(4, 40, 30)
-compiled = torch.compile(model, backend="radix", options={{"threshold": 1.0, "inner": {inner!r}}})
+compiled = torch.compile(model, backend="radix", options={{"fold": "always", "inner_backend": {inner!r}}})
 with {context}:
     compiled(ids, use_cache=False)
 {after}

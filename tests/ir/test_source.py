@@ -24,7 +24,7 @@ class Watching(RadixBackend):
 @pytest.mark.parametrize("on_the_tree", [True, False])
 def test_every_op_comes_from_a_captured_node(on_the_tree: bool) -> None:
     ids = shared_batch(4, 12, 8)
-    backend = Watching(inner="eager", threshold=1.0, fold_attention=on_the_tree)
+    backend = Watching(inner_backend="eager", fold="always", fold_attention=on_the_tree)
     torch.compile(build("Qwen3"), backend=backend)(ids, labels=ids, use_cache=False)
     folded = backend.seen["lower_index_ops"]
     captured = {node.name: node for node in source_of_fold(folded).graph.nodes}

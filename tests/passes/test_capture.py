@@ -150,7 +150,7 @@ class Doubled(torch.autograd.Function):
 
 def test_a_custom_autograd_function_keeps_its_gradient() -> None:
     model = Tiny(lambda x: Doubled.apply(x))
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with pytest.warns(UserWarning, match="would lose its gradient"):
         compiled(shared_batch(4, 8, 8)).sum().backward()
     ours = model.first.weight.grad.clone()
@@ -169,7 +169,7 @@ def test_vmap_is_refused_before_anything_is_touched() -> None:
     table = torch.randn(VOCABULARY, 16)
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="torch.func transforms"):
-        ours = torch.compile(program, backend="radix", options={"inner": "eager", "threshold": 1.0})(
+        ours = torch.compile(program, backend="radix", options={"inner_backend": "eager", "fold": "always"})(
             shared_batch(4, 8, 4), table
         )
     torch.testing.assert_close(ours, program(shared_batch(4, 8, 4), table))
@@ -210,7 +210,9 @@ class Counting(nn.Module):
 def test_a_program_that_writes_to_its_inputs_runs_plain() -> None:
     model = Counting()
     with torch.no_grad(), pytest.warns(UserWarning, match="writes to its inputs"):
-        torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})(shared_batch(4, 8, 4))
+        torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})(
+            shared_batch(4, 8, 4)
+        )
     assert model.calls == 1
     assert radix_compile.stats().folded_compiles == 0
 
@@ -223,7 +225,9 @@ def test_a_no_grad_region_stays_one() -> None:
             gate = model.first(model.embedding(ids)).sigmoid()
         return model.second(gate * model.first(model.embedding(ids))).sum()
 
-    compiled = torch.compile(program, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        program, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     compiled(shared_batch(4, 8, 6)).backward()
     assert radix_compile.stats().folded_calls == 1
     ours = model.first.weight.grad.clone()
@@ -240,7 +244,7 @@ def test_data_dependent_failures_of_the_inner_backend_are_heard() -> None:
 
     model, ids = Tiny(), shared_batch(4, 8, 4)
     with pytest.warns(UserWarning, match="radix: ") as caught:
-        ours = torch.compile(model, backend=radix_compile.RadixBackend(inner=inner, threshold=1.0))(ids)
+        ours = torch.compile(model, backend=radix_compile.RadixBackend(inner_backend=inner, fold="always"))(ids)
     torch.testing.assert_close(ours, model(ids))
     messages = " ".join(str(warning.message) for warning in caught)
     assert "cannot compile the folded program: DynamicOutputShapeException: aten.nonzero.default" in messages
@@ -257,7 +261,7 @@ def test_the_program_returned_is_not_itself_compiled() -> None:
             return returned[-1]
 
     with torch.no_grad():
-        torch.compile(Tiny(), backend=Watched(inner="eager", threshold=1.0))(shared_batch(4, 8, 4))
+        torch.compile(Tiny(), backend=Watched(inner_backend="eager", fold="always"))(shared_batch(4, 8, 4))
     assert not hasattr(returned[0], "_torchdynamo_orig_callable")
     assert radix_compile.stats().folded_calls == 1
 
@@ -289,7 +293,9 @@ def test_capture_error_leaves_the_graph_as_it_was() -> None:
 
 def test_a_model_with_gradients_on_matches() -> None:
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     ids = shared_batch(4, 12, 8)
     compiled(ids, use_cache=False).logits.square().mean().backward()
     assert radix_compile.stats().folded_calls == 1

@@ -95,7 +95,9 @@ def the_op(model: nn.Module) -> fx.Node:
     assert not calls(gm, aten.softmax.int)
     model = model.double()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "eager", "fold": "always", "strict": True}
+    )
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-9, atol=1e-9)
     assert radix_compile.stats().folded_calls == 1
@@ -289,7 +291,9 @@ def test_a_bias_by_row() -> None:
     padding[1:3, 4:6] = 0
     assert radix_compile.explain(model, ids, padding).graphs[0].attentions[0].full_form == ""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "eager", "fold": "always", "strict": True}
+    )
     for one in (padding, padding.roll(1, 0)):
         torch.testing.assert_close(compiled(ids, one), model(ids, one), rtol=1e-9, atol=1e-9)
     assert radix_compile.stats().tree_pairs
@@ -388,7 +392,7 @@ def test_in_full_form_with_a_reason(name: str) -> None:
         assert reason in attention.status
         assert explanation.folded
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+        compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
         torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-9, atol=1e-9)
 
 
@@ -407,7 +411,7 @@ def test_the_option() -> None:
 @pytest.mark.parametrize(("attention", "programs"), [("sdpa", 1), ("eager", 2)])
 def test_rows_that_see_no_key_have_a_program_where_they_need_one(attention: str, programs: int) -> None:
     model, ids = build("Qwen3", attention=attention), shared_batch(B, S, 8)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     for padded in (0, 3):
         mask = torch.ones_like(ids)
         mask[:, :padded] = 0  # on the left, so that those rows see no key
@@ -430,7 +434,9 @@ def test_rows_that_see_no_key_count_though_attention_is_only_wanted_in_full_form
             return y + y.flip(2)
 
     model, ids = Mixed(written).double(), shared_batch(B, S, 8)
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "eager", "fold": "always", "strict": True}
+    )
     for padded in (0, 3):
         padding = torch.ones_like(ids)
         padding[:, :padded] = 0
@@ -445,7 +451,7 @@ def test_the_lists_of_tiles_go_through_inductor(monkeypatch: pytest.MonkeyPatch)
     for module in (fold_graph, call_planner):
         monkeypatch.setattr(module, "needs_tiles", lambda captured: True)
     model = build("Qwen3", num_hidden_layers=1)
-    compiled = torch.compile(model, backend="radix", options={"threshold": 1.0, "strict": True})
+    compiled = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
     for shared in (8, 300):
         ids = shared_batch(B, 320, shared)
         with torch.no_grad():

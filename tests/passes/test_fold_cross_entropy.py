@@ -97,7 +97,7 @@ def test_reads_the_nodes_of_rows_that_were_merged_before() -> None:
     model = Model()
     gm = folded(lambda ids, labels: merged(model, ids, labels), IDS, LABELS)
     assert len(calls(gm, radix.token_nll.default)) == 1
-    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     compiled = torch.compile(merged, backend="radix", options=options)
     torch.testing.assert_close(compiled(model, IDS, LABELS), merged(model, IDS, LABELS))
 
@@ -127,7 +127,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "inner", "dtype"), CASES)
 def test_the_loss_and_its_gradient_are_those_of_the_plain_program(name: str, inner: str, dtype: torch.dtype) -> None:
     model = Model(dtype)
-    options = {"inner": inner, "threshold": 1.0, "strict": True}
+    options = {"inner_backend": inner, "fold": "always", "strict": True}
     compiled = torch.compile(program(model, BOTH[name]), backend="radix", options=options)
 
     def with_gradients(call: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
@@ -153,7 +153,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_program(name: str, inn
 def test_a_label_out_of_range_is_an_error() -> None:
     """(In inductor's C++ it is one too, but that ends the process.)"""
     model = Model()
-    options = {"inner": "aot_eager", "strict": True}
+    options = {"inner_backend": "aot_eager", "strict": True}
     compiled = torch.compile(program(model, entropy), backend="radix", options=options)
     labels = LABELS.clone()
     labels[1, 7] = -1

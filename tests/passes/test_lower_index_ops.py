@@ -52,7 +52,7 @@ def test_nothing_moves_over_the_border_of_a_region() -> None:
     gm = folded(program, ids)
     assert len(scattered(gm)) == 3
     assert len(calls(gm, radix.scatter_rows.default)) == 3  # each in its own region
-    options = {"inner": "aot_eager", "threshold": 1.0, "strict": True}
+    options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     with torch.no_grad():
         ours, plain = torch.compile(program, backend="radix", options=options)(ids), program(ids)
     for one, other in zip(ours, plain, strict=True):

@@ -178,7 +178,7 @@ TOGETHER = {
 
 def compact_rows(model: nn.Module, *args: Tensor) -> int:
     """How many rows were computed, of a result that is right; 0 if the plain program ran."""
-    options = {"inner": "aot_eager", "threshold": 1.0}
+    options = {"inner_backend": "aot_eager", "fold": "always"}
     radix_compile.reset_stats()
     with torch.no_grad():
         ours, plain, exact = (
@@ -228,7 +228,7 @@ def test_a_model_of_transformers(rows: int, options: dict[str, int]) -> None:
     """Padding-free: all texts in a row, and positions that restart. The second call compiles nothing."""
     model = build("Mistral" if options else "Qwen3", **options)
     exact = in_float64(model)
-    settings = {"inner": "aot_eager", "threshold": 1.0, "strict": True, "verify": True}
+    settings = {"inner_backend": "aot_eager", "fold": "always", "strict": True, "verify": True}
     compiled = torch.compile(model, backend="radix", options=settings, dynamic=True)
     radix_compile.reset_stats()
     ids, positions, _ = packed(rows)
@@ -251,7 +251,9 @@ def test_training() -> None:
     labels = ids.masked_fill(positions == 0, -100)  # the first token of a text is not for the one before to predict
     args = {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
     radix_compile.reset_stats()
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     grads = []
     for one, program in ((model, compiled), (model, model), (exact, exact)):
         program(**args).loss.backward()
@@ -265,7 +267,9 @@ def test_training() -> None:
 def test_one_sequence_is_left_alone_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
     model = build("Qwen3")
     ids = torch.tensor([TEXTS[3]])
-    compiled = torch.compile(model, backend="radix", options={"inner": "eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "eager", "fold": "always", "strict": True}
+    )
     radix_compile.reset_stats()
     with torch.no_grad():
         for more in ({}, {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(7)[None]}):

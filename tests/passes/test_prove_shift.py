@@ -89,7 +89,7 @@ STAY = {
 
 
 def compact_rows(model: nn.Module, *args: Tensor) -> int:
-    options = {"inner": "aot_eager", "threshold": 1.0}
+    options = {"inner_backend": "aot_eager", "fold": "always"}
     radix_compile.reset_stats()
     with torch.no_grad():
         ours, plain, exact = (
@@ -142,7 +142,9 @@ def test_gradients() -> None:
     exact = in_float64(model)
     args = {"input_ids": token_ids(), "attention_mask": PADDED, "position_ids": POSITIONS, "use_cache": False}
     labels = args["input_ids"].masked_fill(PADDED == 0, -100)
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     grads = []
     for one, program in ((model, compiled), (model, model), (exact, exact)):
         program(**args, labels=labels).loss.backward()

@@ -42,7 +42,7 @@ def by_row(node: fx.Node, layout: object) -> Value:
 
 
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
-    settings = {"inner": "aot_eager", "threshold": 1.0, "verify": True, "strict": True, **options}
+    settings = {"inner_backend": "aot_eager", "fold": "always", "verify": True, "strict": True, **options}
     return torch.compile(model, backend="radix", options=settings)
 
 
@@ -196,7 +196,7 @@ def test_a_wrong_inner_backend_is_named() -> None:
             return self.down(self.up(self.embedding(ids)))
 
     with pytest.raises(radix_compile.WrongFold, match="what the inner backend compiled from it is not"):
-        compiled(Model(), inner=inner)(IDS)
+        compiled(Model(), inner_backend=inner)(IDS)
 
 
 def test_a_wrong_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def said_in_a_call(file: Path | None, monkeypatch: pytest.MonkeyPatch) -> list[s
     monkeypatch.setattr(backend, "fingerprint", lambda *_: KEY)
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(97, 8), nn.Linear(8, 8)), shared_batch(4, 24, 16)
-    options = {"inner": "eager", "calibration": None if file is None else str(file)}
+    options = {"inner_backend": "eager", "calibration": None if file is None else str(file)}
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         ours = torch.compile(model, backend="radix", options=options)(ids)

@@ -11,7 +11,7 @@ import radix_compile
 from radix_compile.runtime.counters import Stats
 from tests.models import build, paths, shared_batch
 
-OPTIONS = {"inner": "eager", "threshold": 0.9}
+OPTIONS = {"inner_backend": "eager", "fold": 0.9}
 
 
 def run(model: torch.nn.Module, *batches: torch.Tensor, **options: object) -> Stats:

@@ -50,7 +50,7 @@ def compiled(model: nn.Module, tmp_path: Path, **options: Any) -> Any:
     made = torch.compile(
         model,
         backend="radix",
-        options={"inner": "eager", "calibration": str(tmp_path / "calibration.json"), **options},
+        options={"inner_backend": "eager", "calibration": str(tmp_path / "calibration.json"), **options},
     )
 
     def call(ids: Tensor, **more: Any) -> Tensor:
@@ -116,7 +116,8 @@ def test_another_process_reads_what_was_measured(model: nn.Module, clock: Clock,
 
 
 @pytest.mark.parametrize(
-    ("options", "folds"), [({"threshold": 1.0}, 2), ({"threshold": 0.5}, 1), ({"calibrate": False}, 2)]
+    ("options", "folds"),
+    [({"fold": "always"}, 2), ({"fold": 1}, 2), ({"fold": 0.5}, 1), ({"fold": "never"}, 0), ({"calibrate": False}, 2)],
 )
 def test_pinned_by_options(model: nn.Module, clock: Clock, tmp_path: Path, options: dict[str, Any], folds: int) -> None:
     clock.seconds[FULL] = (1.2, 1.4)
@@ -174,7 +175,7 @@ def test_the_gradient_of_a_timed_call(clock: Clock, tmp_path: Path) -> None:
     call = torch.compile(
         lambda ids: model(ids, labels=ids, use_cache=False).loss,
         backend="radix",
-        options={"inner": "aot_eager", "calibration": str(tmp_path / "calibration.json")},
+        options={"inner_backend": "aot_eager", "calibration": str(tmp_path / "calibration.json")},
     )
     weights = list(model.parameters())
     ours = torch.autograd.grad(call(IDS), weights)
@@ -183,9 +184,17 @@ def test_the_gradient_of_a_timed_call(clock: Clock, tmp_path: Path) -> None:
     assert (len(clock.results), radix_compile.stats().folded_calls) == (1, 1)
 
 
+def test_explain_times_nothing_unasked(model: nn.Module, clock: Clock, tmp_path: Path) -> None:
+    """The programs that it runs are not those that the user's options compile."""
+    options = {"calibration": str(tmp_path / "calibration.json"), "fold": "auto"}
+    assert radix_compile.explain(model, IDS, options=options, use_cache=False).folded
+    assert not clock.results
+    assert not list(tmp_path.iterdir())
+
+
 def test_explain_predicts_and_measures(model: nn.Module, tmp_path: Path) -> None:
-    options = {"inner": "aot_eager", "calibration": str(tmp_path / "calibration.json")}
-    before = radix_compile.explain(model, IDS, options={**options, "inner": "eager"}, use_cache=False)
+    options = {"inner_backend": "aot_eager", "calibration": str(tmp_path / "calibration.json")}
+    before = radix_compile.explain(model, IDS, options={**options, "inner_backend": "eager"}, use_cache=False)
     assert before.predicted == before.measured == {}
     found = radix_compile.explain(model, IDS, options=options, measure=True, use_cache=False)
     assert set(found.predicted) == {PLAIN, FULL}

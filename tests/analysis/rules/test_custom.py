@@ -90,7 +90,7 @@ PROGRAMS = {
 
 def compact_share(model: nn.Module, ids: Tensor) -> float:
     with torch.no_grad():
-        compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+        compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
         torch.testing.assert_close(compiled(ids), model(ids))
         (graph,) = radix_compile.explain(model, ids).graphs
     return graph.foldable_share

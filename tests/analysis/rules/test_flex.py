@@ -50,7 +50,7 @@ def blocks(mask_mod: Mod, batch: int | None = None) -> BlockMask:
 
 def run(mask: BlockMask, score_mod: Mod | None = None, ids: Tensor = IDS) -> radix_compile.Stats:
     model = Model(score_mod).double()
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0})
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, mask), model(ids, mask), rtol=1e-9, atol=1e-9)
     return radix_compile.stats()
@@ -112,7 +112,9 @@ def test_heads_of_a_group_and_sizes_that_change() -> None:
             return self.after(mixed.transpose(1, 2).reshape(x.shape))  # type: ignore[union-attr, no-any-return]
 
     model = Grouped().double()
-    compiled = torch.compile(model, backend="radix", options={"inner": "aot_eager", "threshold": 1.0, "strict": True})
+    compiled = torch.compile(
+        model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always", "strict": True}
+    )
     for batch in (4, 6, 9):
         ids = shared_batch(batch, S, 35)
         with torch.no_grad():
@@ -124,7 +126,7 @@ def test_heads_of_a_group_and_sizes_that_change() -> None:
 
 def test_blocks_of_a_size_that_is_a_symbol_are_refused() -> None:
     model = Model().double()
-    options = {"inner": "aot_eager", "threshold": 1.0}
+    options = {"inner_backend": "aot_eager", "fold": "always"}
     compiled = torch.compile(model, backend="radix", options=options, dynamic=True)
     with torch.no_grad(), pytest.warns(UserWarning, match="without dynamic=True"):
         torch.testing.assert_close(compiled(IDS, blocks(causal)), model(IDS, blocks(causal)), rtol=1e-9, atol=1e-9)
