@@ -14,6 +14,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules import rule_for
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.source import origin_name
 from radix_compile.ir.value import Marks, Value, refuse, values_of
 from radix_compile.passes.verify import NODES, plan_shapes
@@ -222,5 +223,5 @@ def _reason(node: fx.Node) -> str:
     mixed = next((value.mixed for value in values_of(node) if value.mixed is not None), None)
     if mixed is not None:
         return str(mixed) if mixed.node != node.name else mixed.reason
-    why = node.meta.get("attention")
-    return why if isinstance(why, str) else ""
+    found = node.meta.get("attention")
+    return found.reason if isinstance(found, Declined) else ""

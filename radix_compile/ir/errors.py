@@ -1,6 +1,8 @@
-"""Verdicts that end in the plain program: about a whole graph, or about one call."""
+"""Verdicts against folding: of a whole graph, of one call, or of one attention."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
@@ -12,6 +14,13 @@ class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an err
     def __init__(self, reason: str, expected: bool = False) -> None:
         super().__init__(reason)
         self.expected = expected
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """Stands where a result would be, and says why there is none."""
+
+    reason: str
 
 
 class RunsPlain(Exception):  # noqa: N818 - a verdict about a call, not an error in it

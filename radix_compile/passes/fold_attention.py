@@ -21,6 +21,7 @@ from radix_compile.analysis.attention.rows import NotOnTree, Rows, are_side_by_s
 from radix_compile.analysis.rules.flex import mask_of
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import FullyMasked, Masked, Weights, fully_masked_rows, hides, is_known, terms_of
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.value import value_of, values_of
@@ -29,7 +30,7 @@ aten = torch.ops.aten
 
 
 def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write a :class:`TreeAttention`, or in words why there is none, to ``node.meta["attention"]``.
+    """Write a :class:`TreeAttention`, or :class:`Declined` if there is none, to ``node.meta["attention"]``.
 
     Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless ``gm.meta`` says
     otherwise: that sequences packed in a row are told apart by their paths ("apart", ``PlanInputs``); that every row
@@ -63,18 +64,16 @@ def fold_attention(gm: fx.GraphModule) -> fx.GraphModule:
                 runs = found.visible.runs if runs is None else runs
                 if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
                     raise NotOnTree("another attention hides other keys, and the plan is made for those")
-            except NotOnTree as reason:
-                node.meta["attention"] = str(reason)
+            except NotOnTree as verdict:
+                node.meta["attention"] = Declined(str(verdict))
     return gm
 
 
 def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
-    if node.target is aten.scaled_dot_product_attention.default:
-        parts = _parts(node)
-    else:
-        parts = node.meta["parts"]
-        if isinstance(parts, str):
-            raise NotOnTree(parts)
+    one_op = node.target is aten.scaled_dot_product_attention.default
+    parts: Parts | Declined = _parts(node) if one_op else node.meta["parts"]
+    if isinstance(parts, Declined):
+        raise NotOnTree(parts.reason)
     value = values_of(node)[0]
     attends = value.attends
     assert attends is not None

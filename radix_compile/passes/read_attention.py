@@ -17,6 +17,7 @@ from radix_compile.analysis.rules.flex import FLEX, arguments_of, mask_of
 from radix_compile.analysis.rules.masks import fact_of, is_hidden
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Feature, Uniform, shape_of
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import value_of
@@ -27,15 +28,15 @@ COPIES = (*SAME_ORDER, aten._to_copy.default, aten.to.dtype, aten.type_as.defaul
 
 
 def read_attention(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write :class:`Parts`, or in words why they are not read, to ``node.meta["parts"]`` of each product of weights
-    and values. Needs ``mark_token_axes``, which has found what the masks say.
+    """Write :class:`Parts`, or :class:`Declined` if they cannot be read, to ``node.meta["parts"]`` of each product of
+    weights and values. Needs ``mark_token_axes``, which has found what the masks say.
     """
     for node in gm.graph.nodes:
         if is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
             try:
                 node.meta["parts"] = _parts(node)
-            except NotOnTree as reason:
-                node.meta["parts"] = str(reason)
+            except NotOnTree as verdict:
+                node.meta["parts"] = Declined(str(verdict))
     return gm
 
 

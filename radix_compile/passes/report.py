@@ -13,6 +13,7 @@ from radix_compile.analysis.attention.parts import attention_steps, compact_atte
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.rules.table import tensor_inputs
 from radix_compile.analysis.tokens import Tokens
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import RowMax
 from radix_compile.ir.graph import Form, Wanted
 from radix_compile.ir.value import Refusal, refuse, values_of
@@ -141,8 +142,9 @@ def _attention(node: fx.Node, on_tree: bool) -> Attention | None:
         if on_tree:
             status = f"proved causal; runs on the prefix tree{_lowering(node)}"
             return Attention(True, status, place.module, place.source)
-        why: str = node.meta["attention"]
-        return Attention(True, f"proved causal; runs in full form: {why}", place.module, place.source, why)
+        declined: Declined = node.meta["attention"]
+        status = f"proved causal; runs in full form: {declined.reason}"
+        return Attention(True, status, place.module, place.source, declined.reason)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
     return Attention(False, reason, place.module, place.source)
 
