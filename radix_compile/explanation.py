@@ -181,7 +181,7 @@ def graph_diff(
 ) -> GraphDiff:
     """Run ``model(*args, **kwargs)`` once through the backend, as :func:`explain` does, and return what it rewrote.
 
-    Of the graphs before and after there is ``text()``, ``html(path)``, ``svg(path)`` and ``to_dict()``.
+    Of the graphs before and after there is ``text()``, ``html(path)`` and ``to_dict()``.
     """
     return look_at(model, args, kwargs, options).diff
 

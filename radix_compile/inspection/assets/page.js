@@ -234,3 +234,5 @@ class Page {
 
 document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 const page = new Page();
+// A layer is filled when it is first opened, and on paper all of them are open.
+addEventListener("beforeprint", () => page.blocks?.forEach((view) => view.body.hasChildNodes() || view.fill()));
