@@ -15,7 +15,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.inspection.tracing import trace_report, trace_rewrite
-from radix_compile.ir.errors import CannotFold
+from radix_compile.ir.errors import CannotFold, RefusalCode
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options
 from radix_compile.passes.capture import CaptureError, capture, first_line
@@ -89,7 +89,7 @@ class RadixBackend:
                 one = _compile_folded(name, captured, rewritten, inputs, example_inputs, options)
                 folded.append(replace(one, always=always))
         except (CaptureError, CannotFold, PassFailed) as refusal:
-            report.folded, report.reason = False, str(refusal)
+            report.folded, report.reason, report.code = False, str(refusal), refusal.code
             if isinstance(refusal, PassFailed):
                 log.error("a mistake in radix_compile: please report it", exc_info=refusal)
             trace_report(report)
@@ -159,10 +159,12 @@ def rewrite(
     report.__dict__.update(found.__dict__)
     if not report.folded or report.foldable_share < LEAST_SHARE:
         report.folded = False
-        reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
+        reason, code = "there is no token-wise arithmetic in it", RefusalCode.NO_ARITHMETIC
+        if report.refusals:
+            reason, code = str(report.refusals[0]), report.refusals[0].code
         if found.folded:
             reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
-        raise CannotFold(reason)
+        raise CannotFold(reason, code)
     inputs = _finish(captured, folded, options, report, observe)
     if advice := advice_on_padding(captured, internals.flatten_subclasses(example_inputs)):
         report.notes.append(advice)
@@ -257,7 +259,9 @@ def _compile_folded(
         if internals.must_propagate(error):
             raise
         # Nothing is lost: the plain program runs, and the warning says so (with strict, it is an error).
-        raise CannotFold(f"the inner backend cannot compile the folded program: {first_line(error)}") from error
+        raise CannotFold(
+            f"the inner backend cannot compile the folded program: {first_line(error)}", RefusalCode.INNER_BACKEND
+        ) from error
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

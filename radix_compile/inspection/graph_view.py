@@ -16,7 +16,7 @@ from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules import rule_for
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.source import origin_name
-from radix_compile.ir.value import Marks, Value, refuse, values_of
+from radix_compile.ir.value import Marks, Value, module_of, source_line, values_of
 from radix_compile.passes.verify import NODES, plan_shapes
 
 BOUNDARY = "boundary"
@@ -91,7 +91,6 @@ def view_of(gm: fx.GraphModule, after: str) -> GraphView:
 
 def _node_view(node: fx.Node, result: Any) -> NodeView:
     tensors = _tensors(result)
-    place = refuse(node, "")
     origin = node.meta.get("origin", node)
     marks: Marks | None = origin.meta.get("radix")
     of_rows = getattr(node.target, "namespace", "") == "radix"
@@ -105,8 +104,8 @@ def _node_view(node: fx.Node, result: Any) -> NodeView:
         fixed=sum(_bytes(tensor) for tensor in tensors if not _has_nodes(tensor)),
         per_node=sum(_bytes(tensor) // NODES for tensor in tensors if _has_nodes(tensor)),
         form=BOUNDARY if of_rows and not _is_compute(node) else _form(node),
-        module=place.module,
-        source=place.source,
+        module=module_of(node),
+        source=source_line(node),
         value="" if marks is None or of_rows else _in_words(values_of(origin)),
         rule="" if marks is None or of_rows else _rule(origin),
         reason="" if marks is None else _reason(origin),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.passes.choose_cuts import choose_cuts
 from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
 from radix_compile.passes.fold_attention import fold_attention
@@ -50,6 +51,8 @@ BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError,
 
 class PassFailed(Exception):  # noqa: N818 - a verdict about a graph, as CannotFold is
     """A pass has a mistake in it, which nobody's call should be lost to. The message says which pass and what."""
+
+    code = RefusalCode.INTERNAL_ERROR
 
 
 def run_pipeline(

@@ -38,7 +38,7 @@ from radix_compile.ir.facts import (
 )
 from radix_compile.ir.graph import Wanted, is_row
 from radix_compile.ir.source import ancestors
-from radix_compile.ir.value import refuse, value_of, values_of
+from radix_compile.ir.value import value_of, values_of
 
 aten = torch.ops.aten
 
@@ -58,7 +58,7 @@ def prove_shift(captured: fx.GraphModule) -> Starts:
     """
     runs = separate_runs(captured)
     reader = _first_reader_of_columns(captured.graph, captured.meta["wanted"], runs)
-    captured.meta["column"] = None if reader is None else refuse(reader, "")
+    captured.meta["column"] = reader
     tokens = captured.meta["tokens"]
     by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
     return Starts() if reader is not None or by_column else Starts(hidden_padding(captured), runs)

@@ -11,7 +11,7 @@ from torch import fx
 from radix_compile import torch_internals as internals
 from radix_compile.ir.axes import BATCH, SEQ, Axis, Layout, Sorted, Token, as_size
 from radix_compile.ir.graph import Form
-from radix_compile.ir.value import Value, refuse, values_of
+from radix_compile.ir.value import Value, locate, values_of
 from radix_compile.passes.choose_cuts import has_compact_form
 
 NODES = 1_000_003
@@ -61,7 +61,7 @@ def verify_graph(gm: fx.GraphModule) -> None:
 
 def _expect(holds: bool, node: fx.Node, what: str) -> None:
     if not holds:
-        raise InvariantError(f"{refuse(node, what)} (node {node.name})")
+        raise InvariantError(f"{locate(node, what)} (node {node.name})")
 
 
 # ------------------------------------------------------------------------------------------------- before the fold

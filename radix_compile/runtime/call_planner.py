@@ -16,11 +16,11 @@ from radix_compile.analysis.reach.column_reach import ReachCheck
 from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.axes import as_size
-from radix_compile.ir.errors import CannotFold, RunsPlain
+from radix_compile.ir.errors import CannotFold, RefusalCode, RunsPlain
 from radix_compile.ir.facts import FullyMasked, ordered_by
 from radix_compile.ir.graph import Wanted
 from radix_compile.ir.source import ancestors
-from radix_compile.ir.value import Refusal, values_of
+from radix_compile.ir.value import source_line, values_of
 from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_visible_keys, shown_keys, with_blocks
 from radix_compile.passes.prove_shift import attentions, hidden_padding, prove_shift
 from radix_compile.plan.prefix_plan import PrefixPlan
@@ -280,7 +280,7 @@ def plan_inputs(captured: fx.GraphModule) -> PlanInputs:
     front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
     runs = _row_program(captured, starts.runs) if starts.runs else None
     if runs is None and tokens.layout.batch == 1:
-        raise CannotFold("there is one sequence only", expected=True)
+        raise CannotFold("there is one sequence only", RefusalCode.NOTHING_TO_SHARE, expected=True)
     shown, relied = shown_keys(captured), relies_on_runs(captured)
     # Numbers that only tell sequences apart are no part of their rows.
     keys = tuple(
@@ -337,7 +337,7 @@ def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
 
 def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | None:
     """What a caller with left padding, as in ``args``, could do if rows depend on their column."""
-    column: Refusal | None = captured.meta["column"]
+    column: fx.Node | None = captured.meta["column"]
     padding = hidden_padding(captured)
     if column is None or padding is None:
         return None
@@ -349,7 +349,8 @@ def advice_on_padding(captured: fx.GraphModule, args: Sequence[Any]) -> str | No
         return None
     return (
         "with left padding, prompts that start at different columns are not shared, because a row may depend on its"
-        f" column ({column.op} at {column.source}): pass position_ids computed from the mask, or pad on the right"
+        f" column ({column.target} at {source_line(column)}): pass position_ids computed from the mask, or pad on the"
+        " right"
     )
 
 
