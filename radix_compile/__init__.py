@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from radix_compile.backend import Listener, RadixBackend
     from radix_compile.explanation import Explanation, explain, graph_diff
     from radix_compile.inspection.diff import GraphDiff
-    from radix_compile.ir.errors import CannotFold
+    from radix_compile.ir.errors import CannotFold, RefusalCode
     from radix_compile.options import Options, RadixOptions
     from radix_compile.plan.batching import SharedPrefixBatchSampler, order_for_sharing, sharing
     from radix_compile.plan.prefix_plan import PrefixPlan, compute_fold_and_scatter, compute_fold_and_scatter_torch
@@ -31,6 +31,7 @@ _HOMES = {
     "graph_diff": "explanation",
     "register_rule": "analysis.rules.custom",
     "CannotFold": "ir.errors",
+    "RefusalCode": "ir.errors",
     "Options": "options",
     "RadixOptions": "options",
     "PrefixPlan": "plan.prefix_plan",
@@ -54,6 +55,7 @@ __all__ = [
     "PrefixPlan",
     "RadixBackend",
     "RadixOptions",
+    "RefusalCode",
     "SharedPrefixBatchSampler",
     "Stats",
     "WrongFold",

@@ -15,7 +15,7 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.inspection.tracing import trace_report, trace_rewrite
-from radix_compile.ir.errors import CannotFold
+from radix_compile.ir.errors import CannotFold, RefusalCode
 from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.ir.plan_arrays import plan_arrays
 from radix_compile.kernels import embedding, index_ops, token_nll
@@ -97,7 +97,7 @@ class RadixBackend:
         report = GraphReport(folded=False)
         try:
             if options.fold == "never":
-                raise CannotFold('the option fold is "never"', expected=True)
+                raise CannotFold('the option fold is "never"', RefusalCode.SWITCHED_OFF, expected=True)
             captured = capture_and_annotate(gm, example_inputs, options, observe)
             variant = FULL_FOLD if options.fold_attention else POSITION_WISE_FOLD
             fold = fold_as(variant, captured, options, observe)
@@ -116,7 +116,7 @@ class RadixBackend:
                 one = _compile_folded(other.name, fold, plan_inputs(fold), example_inputs, options)
                 folded.append(replace(one, always=other is POSITION_WISE_FOLD))
         except (CaptureError, CannotFold, PassFailed) as refusal:
-            report.folded, report.reason = False, str(refusal)
+            report.folded, report.reason, report.code = False, str(refusal), refusal.code
             if isinstance(refusal, PassFailed):
                 log.error("a mistake in radix_compile: please report it", exc_info=refusal)
             trace_report(report)
@@ -137,13 +137,13 @@ class RadixBackend:
         if self.listener is not None:
             self.listener.on_report(report)
 
-    def _say_so(self, report: GraphReport, options: Options, verdict: Exception) -> None:
+    def _say_so(self, report: GraphReport, options: Options, verdict: CaptureError | CannotFold | PassFailed) -> None:
         details = "".join(f"\n  {refusal}" for refusal in report.refusals)
         log.info("not folded: %s%s", report.reason, details)
         if isinstance(verdict, CannotFold) and verdict.expected:
             return
         if options.strict:
-            raise CannotFold(f"radix: nothing folds: {report.reason}{details}") from verdict
+            raise CannotFold(f"radix: nothing folds: {report.reason}{details}", verdict.code) from verdict
         if report.reason not in self._warned:
             self._warned.add(report.reason)
             warnings.warn(f"radix: nothing folds: {report.reason}", stacklevel=2)
@@ -184,10 +184,12 @@ def expect_enough(report: GraphReport) -> None:
     """Raises ``CannotFold`` if so little of a graph's arithmetic runs compact that it cannot pay."""
     if report.folded and report.foldable_share >= LEAST_SHARE:
         return
-    reason = str(report.refusals[0]) if report.refusals else "there is no token-wise arithmetic in it"
+    reason, code = "there is no token-wise arithmetic in it", RefusalCode.NO_ARITHMETIC
+    if report.refusals:
+        reason, code = str(report.refusals[0]), report.refusals[0].code
     if report.folded:
         reason = f"only {report.foldable_share:.0%} of the arithmetic is token-wise: {reason}"
-    raise CannotFold(reason)
+    raise CannotFold(reason, code)
 
 
 def _other_variant(inputs: PlanInputs, options: Options) -> FoldVariant | None:
@@ -262,7 +264,9 @@ def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Seq
         if internals.must_propagate(error):
             raise
         # Nothing is lost: the plain program runs, and the warning says so (with strict, it is an error).
-        raise CannotFold(f"the inner backend cannot compile the folded program: {first_line(error)}") from error
+        raise CannotFold(
+            f"the inner backend cannot compile the folded program: {first_line(error)}", RefusalCode.INNER_BACKEND
+        ) from error
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

@@ -173,7 +173,7 @@ def explain(
 def graph_diff(model: Callable[..., Any], *args: Any, options: RadixOptions | None = None, **kwargs: Any) -> GraphDiff:
     """Run ``model(*args, **kwargs)`` once through the backend, as :func:`explain` does, and return what it rewrote.
 
-    Of the graphs before and after there is ``text()``, ``html(path)``, ``svg(path)`` and ``to_dict()``.
+    Of the graphs before and after there is ``text()``, ``html(path)`` and ``to_dict()``.
     """
     return look_at(model, args, kwargs, options).diff
 

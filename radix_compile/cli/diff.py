@@ -14,13 +14,16 @@ from radix_compile.cli.explain import explained
 from radix_compile.cli.inputs import UsageError, add_batch, add_model, natural
 from radix_compile.inspection.diff import GraphDiff
 
+ENDINGS = {"": "text", ".txt": "text", ".diff": "text", ".html": "html", ".json": "json"}
+"""What is written to a file of that name, unless ``--format`` says otherwise."""
+
 STYLES = {"~": "green", "+": "yellow", "-": "red", "@": "bold"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_batch(parser)
-    parser.add_argument("--format", choices=("text", "html", "svg", "json"), help="default: by the name of -o, or text")
+    parser.add_argument("--format", choices=("text", "html", "json"), help="default: by the name of -o, or text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write to this file")
     parser.add_argument("--pass", dest="across", metavar="NAME", help="only what this pass did, such as fold_graph")
     parser.add_argument("--layer", type=natural, metavar="N", help="only this layer")
@@ -28,10 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """0 if something folds, 1 if nothing does."""
-    suffix = Path(options.output or "").suffix.removeprefix(".")
-    kind = "json" if options.json else options.format or (suffix if suffix in ("html", "svg", "json") else "text")
-    if kind in ("html", "svg") and options.output is None and sys.stdout.isatty():
-        raise UsageError(f"--format {kind} needs a file to write to: -o diff.{kind}")
+    kind = "json" if options.json else options.format or _kind_of(options.output or "")
+    if kind == "html" and options.output is None and sys.stdout.isatty():
+        raise UsageError("--format html needs a file to write to: -o diff.html")
     diff = explained(options).diff
     try:
         if options.across:
@@ -55,7 +57,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 0 if any(pair.report.folded for pair in diff.pairs) else 1
 
 
+def _kind_of(output: str) -> str:
+    suffix = Path(output).suffix
+    if suffix not in ENDINGS:
+        raise UsageError(f"-o {output}: expected a file ending in {', '.join(filter(None, ENDINGS))}, or --format")
+    return ENDINGS[suffix]
+
+
 def _content(diff: GraphDiff, kind: str) -> str:
     if kind == "json":
         return json.dumps(diff.to_dict(), indent=2)
-    return {"text": diff.text, "html": diff.html, "svg": diff.svg}[kind]()
+    return diff.html() if kind == "html" else diff.text()

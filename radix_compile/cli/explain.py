@@ -13,7 +13,7 @@ from rich.table import Table
 
 from radix_compile.cli.inputs import add_batch, add_model, arguments_of, load_batch, load_model
 from radix_compile.explanation import Explanation, look_at
-from radix_compile.inspection.advice import advice_on
+from radix_compile.inspection.advice import advice_on, advice_on_graph
 from radix_compile.inspection.diff import GraphPair
 from radix_compile.inspection.lines import Block, Kind
 from radix_compile.inspection.text import short
@@ -44,7 +44,7 @@ def explained(options: argparse.Namespace, measure: bool = False) -> Explanation
 
 
 def _advice(explanation: Explanation) -> dict[str, str]:
-    return {refusal.node: advice_on(refusal.reason) for refusal in explanation.refusals}
+    return {refusal.node: advice_on(refusal.code) for refusal in explanation.refusals}
 
 
 def _show(explanation: Explanation, console: Console) -> None:
@@ -70,6 +70,8 @@ def _show_graph(number: int, pair: GraphPair, console: Console) -> None:
     report = pair.report
     if not report.folded:
         console.print(f"[bold red]graph {number} does not fold[/]: {escape(short(report.reason))}")
+        if advice := advice_on_graph(report):
+            console.print(f"  [dim]{escape(advice)}[/]")
     else:
         table = Table("layers", "once per node", "once per row", "added", "gone", "attention", box=None, pad_edge=False)
         for block in pair.blocks():
@@ -80,7 +82,7 @@ def _show_graph(number: int, pair: GraphPair, console: Console) -> None:
         console.print(f"[yellow]refused[/]: {escape(refusal.reason)}")
         console.print(f"  {escape(refusal.op)}{f' in {escape(refusal.module)}' if refusal.module else ''}")
         console.print(f"  {escape(short(refusal.source))}" if refusal.source else "  (no source line)")
-        console.print(f"  [dim]{escape(advice_on(refusal.reason))}[/]")
+        console.print(f"  [dim]{escape(advice_on(refusal.code))}[/]")
     for note in report.notes:
         console.print(f"[dim]note: {escape(note)}[/]")
 

@@ -78,7 +78,7 @@ class GraphPair:
 
 @dataclass(frozen=True, repr=False)
 class GraphDiff:
-    """What the passes did to each captured graph of a model, as text, a page, a drawing or data.
+    """What the passes did to each captured graph of a model, as text, a page or data.
 
     In a notebook it shows itself. Where a graph was left alone, both sides are the same, and its report says why.
     """
@@ -113,13 +113,10 @@ class GraphDiff:
         """One page that needs nothing else, also written to ``path`` if that is given."""
         from radix_compile.inspection.page import page
 
-        return _written(page(self), path)
-
-    def svg(self, path: str | Path | None = None) -> str:
-        """A drawing of both graphs, also written to ``path`` if that is given."""
-        from radix_compile.inspection.drawing import drawing
-
-        return _written(drawing(self), path)
+        content = page(self)
+        if path is not None:
+            Path(path).write_text(content, encoding="utf-8")
+        return content
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -149,12 +146,6 @@ class GraphDiff:
         return (
             f'<iframe srcdoc="{escape(self.html())}" style="width:100%;height:640px;border:1px solid #8884"></iframe>'
         )
-
-
-def _written(content: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(content, encoding="utf-8")
-    return content
 
 
 def _block(block: Block) -> dict[str, Any]:

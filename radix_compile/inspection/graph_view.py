@@ -14,9 +14,10 @@ from torch import fx
 
 from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules import rule_for
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.source import origin_name
-from radix_compile.ir.value import Value, refuse, values_of
+from radix_compile.ir.value import Value, module_of, source_line, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.verify import NODES, plan_shapes
 
@@ -92,7 +93,6 @@ def view_of(gm: fx.GraphModule, after: str, fold: Fold | None = None) -> GraphVi
 
 def _node_view(node: fx.Node, result: Any, fold: Fold | None) -> NodeView:
     tensors = _tensors(result)
-    place = refuse(node, "")
     origin = facts(node).origin or node
     marks = facts(origin).marks
     of_rows = getattr(node.target, "namespace", "") == "radix"
@@ -106,8 +106,8 @@ def _node_view(node: fx.Node, result: Any, fold: Fold | None) -> NodeView:
         fixed=sum(_bytes(tensor) for tensor in tensors if not _has_nodes(tensor)),
         per_node=sum(_bytes(tensor) // NODES for tensor in tensors if _has_nodes(tensor)),
         form=BOUNDARY if of_rows and not _is_compute(node) else _form(node, fold),
-        module=place.module,
-        source=place.source,
+        module=module_of(node),
+        source=source_line(node),
         value="" if marks is None or of_rows else _in_words(values_of(origin)),
         rule="" if marks is None or of_rows else _rule(origin),
         reason="" if marks is None else _reason(origin, fold),
@@ -224,5 +224,5 @@ def _reason(node: fx.Node, fold: Fold | None) -> str:
     mixed = next((value.mixed for value in values_of(node) if value.mixed is not None), None)
     if mixed is not None:
         return str(mixed) if mixed.node != node.name else mixed.reason
-    why = None if fold is None else fold.attentions.get(node)
-    return why if isinstance(why, str) else ""
+    found = None if fold is None else fold.attentions.get(node)
+    return found.reason if isinstance(found, Declined) else ""

@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from radix_compile.inspection.advice import advice_on
+from radix_compile.inspection.advice import advice_on, advice_on_graph
 from radix_compile.inspection.graph_view import NodeView
 from radix_compile.inspection.lines import Block, Line
 from radix_compile.inspection.text import heading, short
@@ -62,6 +62,7 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
     return {
         "heading": heading(number, pair),
         "folded": report.folded,
+        "advice": advice_on_graph(report),
         "rows": pair.rows,
         "nodes": pair.nodes,
         "moved": pair.moved,
@@ -70,7 +71,7 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
         "blocks": [_block(block, places) for block in pair.blocks(layer)],
         "attentions": [{**asdict(attention), "source": short(attention.source)} for attention in report.attentions],
         "refusals": [
-            {**asdict(refusal), "source": short(refusal.source), "advice": advice_on(refusal.reason)}
+            {**asdict(refusal), "source": short(refusal.source), "advice": advice_on(refusal.code)}
             for refusal in report.refusals
         ],
         "notes": report.notes,

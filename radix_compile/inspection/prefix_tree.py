@@ -1,4 +1,4 @@
-"""The prefix tree of a batch, for drawing: which columns are shared by how many sequences."""
+"""The prefix tree of a batch, for the page: which columns are shared by how many sequences."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.ir.errors import RefusalCode
+
 if TYPE_CHECKING:
     pass
 
@@ -157,6 +159,10 @@ class Layout:
 class Mixes(Exception):  # noqa: N818 - a verdict about an op, not an error in the program
     """Raised by a rule: with these inputs the op's result is not prefix-determined. The message is the reason."""
 
+    def __init__(self, reason: str, code: RefusalCode = RefusalCode.CUSTOM_RULE) -> None:
+        super().__init__(reason)
+        self.code = code
+
 
 def count_tokens(axes: Axes) -> tuple[int, int]:
     """How many axes of sequences and of columns there are."""
@@ -176,5 +182,10 @@ def has_tokens(axis: Axis) -> bool:
 def feature(axis: Axis, what: str) -> None:
     """Demand that an axis an op reads along has no tokens in it."""
     if has_tokens(axis):
-        along = "sequence" if SEQ in axis or is_longer(axis) else "batch" if BATCH in axis else "sorted"
-        raise Mixes(f"{what} the {along} axis, so it reads other rows")
+        if SEQ in axis or is_longer(axis):
+            along, code = "sequence", RefusalCode.MIXES_TOKENS
+        elif BATCH in axis:
+            along, code = "batch", RefusalCode.MIXES_SEQUENCES
+        else:
+            along, code = "sorted", RefusalCode.ORDER_OF_ROWS
+        raise Mixes(f"{what} the {along} axis, so it reads other rows", code)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from radix_compile.ir.axes import Axes, Mixes
+from radix_compile.ir.errors import RefusalCode
 
 # ---------------------------------------------------------------------------------------------------- predicates
 
@@ -214,9 +215,11 @@ def fully_masked_rows(formula: Formula, query: int, key: int) -> FullyMasked | N
             case Diff(a, b, bound) if (a, b) == (query, key) and bound >= 0:
                 window = bound + 1 if window is None else min(window, bound + 1)
             case _:
-                raise Mixes("cannot tell which rows the mask leaves without a key to see")
+                raise Mixes(
+                    "cannot tell which rows the mask leaves without a key to see", RefusalCode.ROWS_WITHOUT_KEYS
+                )
     if len(keys) != 1:
-        raise Mixes("cannot tell which rows the mask leaves without a key to see")
+        raise Mixes("cannot tell which rows the mask leaves without a key to see", RefusalCode.ROWS_WITHOUT_KEYS)
     source, truth = keys.pop()
     return FullyMasked(source, window, truth)
 

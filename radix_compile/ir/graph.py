@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.triangles import Triangle
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class NodeFacts:
     ``marks``     what ``mark_token_axes`` found out about the result, or each of the results.
     ``visible``   of flex_attention: what its ``mask_mod`` returns for all pairs (``inline_flex_functions``).
     ``scores``    of flex_attention: what its ``score_mod`` returns for all pairs (``inline_flex_functions``).
-    ``parts``     of attention: what it is made of, or in words why that was not found (``read_attention``).
+    ``parts``     of attention: what it is made of, or why that was not found (``read_attention``).
     ``bounds``    the least and the greatest entry that the result can have, None if nothing is known, ``()`` if nobody
                   has asked (kept by ``analysis.bounds``).
 
@@ -63,7 +64,7 @@ class NodeFacts:
     marks: Marks | None = None
     visible: fx.Node | None = None
     scores: fx.Node | None = None
-    parts: Parts | str | None = None
+    parts: Parts | Declined | None = None
     bounds: tuple[float, float] | tuple[()] | None = ()
     form: Form | None = None
     origin: fx.Node | None = None

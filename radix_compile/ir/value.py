@@ -30,31 +30,46 @@ from radix_compile.ir.axes import (
     has_tokens,
     plain_axis,
 )
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, FullyMasked, Weights
 from radix_compile.ir.graph import facts, set_facts
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why folding stops at a node: the reason, the op, and where the user wrote it."""
+    """Why folding stops at a node: the reason and its kind, the op, and where the user wrote it."""
 
     reason: str
+    code: RefusalCode
     op: str
     node: str
     module: str
     source: str
 
     def __str__(self) -> str:
-        where = f" at {self.source}" if self.source else ""
-        inside = f" in {self.module}" if self.module else ""
-        return f"{self.op}{inside}: {self.reason}{where}"
+        return _sentence(self.op, self.module, self.reason, self.source)
 
 
-def refuse(node: fx.Node, reason: str) -> Refusal:
+def refuse(node: fx.Node, reason: str, code: RefusalCode) -> Refusal:
     """A refusal at ``node``, with the place in the user's program it came from."""
+    return Refusal(reason, code, str(node.target), node.name, module_of(node), source_line(node))
+
+
+def locate(node: fx.Node, what: str) -> str:
+    """A sentence about a node: its op, ``what`` there is to say, and the place in the user's program it came from."""
+    return _sentence(str(node.target), module_of(node), what, source_line(node))
+
+
+def _sentence(op: str, module: str, what: str, source: str) -> str:
+    where = f" at {source}" if source else ""
+    inside = f" in {module}" if module else ""
+    return f"{op}{inside}: {what}{where}"
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module of the user's program, or an empty string."""
     modules = node.meta.get("nn_module_stack") or {}
-    module = next(reversed(modules.values()))[0] if modules else ""
-    return Refusal(reason, str(node.target), node.name, _tidy_path(module), source_line(node))
+    return _tidy_path(next(reversed(modules.values()))[0] if modules else "")
 
 
 def _tidy_path(path: str) -> str:
@@ -220,7 +235,10 @@ def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
         return plain_axis(layout.axis_size(varying[0]))
     if all(axis == tokens[0] for axis in tokens):
         return tokens[0]
-    raise Mixes("dimensions that line up mean different things: " + " and ".join(map(str, dict.fromkeys(varying))))
+    raise Mixes(
+        "dimensions that line up mean different things: " + " and ".join(map(str, dict.fromkeys(varying))),
+        RefusalCode.UNCLEAR_DIMENSIONS,
+    )
 
 
 def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) -> tuple[Axes, Uses]:
@@ -249,20 +267,23 @@ def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) 
                 continue
             uniform = all(isinstance(atom, Uniform) for atom in own)
             if not uniform and axis != (SEQ,) and not operand.value.is_constant:
-                raise Mixes(f"dimensions that line up mean different things: {axis} and {own}")
+                raise Mixes(
+                    f"dimensions that line up mean different things: {axis} and {own}", RefusalCode.UNCLEAR_DIMENSIONS
+                )
             if operand.value.is_constant and _repeats_for_sequences(layout, own, axis):
                 repeats = True
                 continue
             if len(axis) > 1 and (exact or not uniform):
-                raise Mixes("a table lines up with tokens and something else at once")
+                raise Mixes("a table lines up with tokens and something else at once", RefusalCode.UNCLEAR_DIMENSIONS)
             if axis != (SEQ,) and not uniform:
                 along = "batch" if axis == (BATCH,) else "sorted"
-                raise Mixes(f"a table lines up with the {along} axis, so equal prefixes get different values")
+                code = RefusalCode.MIXES_SEQUENCES if axis == (BATCH,) else RefusalCode.ORDER_OF_ROWS
+                raise Mixes(f"a table lines up with the {along} axis, so equal prefixes get different values", code)
             gather = axis == (SEQ,) and (exact or not uniform)
             if operand.value.is_constant:
                 uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))
             elif not uniform:  # the result is of pairs, which have no compact form to prepare it for
                 uses.append((operand.node, dim + len(operand.axes), "pairs"))
     if repeats and count_tokens(tuple(result))[1] < 2:  # as above: of pairs nothing need be prepared
-        raise Mixes("a table lines up with tokens and something else at once")
+        raise Mixes("a table lines up with tokens and something else at once", RefusalCode.UNCLEAR_DIMENSIONS)
     return tuple(result), tuple(dict.fromkeys(uses))

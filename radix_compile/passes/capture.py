@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.graph import GraphFacts, NodeFacts, set_facts, set_graph_facts
 from radix_compile.ir.triangles import read_triangle
@@ -24,7 +25,14 @@ aten = torch.ops.aten
 
 
 class CaptureError(Exception):
-    """The graph cannot be captured as functional ATen. The message is the reason; the plain program is unaffected."""
+    """The graph cannot be captured as functional ATen; the plain program is unaffected.
+
+    The message is the reason, and ``code`` its kind.
+    """
+
+    def __init__(self, reason: str, code: RefusalCode) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -41,7 +49,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     if trains and any(
         _has_gradient(one) and internals.flatten_subclasses([one])[0] is not one for one in example_inputs
     ):
-        raise CaptureError("a weight with a gradient is made of several tensors: it folds under torch.no_grad()")
+        raise CaptureError(
+            "a weight with a gradient is made of several tensors: it folds under torch.no_grad()",
+            RefusalCode.UNSUPPORTED_GRADIENT,
+        )
     checkpointed = _tag_checkpointed_regions(gm)
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # a failure may leave a region of the program open
@@ -49,9 +60,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     except internals.CAPTURE_ERRORS as error:
         if internals.must_propagate(error):
             raise
-        raise CaptureError(f"lowering to ATen failed: {first_line(error)}") from error
+        raise CaptureError(f"lowering to ATen failed: {first_line(error)}", RefusalCode.LOWERING_FAILED) from error
     if mutated:
-        raise CaptureError(_writes(gm, captured, mutated))
+        raise CaptureError(_writes(gm, captured, mutated), RefusalCode.IN_PLACE)
     parts = [internals.flatten_subclasses([example]) for example in example_inputs]
     known = GraphFacts(
         model=_model_of(captured.graph),
@@ -102,11 +113,15 @@ def _refuse_what_would_go_wrong(gm: fx.GraphModule) -> None:
                 continue
             if internals.is_custom_autograd_function(node.target) and modes[node]:
                 raise CaptureError(
-                    "a custom autograd.Function would lose its gradient: where none is recorded it can fold"
+                    "a custom autograd.Function would lose its gradient: where none is recorded it can fold",
+                    RefusalCode.UNSUPPORTED_GRADIENT,
                 )
             if internals.is_functorch_transform(node.target):
                 # Lowering fails half way through these and leaves functorch's interpreter stack unbalanced.
-                raise CaptureError("the program uses torch.func transforms (vmap), as flex_attention's block masks do")
+                raise CaptureError(
+                    "the program uses torch.func transforms (vmap), as flex_attention's block masks do",
+                    RefusalCode.TORCH_FUNC,
+                )
 
 
 def _graphs_of(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -125,7 +140,8 @@ def _refuse_unknown_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> 
         if dim is not None:
             which = f"dimension {dim} of {internals.source_name(node)}"
             raise CaptureError(
-                f"{which} is an unbacked symbol (mark_unbacked), of which nothing is known when compiling"
+                f"{which} is an unbacked symbol (mark_unbacked), of which nothing is known when compiling",
+                RefusalCode.SYMBOLIC_SIZE,
             )
 
 

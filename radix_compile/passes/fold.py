@@ -8,9 +8,9 @@ from torch import fx
 
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.parts import TreeAttention
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import FullyMasked
 from radix_compile.ir.graph import Form
-from radix_compile.ir.value import Refusal
 from radix_compile.options import Options
 
 
@@ -63,7 +63,7 @@ class Fold:
 
     Several of them are made of one graph with its facts, ``captured``, which no folding pass writes to.
 
-    ``attentions``  how each attention runs on the tree, or in words why it does not (``fold_attention``).
+    ``attentions``  how each attention runs on the tree, or why it does not (``fold_attention``).
     ``homes``       the form in which each node runs (``choose_cuts``).
     ``light``       whether a node is computed from the inputs by cheap ops alone, as far as ``is_light`` was asked.
     ``wanted``      the forms in which each node's value is wanted (``fold_graph``).
@@ -78,12 +78,12 @@ class Fold:
     variant: FoldVariant
     options: Options
     program: fx.GraphModule
-    attentions: dict[fx.Node, TreeAttention | str] = field(default_factory=dict)
+    attentions: dict[fx.Node, TreeAttention | Declined] = field(default_factory=dict)
     homes: dict[fx.Node, Form] = field(default_factory=dict)
     light: dict[fx.Node, bool] = field(default_factory=dict, repr=False)
     wanted: Wanted = field(default_factory=Wanted)
     starts: Starts = field(default_factory=Starts)
-    column: Refusal | None = None
+    column: fx.Node | None = None
     left_out: FullyMasked | None = None
     notes: list[str] = field(default_factory=list)
 

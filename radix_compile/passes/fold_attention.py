@@ -21,6 +21,7 @@ from radix_compile.analysis.attention.rows import NotOnTree, Rows, are_side_by_s
 from radix_compile.analysis.rules.flex import mask_of
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import FullyMasked, Masked, Weights, fully_masked_rows, hides, is_known, terms_of
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.graph import facts, graph_facts
@@ -31,7 +32,7 @@ aten = torch.ops.aten
 
 
 def fold_attention(fold: Fold) -> None:
-    """State the :class:`TreeAttention` of each attention, or in words why there is none.
+    """State the :class:`TreeAttention` of each attention, or :class:`Declined` if there is none.
 
     Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless the variant forbids it:
     that sequences packed in a row are told apart by their paths; that every row sees a key, where one that sees none in
@@ -66,19 +67,16 @@ def fold_attention(fold: Fold) -> None:
                 runs = found.visible.runs if runs is None else runs
                 if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
                     raise NotOnTree("another attention hides other keys, and the plan is made for those")
-            except NotOnTree as reason:
-                fold.attentions[node] = str(reason)
+            except NotOnTree as verdict:
+                fold.attentions[node] = Declined(str(verdict))
 
 
 def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
-    if node.target is aten.scaled_dot_product_attention.default:
-        parts = _parts(node)
-    else:
-        known = facts(node).parts
-        assert known is not None
-        if isinstance(known, str):
-            raise NotOnTree(known)
-        parts = known
+    one_op = node.target is aten.scaled_dot_product_attention.default
+    parts = _parts(node) if one_op else facts(node).parts
+    assert parts is not None
+    if isinstance(parts, Declined):
+        raise NotOnTree(parts.reason)
     value = values_of(node)[0]
     attends = value.attends
     assert attends is not None

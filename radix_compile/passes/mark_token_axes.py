@@ -32,7 +32,7 @@ from radix_compile.ir.axes import (
     plain_axes,
     shape_of,
 )
-from radix_compile.ir.errors import CannotFold
+from radix_compile.ir.errors import CannotFold, RefusalCode
 from radix_compile.ir.facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.ir.graph import facts, graph_facts, set_graph_facts
 from radix_compile.ir.value import Marks, Value, mark, marks_of, refuse, values_of
@@ -48,15 +48,18 @@ def mark_token_axes(gm: fx.GraphModule) -> None:
     packed = bool(gm.graph.find_nodes(op="call_function", target=aten.eq.Tensor))  # sequences are told apart by number
     if (batch == 1 and not packed) or seq == 1:
         what = "there is one sequence only" if batch == 1 else "sequences of one token share nothing"
-        raise CannotFold(what, expected=True)
+        raise CannotFold(what, RefusalCode.NOTHING_TO_SHARE, expected=True)
     if batch == 0 or seq == 0:
-        raise CannotFold("the batch is empty", expected=True)
+        raise CannotFold("the batch is empty", RefusalCode.NOTHING_TO_SHARE, expected=True)
     inputs = gm.graph.find_nodes(op="placeholder")
     keys = [node for node in inputs if _is_key_input(node) and _lines_up(node, ids)]
     if not _is_key_input(ids):
         keys = [node for node in inputs if node in keys or (_is_embedded(node) and _lines_up(node, ids))]
         if any(facts(node).needs_gradient for node in keys):
-            raise CannotFold("the embedded input has a gradient, which every row needs its own of: pass input_ids")
+            raise CannotFold(
+                "the embedded input has a gradient, which every row needs its own of: pass input_ids",
+                RefusalCode.EMBEDDINGS_WITH_GRADIENT,
+            )
     layout = Layout(*shape_of(ids)[:2])  # after the line above, which may have found two symbols to be one
     reaches = Reaches(layout, hints_of(gm.graph), reach_rule_for)
     tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
@@ -116,7 +119,9 @@ def _token_ids(graph: fx.Graph) -> fx.Node | None:
                 return node
             shapes.append(tuple(node.meta["val"].shape))
     if shapes:
-        raise CannotFold(f"token ids have the shape {list(shapes[0])}; expected [batch, sequence]")
+        raise CannotFold(
+            f"token ids have the shape {list(shapes[0])}; expected [batch, sequence]", RefusalCode.NO_TOKEN_IDS
+        )
     return None
 
 
@@ -126,12 +131,15 @@ def _embedded(graph: fx.Graph) -> fx.Node:
     Whatever it is, two rows of it that hold the same are the same; if it is something else, nothing will be proved.
     """
     if not any(flops(node) for node in graph.nodes):
-        raise CannotFold("there is no token-wise arithmetic in it", expected=True)
+        raise CannotFold("there is no token-wise arithmetic in it", RefusalCode.NO_ARITHMETIC, expected=True)
     node: fx.Node
     for node in graph.find_nodes(op="placeholder"):
         if _is_embedded(node) and node.meta["val"].dtype.is_floating_point:
             return node
-    raise CannotFold("the graph takes no token ids (no embedding is looked up by an integer input), and no embeddings")
+    raise CannotFold(
+        "the graph takes no token ids (no embedding is looked up by an integer input), and no embeddings",
+        RefusalCode.NO_TOKEN_IDS,
+    )
 
 
 def _infer(node: fx.Node, tokens: Tokens) -> Marks:
@@ -150,12 +158,12 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         marks = _apply_rule(node, tokens)
         results = node.meta.get("val")
         if isinstance(results, tuple | list) and not (isinstance(marks, tuple) and len(marks) == len(results)):
-            raise Mixes("its rule does not say what each of its results is")
+            raise Mixes("its rule does not say what each of its results is", RefusalCode.CUSTOM_RULE)
         if isinstance(marks, tuple):
             return tuple(_checked(value, tokens.layout) for value in marks)
         return _checked(marks, tokens.layout)
     except Mixes as verdict:
-        return Value((), mixed=refuse(node, str(verdict)))
+        return Value((), mixed=refuse(node, str(verdict), verdict.code))
 
 
 def _literal(node: fx.Node) -> Filled | None:
@@ -174,11 +182,11 @@ def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
         return Value((), mixed=mixed)
     rule = rule_for(node.target)
     if any(value.arrangement for value in inputs) and not knows_arrangements(node.target):
-        raise Mixes("computes with the order of the rows, in which every row has a part")
+        raise Mixes("computes with the order of the rows, in which every row has a part", RefusalCode.ORDER_OF_ROWS)
     if rule is None:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
-        raise Mixes("no rule for this op, so it may mix rows")
+        raise Mixes("no rule for this op, so it may mix rows", RefusalCode.NO_RULE)
     fully_masked = frozenset().union(*(value.fully_masked for value in inputs)) - blanked(node)
     marks = rule(node, tokens.layout)
     if isinstance(marks, tuple):
@@ -235,5 +243,5 @@ def _checked(value: Value, layout: Layout) -> Value:
         return value
     batches = 1 if BATCH in layout.row else 0
     if arranged or count_tokens(value.axes) not in ((batches, 1), (batches, 2)):
-        raise Mixes("combines different sequences")
+        raise Mixes("combines different sequences", RefusalCode.MIXES_SEQUENCES)
     return value

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import fx
 
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.options import Options
 from radix_compile.passes.choose_cuts import choose_cuts
 from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
@@ -70,6 +71,8 @@ BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError,
 
 class PassFailed(Exception):  # noqa: N818 - a verdict about a graph, as CannotFold is
     """A pass raised unexpectedly; the backend falls back to the plain program. The message names the pass."""
+
+    code = RefusalCode.INTERNAL_ERROR
 
 
 def annotate(gm: fx.GraphModule, observe: Observer | None = None, verify: bool = False) -> None:

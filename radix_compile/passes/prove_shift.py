@@ -36,7 +36,7 @@ from radix_compile.ir.facts import (
 )
 from radix_compile.ir.graph import tokens_of
 from radix_compile.ir.source import ancestors
-from radix_compile.ir.value import is_row, refuse, value_of, values_of
+from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.passes.fold import Fold, Starts
 
 aten = torch.ops.aten
@@ -48,8 +48,7 @@ def prove_shift(fold: Fold) -> None:
     Needs ``fold_graph``.
     """
     runs = separate_runs(fold.captured)
-    reader = _first_reader_of_columns(fold, runs)
-    fold.column = None if reader is None else refuse(reader, "")
+    reader = fold.column = _first_reader_of_columns(fold, runs)
     tokens = tokens_of(fold.captured)
     by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
     if reader is None and not by_column:

@@ -18,6 +18,7 @@ from radix_compile.analysis.rules.flex import FLEX, arguments_of, inlined, mask_
 from radix_compile.analysis.rules.masks import fact_of, is_hidden
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Feature, Uniform, shape_of
+from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.ir.graph import facts, set_facts
 from radix_compile.ir.source import ancestors
@@ -29,17 +30,17 @@ COPIES = (*SAME_ORDER, aten._to_copy.default, aten.to.dtype, aten.type_as.defaul
 
 
 def read_attention(gm: fx.GraphModule) -> None:
-    """State the :class:`Parts` of each product of weights and values, or in words why they are not read.
+    """State the :class:`Parts` of each product of weights and values, or :class:`Declined` if they cannot be read.
 
     Needs ``mark_token_axes``, which has found what the masks say.
     """
     for node in gm.graph.nodes:
         if is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
-            parts: Parts | str
+            parts: Parts | Declined
             try:
                 parts = _parts(node)
-            except NotOnTree as reason:
-                parts = str(reason)
+            except NotOnTree as verdict:
+                parts = Declined(str(verdict))
             set_facts(node, replace(facts(node), parts=parts))
 
 

@@ -13,9 +13,10 @@ from radix_compile.analysis.attention.parts import TreeAttention, attention_step
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.rules.table import tensor_inputs
 from radix_compile.analysis.tokens import Tokens
+from radix_compile.ir.errors import Declined, RefusalCode
 from radix_compile.ir.facts import RowMax
 from radix_compile.ir.graph import Form, graph_facts, tokens_of
-from radix_compile.ir.value import Refusal, refuse, values_of
+from radix_compile.ir.value import Refusal, module_of, source_line, values_of
 from radix_compile.kernels.tree_attention import why_tiles
 from radix_compile.passes.fold import Fold, Wanted
 from radix_compile.torch_internals import size_hint
@@ -49,14 +50,15 @@ class Region:
 class GraphReport:
     """One captured graph. FLOPs are those of matrix products and attention as written, at the captured shapes.
 
-    ``flops_compact`` is of what runs once per node, ``flops_tree`` of attention on the tree, ``flops_full`` the rest.
-    ``place`` is what runs once per node: ``layers 0-27``, or the module if it is not in numbered layers. ``model`` is
-    the class of the outermost module. ``bytes_folded`` and ``bytes_scattered`` are those of tensors that go from rows
-    to nodes and back, counted as rows.
+    ``code`` is the kind of the ``reason`` for which it is not folded. ``flops_compact`` is of what runs once per node,
+    ``flops_tree`` of attention on the tree, ``flops_full`` the rest. ``place`` is what runs once per node:
+    ``layers 0-27``, or the module if it is not in numbered layers. ``model`` is the class of the outermost module.
+    ``bytes_folded`` and ``bytes_scattered`` are those of tensors that go from rows to nodes and back, counted as rows.
     """
 
     folded: bool
     reason: str = ""
+    code: RefusalCode | None = None
     place: str = ""
     model: str = ""
     bytes_folded: int = 0
@@ -93,7 +95,7 @@ def report_on(fold: Fold) -> GraphReport:
     report.regions = _regions(captured.graph, compact)
     report.model = graph_facts(captured).model
     report.bytes_folded, report.bytes_scattered = (_moved(wanted, form) for form in (Form.COMPACT, Form.FULL))
-    report.place = _place([refuse(node, "").module for node in captured.graph.nodes if node in compact and flops(node)])
+    report.place = _place([module_of(node) for node in captured.graph.nodes if node in compact and flops(node)])
     report.notes += [*fold.notes, *_scans(tokens, wanted)]
     report.refusals = _that_matter(captured.graph, tokens)
     return report
@@ -124,7 +126,7 @@ def _place(modules: Sequence[str]) -> str:
 
 def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
     followed = [node for node in tokens.scans if Form.COMPACT in wanted.forms.get(node, ())]
-    modules = dict.fromkeys(refuse(node, "").module for node in followed)
+    modules = dict.fromkeys(module_of(node) for node in followed)
     return [f"scan or convolution in {module}: proved causal; runs in full form" for module in modules]
 
 
@@ -136,16 +138,17 @@ def _attention(node: fx.Node, fold: Fold, on_tree: bool) -> Attention | None:
         return None
     if not is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
         return None
-    place = refuse(node, "")
+    place = module_of(node), source_line(node)
     if value.attends is not None:
         if on_tree:
             status = f"proved causal; runs on the prefix tree{_lowering(fold.tree_attention(node))}"
-            return Attention(True, status, place.module, place.source)
-        why = fold.attentions[node]
-        assert isinstance(why, str)
-        return Attention(True, f"proved causal; runs in full form: {why}", place.module, place.source, why)
+            return Attention(True, status, *place)
+        declined = fold.attentions[node]
+        assert isinstance(declined, Declined)
+        status = f"proved causal; runs in full form: {declined.reason}"
+        return Attention(True, status, *place, declined.reason)
     reason = value.mixed.reason if value.mixed is not None and value.mixed.node == node.name else "follows a refusal"
-    return Attention(False, reason, place.module, place.source)
+    return Attention(False, reason, *place)
 
 
 def _lowering(found: TreeAttention | None) -> str:
@@ -194,4 +197,4 @@ def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
     for node in leader:
         members.setdefault(find(node), []).append(node)
     members = {node: nodes for node, nodes in members.items() if any(flops(member) for member in nodes)}
-    return [Region(len(nodes), refuse(nodes[0], "").module, refuse(nodes[-1], "").module) for nodes in members.values()]
+    return [Region(len(nodes), module_of(nodes[0]), module_of(nodes[-1])) for nodes in members.values()]

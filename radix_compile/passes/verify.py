@@ -14,7 +14,7 @@ from radix_compile.ir.axes import BATCH, SEQ, Axis, Layout, Sorted, Token, as_si
 from radix_compile.ir.calls import arguments_of
 from radix_compile.ir.graph import Form, facts, graph_facts, source_of_fold, tokens_of
 from radix_compile.ir.plan_arrays import BY_NAME, PLAN_ARRAYS
-from radix_compile.ir.value import Value, refuse, values_of
+from radix_compile.ir.value import Value, locate, values_of
 from radix_compile.passes.choose_cuts import has_compact_form
 
 NODES = 1_000_003
@@ -54,7 +54,7 @@ def verify_graph(gm: fx.GraphModule, homes: Mapping[fx.Node, Form] | None = None
 
 def _expect(holds: bool, node: fx.Node, what: str) -> None:
     if not holds:
-        raise InvariantError(f"{refuse(node, what)} (node {node.name})")
+        raise InvariantError(f"{locate(node, what)} (node {node.name})")
 
 
 # ------------------------------------------------------------------------------------------------- before the fold

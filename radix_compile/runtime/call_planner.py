@@ -15,12 +15,12 @@ from torch import fx
 from radix_compile.analysis.reach.column_reach import ReachCheck
 from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.ir.axes import as_size
-from radix_compile.ir.errors import CannotFold, RunsPlain
+from radix_compile.ir.errors import CannotFold, RefusalCode, RunsPlain
 from radix_compile.ir.facts import ordered_by
 from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.ir.plan_arrays import Part, plan_arrays
 from radix_compile.ir.source import ancestors
-from radix_compile.ir.value import values_of
+from radix_compile.ir.value import source_line, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_visible_keys, shown_keys, with_blocks
 from radix_compile.passes.prove_shift import attentions, hidden_padding
@@ -291,7 +291,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
     runs = _row_program(captured, starts.runs) if starts.runs else None
     if runs is None and tokens.layout.batch == 1:
-        raise CannotFold("there is one sequence only", expected=True)
+        raise CannotFold("there is one sequence only", RefusalCode.NOTHING_TO_SHARE, expected=True)
     shown, relied = shown_keys(fold), relies_on_runs(fold)
     # Numbers that only tell sequences apart are no part of their rows.
     keys = tuple(
@@ -360,7 +360,8 @@ def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
         return None
     return (
         "with left padding, prompts that start at different columns are not shared, because a row may depend on its"
-        f" column ({column.op} at {column.source}): pass position_ids computed from the mask, or pad on the right"
+        f" column ({column.target} at {source_line(column)}): pass position_ids computed from the mask, or pad on the"
+        " right"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from radix_compile import torch_internals as internals
-from radix_compile.ir.errors import RunsPlain
+from radix_compile.ir.errors import Declined, RunsPlain
 from radix_compile.options import Options
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.calibration import Measurements, time_programs
@@ -100,9 +100,9 @@ class PerCall:
             return self._run_plain(wrapped, str(reason))
         counts = Counts.of(plan, batch, seq)
         chosen = self._choose(_Call(wrapped, args, ids.device, plan, counts, candidates))
-        if isinstance(chosen, str):
+        if isinstance(chosen, Declined):
             COUNTERS.add(self.name, plan_seconds=time.perf_counter() - started)
-            return self._run_plain(wrapped, chosen)
+            return self._run_plain(wrapped, chosen.reason)
         arrays = chosen.inputs.arrays(plan, args, ids.device)
         self._count(chosen, counts, plan, time.perf_counter() - started)
         with torch.profiler.record_function(f"radix: {self.place}, {plan.tokens} -> {plan.compact_tokens} rows"):
@@ -138,12 +138,12 @@ class PerCall:
             return plan, [one, *(other for other in self.folded[i + 1 :] if other.always)]
         return last.inputs.plan(args, self.options.pad_multiple_of, apart), [last]
 
-    def _choose(self, call: _Call) -> Folded | str:
-        """One of the candidates, or why none of them."""
+    def _choose(self, call: _Call) -> Folded | Declined:
+        """One of the candidates, or why none of them runs."""
         fold, counts = self.options.fold, call.counts
         by_name = {one.name: one for one in call.candidates}
         if counts.nodes <= 1:  # which is not compiled for
-            return "too little is shared"
+            return Declined("too little is shared")
         kept = self.measurements if fold == "auto" and self.options.calibrate else None
         if kept is not None and self.model.needs_timing(counts, list(by_name)):
             self.model.timed.append(self._timed(call))
@@ -157,7 +157,7 @@ class PerCall:
             name = call.candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
         if self.chose is not None:
             self.chose(Choice(name, predicted, call.plan, call.args[self.folded[0].inputs.keys[0]]))
-        return reason if name == PLAIN else by_name[name]
+        return Declined(reason) if name == PLAIN else by_name[name]
 
     def _timed(self, call: _Call) -> Timed:
         """All programs, the folded ones with the call's plan and with one that shares nothing."""

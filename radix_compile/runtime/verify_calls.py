@@ -14,7 +14,7 @@ from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import BATCH, SEQ, Token
 from radix_compile.ir.graph import Form, facts, graph_facts, tokens_of
-from radix_compile.ir.value import Value, refuse, values_of
+from radix_compile.ir.value import Value, locate, values_of
 from radix_compile.passes.fold_graph import apart
 
 REPORT = "Please report it. With options={'fold': 'never'} everything runs plain."
@@ -160,7 +160,7 @@ class CallVerifier:
         try:
             results = _Compared(self, captured.env, node).run(*args, *plan)
         except _Found as found:
-            return f"The first wrong result, in {found.form.value} form: {refuse(found.origin, 'is not what it was')}"
+            return f"The first wrong result, in {found.form.value} form: {locate(found.origin, 'is not what it was')}"
         if self._largest_error(results, expected, node) > self.rounding:
             return "It is in what replaces the loss: every op before that is right."
         return "Op by op the folded graph is right: what the inner backend compiled from it is not."

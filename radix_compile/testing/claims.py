@@ -44,7 +44,7 @@ from radix_compile.ir.facts import (
     ordered_by,
 )
 from radix_compile.ir.graph import facts, tokens_of
-from radix_compile.ir.value import Value, refuse, value_of, values_of
+from radix_compile.ir.value import Value, locate, value_of, values_of
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.call_planner import may_wrap, rows_without_a_key
 from radix_compile.runtime.checks import rows_seen
@@ -95,7 +95,7 @@ class _Claims:
                 if value.mixed is None and value.arrangement is None and isinstance(tensor, Tensor):
                     what = self._wrong(node, value, tensor, other)
                     if what:
-                        raise ClaimError(f"{refuse(node, what)}: {value}")
+                        raise ClaimError(f"{locate(node, what)}: {value}")
 
     def _is_ordinary(self) -> bool:
         """Products of rows are assumed to be at most ``ORDINARY``. With larger ones nothing can be said."""

@@ -83,7 +83,9 @@ def test_explain_what_does_not_fold(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_one_sequence_and_graph_breaks(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", config, "--batch", "1"]) == 1
-    assert "there is one sequence only" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "there is one sequence only" in said
+    assert "Send several sequences that share prefixes" in said
     main(["explain", f"python:{__name__}:Breaks"])
     said = capsys.readouterr().out
     assert "graph break: Call to `torch._dynamo.graph_break()`" in said
@@ -100,8 +102,10 @@ def test_diff(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["diff", config, "-o", str(page)]) == 0
     assert page.read_text().startswith("<!doctype html>")
     assert "run once per node" in capsys.readouterr().out
-    assert main(["diff", config, "--format", "svg"]) == 0
-    assert capsys.readouterr().out.startswith("<svg")
+    patch = tmp_path / "model.patch"
+    assert main(["diff", config, "-o", str(patch), "--format", "text"]) == 0
+    assert patch.read_text().startswith("graph 0: ")
+    capsys.readouterr()
     assert main(["diff", config, "--json", "--pass", "fold_graph"]) == 0
     (graph,) = json.loads(capsys.readouterr().out)["graphs"]
     kinds = {line["kind"] for block in graph["blocks"] for line in block["lines"]}
@@ -216,6 +220,7 @@ def test_doctor_says_which_plan_function_runs(
         (["bench", "{config}", "-o", "/no/such/x.png"], "-o /no/such/x.png: expected a file"),
         (["diff", "{config}", "--pass", "fold"], "no pass 'fold' ran here"),
         (["diff", "{config}", "--layer", "99"], "the layers are 0 to 3"),
+        (["diff", "{config}", "-o", "x.svg"], "-o x.svg: expected a file ending in .txt, .diff, .html, .json"),
         (["diff", "{config}", "-o", "/no/such/folder/x.html"], "-o /no/such/folder/x.html: No such file"),
         (["estimate", "no_such_file.jsonl"], "no_such_file.jsonl"),
         (["estimate", "{data}", "--field", "answer"], "no field answer; there are prompt: say --field"),

@@ -127,7 +127,7 @@ def test_links_lead_to_the_other_side_and_to_what_is_read(page: webdriver.Chrome
     assert "sdpa_attention.py" in details.text
     details.find_element(By.CSS_SELECTOR, '[data-link^="before:"]').click()
     assert "scaled_dot_product_attention (before)" in details.text
-    assert "op_rules/attention.py" in details.text
+    assert "analysis/rules/attention.py" in details.text
     (chosen,) = all_of(page, ".cell.chosen")
     assert "scaled_dot_product_attention" in chosen.text
     assert any("tree_attention" in near.text for near in all_of(page, ".cell.near"))
@@ -204,6 +204,39 @@ def test_both_themes_can_be_read_and_nothing_is_cut_off(page: webdriver.Chrome, 
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         press(page, "t")
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@in_a_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_paper_has_all_of_it(page: webdriver.Chrome, theme: str) -> None:
+    if page.execute_script("return document.documentElement.dataset.theme") != theme:
+        press(page, "t")
+    press(page, "3")  # another view than the first, with no layer open
+    assert page.find_elements(By.CSS_SELECTOR, ".row") == []
+    page.execute_script("dispatchEvent(new Event('beforeprint'))")  # as printing does
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 700, "height": 1000, "deviceScaleFactor": 1, "mobile": False},  # about what A4 is wide
+    )
+    try:
+        views = all_of(page, "[role=tabpanel]")
+        assert [view.get_attribute("id") for view in views] == ["graph", "refusals", "tree"]
+        assert len(all_of(page, ".block > button")) == len(all_of(page, ".lines"))
+        both = all_of(page, ".row.both")
+        assert len(both) > 40
+        assert len(all_of(page, ".row.both > .cell")) == 2 * len(both)
+        cut_off = "return arguments[0].filter((one) => one.scrollWidth > one.clientWidth).length"
+        assert page.execute_script(cut_off, all_of(page, ".cell b, .cell span")) == 0
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 700
+        assert "Move it behind the model" in views[1].text
+        assert all_of(page, "#tree rect")
+        assert all_of(page, "[role=tab], #search, #theme, .refusal button") == []
+        paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert paper == "rgb(255, 255, 255)"
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def contrast(page: webdriver.Chrome, element: WebElement) -> float:

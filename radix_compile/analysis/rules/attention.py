@@ -11,6 +11,7 @@ from radix_compile.analysis.rules.contractions import attend
 from radix_compile.analysis.rules.masks import as_formula, in_attention
 from radix_compile.analysis.rules.table import argument, rule
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import And, Diff, Formula, Masked, Weights, implies_causal
 from radix_compile.ir.value import Operand, Uses, Value, broadcast, value_of
 
@@ -19,7 +20,10 @@ aten = torch.ops.aten
 
 @rule(aten._transformer_encoder_layer_fwd.default)
 def fused_encoder_layer(node: fx.Node, layout: Layout) -> Value:
-    raise Mixes("a whole layer in one op: torch.backends.mha.set_fastpath_enabled(False) makes its parts visible")
+    raise Mixes(
+        "a whole layer in one op: torch.backends.mha.set_fastpath_enabled(False) makes its parts visible",
+        RefusalCode.FUSED_LAYER,
+    )
 
 
 @rule(aten.scaled_dot_product_attention.default)
@@ -27,10 +31,12 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
     q, k, v = value_of(query), value_of(key), value_of(value)
     if argument(node, "dropout_p"):
-        raise Mixes("attention dropout is on")
+        raise Mixes("attention dropout is on", RefusalCode.DROPOUT)
     for what, source in (("query", q), ("key", k), ("value", v)):
         if not source.is_row or source.axes[-2] != (SEQ,) or has_tokens(source.axes[-1]):
-            raise Mixes(f"the {what} of attention does not have one vector for each row")
+            raise Mixes(
+                f"the {what} of attention does not have one vector for each row", RefusalCode.ATTENTION_NOT_UNDERSTOOD
+            )
     grouped = argument(node, "enable_gqa")
     for source in (q, k, v) if grouped else ():
         feature(source.axes[-3], "groups heads along")
@@ -39,11 +45,10 @@ def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
     scores = Operand(query, q, (*leading, (SEQ,), (SEQ,)))
     visible, uses = _visible(node, layout, scores)
     if not implies_causal(visible, -2, -1):
-        raise Mixes(
-            "attention is bidirectional"
-            if visible == And(())
-            else "the attention mask lets a token see later ones (or is not understood)"
-        )
+        if visible == And(()):
+            raise Mixes("attention is bidirectional", RefusalCode.BIDIRECTIONAL)
+        said = "the attention mask lets a token see later ones (or is not understood)"
+        raise Mixes(said, RefusalCode.MASK_NOT_CAUSAL)
     mask = argument(node, "attn_mask")
     keys = (k, v) if mask is None else (k, v, value_of(mask))
     attended = attend((*leading, (SEQ,), v.axes[-1]), Weights(visible, -2, -1), *keys)
@@ -69,4 +74,4 @@ def _visible(node: fx.Node, layout: Layout, scores: Operand) -> tuple[Formula, U
         return as_formula(marks), uses
     if isinstance(marks.fact, Masked) and in_attention(marks.fact).is_certain:
         return marks.fact.visible, uses
-    raise Mixes("the attention mask is not understood")
+    raise Mixes("the attention mask is not understood", RefusalCode.MASK_NOT_UNDERSTOOD)

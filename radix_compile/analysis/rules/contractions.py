@@ -10,6 +10,7 @@ from torch import fx
 from radix_compile.analysis.rules.masks import biased_scores
 from radix_compile.analysis.rules.table import argument, operand, rule
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens, plain_axes
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Score, Weights, fully_masked_rows, hides
 from radix_compile.ir.value import Operand, Value, broadcast, value_of
 
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 def constant_weights(*nodes: fx.Node | None) -> None:
     for node in nodes:
         if node is not None and not value_of(node).is_constant:
-            raise Mixes("the weights differ from row to row")
+            raise Mixes("the weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
 
 
 @rule(aten.linear.default)
@@ -51,7 +52,7 @@ def addmm(node: fx.Node, layout: Layout) -> Value:
     constant_weights(argument(node, "self"), argument(node, "mat2"))
     bias = argument(node, "self")
     if len(value_of(bias).axes) > 1:
-        raise Mixes("adds a matrix that is not a bias")
+        raise Mixes("adds a matrix that is not a bias", RefusalCode.UNSUPPORTED_ARGUMENTS)
     result = product(node, argument(node, "mat1"), argument(node, "mat2"), layout)
     return replace(result, axes=(*result.axes[:-1], *plain_axes(node)[-1:]))  # uniform weights, a bias that is not
 
@@ -62,7 +63,7 @@ def baddbmm(node: fx.Node, layout: Layout) -> Value:
     bias = argument(node, "self")
     result = product(node, argument(node, "batch1"), argument(node, "batch2"), layout)
     if not result.is_pair:
-        raise Mixes("adds to a product that is not one of queries and keys")
+        raise Mixes("adds to a product that is not one of queries and keys", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     axes, uses = broadcast(layout, [Operand(node, result, result.axes), operand(bias)])
     fact = biased_scores(bias, argument(node, "beta"), argument(node, "alpha"), node.meta["val"].dtype)
     return Value(axes, fact=fact, operands=(*result.operands, *uses))
@@ -99,7 +100,7 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
         operands.append(Operand(tensor, value, tuple(placed.get(label, ()) for label in order)))
     axes, uses = broadcast(layout, operands)
     if any(how != "pairs" for _, _, how in uses):
-        raise Mixes("a table lines up with tokens in an equation")
+        raise Mixes("a table lines up with tokens in an equation", RefusalCode.UNCLEAR_DIMENSIONS)
     over = [(label, axis) for label, axis in zip(summed, axes, strict=False) if has_tokens(axis)]
     kept = axes[len(summed) :]
     if not over:
@@ -110,10 +111,13 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
     (weights, term), *rows = by_fact
     fact = value_of(weights).fact
     if others or len(rows) != 1 or axis != (SEQ,) or not isinstance(fact, Weights):
-        raise Mixes("sums over the rows of a sequence")
+        raise Mixes("sums over the rows of a sequence", RefusalCode.MIXES_TOKENS)
     ((source, _),) = rows
     if term.find(label) - len(term) != fact.key or not value_of(source).is_row:
-        raise Mixes("attention weights meet something that is not one value vector for each row")
+        raise Mixes(
+            "attention weights meet something that is not one value vector for each row",
+            RefusalCode.ATTENTION_NOT_UNDERSTOOD,
+        )
     return attend(kept, fact, value_of(weights), value_of(source))
 
 
@@ -122,13 +126,16 @@ def labels_of(equation: str, count: int) -> tuple[list[str], str]:
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if not arrow or "." in left or len(terms) != count or any(len(set(term)) < len(term) for term in [*terms, right]):
-        raise Mixes("an equation of a kind that is not read: with '...', with a label twice, or without '->'")
+        raise Mixes(
+            "an equation of a kind that is not read: with '...', with a label twice, or without '->'",
+            RefusalCode.UNSUPPORTED_ARGUMENTS,
+        )
     return terms, right
 
 
 def _vector_product(a: Value, b: Value) -> Value:
     if not b.is_constant:
-        raise Mixes("a product with a vector that differs from row to row")
+        raise Mixes("a product with a vector that differs from row to row", RefusalCode.DIFFERS_BY_ROW)
     feature(a.axes[-1], "contracts")
     return Value((*a.axes[:-1], *(b.axes[:-2] + b.axes[-1:] if len(b.axes) > 1 else ())))
 
@@ -138,12 +145,18 @@ def _weighted_sum(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) 
     a, b = value_of(left), value_of(right)
     weights = a.fact
     if not isinstance(weights, Weights) or weights.key != -1 or a.axes[-1] != (SEQ,):
-        raise Mixes("sums over the rows of a sequence")
+        raise Mixes("sums over the rows of a sequence", RefusalCode.MIXES_TOKENS)
     if b.axes[-2] != (SEQ,) or not b.is_row:
-        raise Mixes("attention weights meet something that is not one value vector for each row")
+        raise Mixes(
+            "attention weights meet something that is not one value vector for each row",
+            RefusalCode.ATTENTION_NOT_UNDERSTOOD,
+        )
     axes, _ = broadcast(layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))])
     if has_tokens(b.axes[-1]):
-        raise Mixes("attention weights meet something that is not one value vector for each row")
+        raise Mixes(
+            "attention weights meet something that is not one value vector for each row",
+            RefusalCode.ATTENTION_NOT_UNDERSTOOD,
+        )
     return attend((*axes[:-2], a.axes[-2], b.axes[-1]), weights, a, b)
 
 
@@ -153,7 +166,9 @@ def attend(axes: Axes, weights: Weights, *sources: Value) -> Value:
     for source in sources:
         for other in source.fully_masked:
             if not hides(weights.visible, other, weights.key):
-                raise Mixes("a row that sees no key in an earlier layer is seen by others here")
+                raise Mixes(
+                    "a row that sees no key in an earlier layer is seen by others here", RefusalCode.ROWS_WITHOUT_KEYS
+                )
     return Value(
         axes,
         full_only=True,

@@ -7,6 +7,7 @@ from torch import fx
 from radix_compile.analysis.rules.elementwise import lined_up
 from radix_compile.analysis.rules.table import RULES, Rule, tensor_inputs
 from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.value import Marks, Value, value_of
 from radix_compile.plan.arrays import describe
 from radix_compile.torch_internals import OpOverload
@@ -71,12 +72,12 @@ def _causal(node: fx.Node, layout: Layout) -> Marks:
     rows = [one for one in tensor_inputs(node) if value_of(one).is_row]
     _constant([one for one in tensor_inputs(node) if one not in rows])
     if not rows:
-        raise Mixes("none of its tensors has one entry for each row")
+        raise Mixes("none of its tensors has one entry for each row", RefusalCode.CUSTOM_RULE)
     for one in rows:
         if value_of(one).axes[:2] != layout.rows:
-            raise Mixes("its tensors are not [batch, sequence, ...]")
+            raise Mixes("its tensors are not [batch, sequence, ...]", RefusalCode.CUSTOM_RULE)
         if value_of(one).fully_masked:
-            raise Mixes("reads rows that saw no key in an earlier layer")
+            raise Mixes("reads rows that saw no key in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
     outputs = node.meta["val"]
     shapes = [one.shape for one in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]
     features = [tuple(plain_axis(as_size(size)) for size in shape[2:]) for shape in shapes]
@@ -89,7 +90,7 @@ KINDS: dict[str, Rule] = {"pointwise": _pointwise, "rowwise": _rowwise, "causal"
 
 def _constant(nodes: list[fx.Node]) -> None:
     if not all(value_of(node).is_constant for node in nodes):
-        raise Mixes("the weights differ from row to row")
+        raise Mixes("the weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
 
 
 def _each(node: fx.Node, value: Value, last_differs: bool = False) -> Marks:
@@ -98,7 +99,7 @@ def _each(node: fx.Node, value: Value, last_differs: bool = False) -> Marks:
     def of(shape: tuple[int, ...]) -> Value:
         axes = (*value.axes[:-1], plain_axis(as_size(shape[-1]))) if last_differs else value.axes
         if len(axes) != len(shape):
-            raise Mixes("its results are not shaped as its rule says")
+            raise Mixes("its results are not shaped as its rule says", RefusalCode.CUSTOM_RULE)
         return Value(axes, operands=value.operands)
 
     outputs = node.meta["val"]

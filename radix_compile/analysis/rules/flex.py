@@ -18,6 +18,7 @@ from torch import fx
 from radix_compile.analysis.rules.masks import as_formula
 from radix_compile.analysis.rules.table import is_tensor, operand
 from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Formula, Given, Weights, disjunction, hides, implies_causal
 from radix_compile.ir.graph import facts
 from radix_compile.ir.value import Marks, Value, broadcast, value_of
@@ -72,22 +73,34 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
     for what, source in (("query", q), ("key", k), ("value", v)):
         batch = (BATCH,) if layout.batch != 1 else ()
         if not source.is_row or source.axes[0] != batch or source.axes[2] != (SEQ,):
-            raise Mixes(f"the {what} of attention does not have one vector for each row")
+            raise Mixes(
+                f"the {what} of attention does not have one vector for each row", RefusalCode.ATTENTION_NOT_UNDERSTOOD
+            )
         if has_tokens(source.axes[1]) or has_tokens(source.axes[3]):
-            raise Mixes(f"the {what} of attention does not have one vector for each row")
+            raise Mixes(
+                f"the {what} of attention does not have one vector for each row", RefusalCode.ATTENTION_NOT_UNDERSTOOD
+            )
     if any(table.op != "placeholder" for table in found.blocks.tables):
-        raise Mixes("the block mask is made in the graph: make it outside of the compiled function")
+        raise Mixes(
+            "the block mask is made in the graph: make it outside of the compiled function",
+            RefusalCode.BLOCK_MASK_IN_GRAPH,
+        )
     if not all(isinstance(size, int) for size in (found.blocks.query_size, found.blocks.key_size)):
-        raise Mixes("the size of the block mask's blocks is a symbol: it is a number without dynamic=True")
+        raise Mixes(
+            "the size of the block mask's blocks is a symbol: it is a number without dynamic=True",
+            RefusalCode.SYMBOLIC_SIZE,
+        )
     visible = _visible(node, layout)
     if found.blocks.full is not None:
         visible = disjunction(visible, Given(found.blocks.full[1], -2, -1))
     if not implies_causal(visible, -2, -1):
-        raise Mixes("the mask_mod lets a token see later ones (or is not understood)")
+        raise Mixes("the mask_mod lets a token see later ones (or is not understood)", RefusalCode.MASK_NOT_CAUSAL)
     buffers = [value_of(one) for one in (*found.score_buffers, *found.mask_buffers) if is_tensor(one)]
     for source in (k, v, *buffers):
         if not all(hides(visible, fully_masked, -1) for fully_masked in source.fully_masked):
-            raise Mixes("a row that sees no key in an earlier layer is seen by others here")
+            raise Mixes(
+                "a row that sees no key in an earlier layer is seen by others here", RefusalCode.ROWS_WITHOUT_KEYS
+            )
     # A row that sees no key is zero, whatever the others are.
     weights = Weights(visible, -2, -1)
     result = Value((*q.axes[:3], v.axes[3]), full_only=True, attends=weights)
@@ -101,13 +114,13 @@ def _visible(node: fx.Node, layout: Layout) -> Formula:
     mask, scores = value_of(mask_node), value_of(scores_node)
     for what, value in (("mask_mod", mask), ("score_mod", scores)):
         if value.mixed is not None:
-            raise Mixes(f"the {what} {value.mixed.reason}")
+            raise Mixes(f"the {what} {value.mixed.reason}", value.mixed.code)
     if not scores.is_pair:
-        raise Mixes("the score_mod is not understood")
+        raise Mixes("the score_mod is not understood", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     try:
         broadcast(layout, [operand(scores_node), operand(mask_node)])
-    except Mixes as reason:
-        raise Mixes(f"the mask_mod {reason}") from reason
+    except Mixes as verdict:
+        raise Mixes(f"the mask_mod {verdict}", verdict.code) from verdict
     return mask_of(node)
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from radix_compile.analysis.rules.sorting import rearranged
 from radix_compile.analysis.rules.table import argument, operand, rule, tensor_inputs
 from radix_compile.ir.axes import Axis, Layout, Mixes, feature, has_tokens, plain_axes, shape_of
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, Index, PerRow
 from radix_compile.ir.value import Value, broadcast, value_of
 
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 def embedding(node: fx.Node, layout: Layout) -> Value:
     weight, indices = value_of(argument(node, "weight")), value_of(argument(node, "indices"))
     if not weight.is_constant:
-        raise Mixes("the table differs from row to row")
+        raise Mixes("the table differs from row to row", RefusalCode.DIFFERS_BY_ROW)
     # The gradient of this one depends on how often a token occurs in the batch.
     return Value((*indices.axes, *weight.axes[1:]), full_only=bool(argument(node, "scale_grad_by_freq")))
 
@@ -36,13 +37,13 @@ def gather(node: fx.Node, layout: Layout) -> Value:
     for part in tensors:
         axes = value_of(part).axes
         if len(axes) != rank:
-            raise Mixes("looks up rows with an index of another rank")
+            raise Mixes("looks up rows with an index of another rank", RefusalCode.UNSUPPORTED_ARGUMENTS)
         if not from_table:
             feature(axes[dim], "looks up along")
         parts.append(operand(part, (*axes[:dim], (), *axes[dim + 1 :])))
     for other, sizes in enumerate(zip(*map(shape_of, tensors), strict=True)):
         if other != dim and len(set(sizes)) != 1:
-            raise Mixes("looks up only a part of the rows")
+            raise Mixes("looks up only a part of the rows", RefusalCode.INDEXES_ROWS)
     axes, uses = broadcast(layout, parts, exact=True)
     along = value_of(tensors[1]).axes[dim] if from_table else ()
     found = along if has_tokens(along) else plain_axes(node)[dim]
@@ -56,7 +57,7 @@ def index_select(node: fx.Node, layout: Layout) -> Value:
     feature(source.axes[dim], "selects along")
     if not indices.is_constant:
         if not source.is_constant:
-            raise Mixes("selects by an index that differs from row to row")
+            raise Mixes("selects by an index that differs from row to row", RefusalCode.DIFFERS_BY_ROW)
         return Value((*source.axes[:dim], *indices.axes, *source.axes[dim + 1 :]))
     return Value((*source.axes[:dim], *plain_axes(node)[dim : dim + 1], *source.axes[dim + 1 :]))
 
@@ -71,13 +72,13 @@ def index(node: fx.Node, layout: Layout) -> Value:
     if any(i is None for i in indices):
         return _some_features(node, value, indices)
     if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
-        raise Mixes("selects by a mask")
+        raise Mixes("selects by a mask", RefusalCode.INDEXES_ROWS)
     if all(value_of(i).is_constant for i in indices):
         counted = _counted(node, value, source, indices)
         if counted is not None:
             return counted
     if not value.is_constant:
-        raise Mixes("looks up rows by an index that is not known to leave them in place")
+        raise Mixes("looks up rows by an index that is not known to leave them in place", RefusalCode.INDEXES_ROWS)
     axes, uses = broadcast(layout, [operand(i) for i in indices])
     return Value((*axes, *value.axes[len(indices) :]), operands=uses)
 
@@ -86,7 +87,7 @@ def _some_features(node: fx.Node, value: Value, indices: list[fx.Node | None]) -
     """``source[..., i]`` with one index, the same for all rows, along features."""
     (dim, chosen), *others = [(dim, i) for dim, i in enumerate(indices) if i is not None]
     if others or not value_of(chosen).is_constant or len(shape_of(chosen)) != 1:
-        raise Mixes("indexes some dimensions and skips others")
+        raise Mixes("indexes some dimensions and skips others", RefusalCode.UNSUPPORTED_ARGUMENTS)
     feature(value.axes[dim], "selects along")
     return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]))
 

@@ -10,6 +10,7 @@ from torch import fx
 from radix_compile.analysis.rules.contractions import attend
 from radix_compile.analysis.rules.table import argument, rule, source_of
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, as_size, feature, has_tokens, is_longer, plain_axis
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Masked, RowMax, Weights, implies_causal
 from radix_compile.ir.value import Marks, Value, value_of
 
@@ -64,7 +65,9 @@ def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
     value = value_of(source)
     (dim,) = dims if len(dims) == 1 else (0,)
     if not (len(dims) == 1 and argument(node, "keepdim")):
-        raise Mixes("reduces scores over more than their keys, or without keepdim")
+        raise Mixes(
+            "reduces scores over more than their keys, or without keepdim", RefusalCode.ATTENTION_NOT_UNDERSTOOD
+        )
     weights = _weights(value, dim)
     axes = (*value.axes[:dim], (), *value.axes[dim + 1 :])
     which = attend(axes, weights, value)
@@ -72,7 +75,7 @@ def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
     if node.target is aten.amax.default:
         return largest
     if any(user.args[1] == 1 and user.users for user in node.users):  # its number is where it is in the sequence
-        raise Mixes("asks which of the keys has the largest score")
+        raise Mixes("asks which of the keys has the largest score", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     return largest, which
 
 
@@ -114,12 +117,18 @@ def _weights(value: Value, dim: int) -> Weights:
         feature(axis, "normalises over")
     fact = value.fact
     if not isinstance(fact, Masked):
-        raise Mixes("attention scores reach the softmax without a mask that is understood")
+        raise Mixes(
+            "attention scores reach the softmax without a mask that is understood", RefusalCode.MASK_NOT_UNDERSTOOD
+        )
     if not fact.is_certain:
-        raise Mixes("the mask is finite and is added to something that could be as large as it")
+        raise Mixes(
+            "the mask is finite and is added to something that could be as large as it", RefusalCode.MASK_NOT_UNDERSTOOD
+        )
     query = next((other for other, axis in enumerate(value.axes) if other != dim and SEQ in axis), None)
     if query is None or not implies_causal(fact.visible, query - rank, dim - rank):
-        raise Mixes("the attention mask lets a token see later ones (or is not understood)")
+        raise Mixes(
+            "the attention mask lets a token see later ones (or is not understood)", RefusalCode.MASK_NOT_CAUSAL
+        )
     return Weights(fact.visible, query - rank, dim - rank, undefined=fact.is_strict and not is_longer(axis))
 
 
@@ -131,7 +140,7 @@ def layer_norm(node: fx.Node, layout: Layout) -> Marks:
         feature(axis, "normalises over")
     for other in node.all_input_nodes[1:]:
         if not value_of(other).is_constant:
-            raise Mixes("the norm's weights differ from row to row")
+            raise Mixes("the norm's weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
     kept = value.axes[: len(value.axes) - normalised]
     axes = (*kept, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
     if node.target is aten.native_layer_norm.default:

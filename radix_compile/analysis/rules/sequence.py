@@ -8,6 +8,7 @@ from torch import fx
 from radix_compile.analysis.rules.sorting import ends_of_groups
 from radix_compile.analysis.rules.table import argument, rule, source_of
 from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens, plain_axes, plain_axis, shape_of
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Break, PerRow, Step
 from radix_compile.ir.value import Value, value_of
 
@@ -30,9 +31,11 @@ def cumulative(node: fx.Node, layout: Layout) -> Value:
 
 def _along_sequence(value: Value, dim: int, what: str) -> None:
     if value.axes[dim] != (SEQ,) or not value.is_row:
-        raise Mixes(f"{what} the {'batch' if BATCH in value.axes[dim] else 'key'} axis")
+        if BATCH in value.axes[dim]:
+            raise Mixes(f"{what} the batch axis", RefusalCode.MIXES_SEQUENCES)
+        raise Mixes(f"{what} the key axis", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     if value.fully_masked:
-        raise Mixes("reads rows that saw no key in an earlier layer")
+        raise Mixes("reads rows that saw no key in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
 
 
 def _runs(node: fx.Node, value: Value, dim: int) -> PerRow | None:
@@ -66,7 +69,7 @@ def diff(node: fx.Node, layout: Layout) -> Value:
         # Its entries may all be equal, and steps are not: the first may be one.
         return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]), fact=step)
     if not steps:
-        raise Mixes("takes differences along the sequence")
+        raise Mixes("takes differences along the sequence", RefusalCode.MIXES_TOKENS)
     _along_sequence(value, dim, "takes differences along")
     return Value(value.axes, full_only=True, fact=step)
 
@@ -87,7 +90,7 @@ def _is_first_column_less_one(node: fx.Node | None, source: fx.Node, dim: int) -
 def dropout(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source_of(node))
     if node.target is aten.native_dropout.default:
-        raise Mixes("dropout is random")
+        raise Mixes("dropout is random", RefusalCode.DROPOUT)
     if argument(node, "train") and argument(node, "p") != 0:
-        raise Mixes("dropout is on, so equal rows get different values")
+        raise Mixes("dropout is on, so equal rows get different values", RefusalCode.DROPOUT)
     return Value(value.axes, fact=value.fact)

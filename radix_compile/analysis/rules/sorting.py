@@ -31,6 +31,7 @@ from radix_compile.ir.axes import (
     shape_of,
     uniform_axes,
 )
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Index
 from radix_compile.ir.value import Marks, Value, value_of
 
@@ -69,7 +70,7 @@ def _inverse(node: fx.Node, order: Arrangement) -> Value:
     ascending = not argument(node, "descending")
     if node.target is aten.argsort.default and ascending and (order.kind, order.number) == (Kind.ORDER, 1):
         return _arranged(order.by, Kind.PLACE)
-    raise Mixes(_USES)
+    raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
 
 
 @rule(aten.floor_divide.default, arranged=True)
@@ -79,7 +80,7 @@ def floor_divide(node: fx.Node, layout: Layout) -> Marks:
     if order is None:
         return elementwise(node, layout)
     if order.kind is not Kind.ORDER or not isinstance(divisor, int) or divisor < 1:
-        raise Mixes(_USES)
+        raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     return _arranged(order.by, Kind.ORDER, order.number * divisor)
 
 
@@ -88,7 +89,7 @@ def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layou
     value = value_of(source)
     arrangement = value_of(indices[0]).arrangement if len(indices) == 1 and indices[0] is not None else None
     if arrangement is None or value.arrangement or not value.axes:
-        raise Mixes(_USES)
+        raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     by, first = arrangement.by, value.axes[0]
     if arrangement.kind is Kind.PLACE and first == (by,):
         return Value((by.axis, *value.axes[1:]))
@@ -96,7 +97,7 @@ def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layou
     theirs = arrangement.kind is Kind.ORDER and (*first, *slots) == by.axis
     if theirs and value.is_row and layout.axis_size(slots) == arrangement.number:
         return Value(((by,), *value.axes[1:]))
-    raise Mixes("looks up rows by an order that is not theirs")
+    raise Mixes("looks up rows by an order that is not theirs", RefusalCode.ORDER_OF_ROWS)
 
 
 @rule(aten.empty_like.default, arranged=True)
@@ -105,7 +106,7 @@ def empty_like(node: fx.Node, layout: Layout) -> Value:
     if like is None:
         return Value(uniform_axes(node))
     if like.kind is not Kind.ORDER:
-        raise Mixes(_USES)
+        raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     return _arranged(like.by, Kind.BLANK)
 
 
@@ -116,12 +117,12 @@ def index_put(node: fx.Node, layout: Layout) -> Value:
     values: fx.Node = argument(node, "values")
     blank = value_of(source_of(node)).arrangement
     if blank is None or len(indices) != 1 or indices[0] is None:
-        raise Mixes("writes to rows by index")
+        raise Mixes("writes to rows by index", RefusalCode.INDEXES_ROWS)
     counted = value_of(values).fact == Index(-1, 0) and len(shape_of(values)) == 1 and shape_of(values) != (1,)
     arrangement = value_of(indices[0]).arrangement
     same = blank.kind is Kind.BLANK and arrangement == Arrangement(Kind.ORDER, blank.by)
     if not same or not counted or argument(node, "accumulate"):
-        raise Mixes(_USES)
+        raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     place = Arrangement(Kind.PLACE, blank.by)
     return Value((), arrangement=place, operands=((values, 0, "count"),))
 
@@ -132,7 +133,7 @@ def histc(node: fx.Node, layout: Layout) -> Value:
     by = _sorted_by(source_of(node))
     bins, least, most = (argument(node, name) for name in ("bins", "min", "max"))
     if by is None or not isinstance(bins, int) or (least, most) != (0, bins - 1) or bins < 2:
-        raise Mixes("counts values over rows")
+        raise Mixes("counts values over rows", RefusalCode.ORDER_OF_ROWS)
     return _arranged(by, Kind.COUNTS, bins)
 
 
@@ -155,7 +156,7 @@ def ends_of_groups(node: fx.Node, counts: Arrangement) -> Value:
     """The running sum of counts."""
     exact = node.target is aten.cumsum.default and node.meta["val"].dtype in _INTEGERS
     if counts.kind is not Kind.COUNTS or not exact:
-        raise Mixes(_USES)
+        raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     return _arranged(counts.by, Kind.ENDS, counts.number)
 
 
@@ -167,13 +168,16 @@ def grouped_mm(node: fx.Node, layout: Layout) -> Value:
     groups, value = value_of(ends).arrangement, value_of(rows)
     in_order = groups is not None and groups.kind is Kind.ENDS and value.axes[:1] == ((groups.by,),)
     if groups is None or not in_order or len(value.axes) != 2 or not value_of(weights).is_constant:
-        raise Mixes("multiplies groups of rows that are not known to be those of each key")
+        raise Mixes("multiplies groups of rows that are not known to be those of each key", RefusalCode.ORDER_OF_ROWS)
     experts = shape_of(weights)[0]
     keys = _keys_below(source_of(groups.by.sort))
     if experts != groups.number or keys is None or not bool(keys <= experts):
-        raise Mixes("a row may have a key for which there are no weights, and shift the groups of others")
+        raise Mixes(
+            "a row may have a key for which there are no weights, and shift the groups of others",
+            RefusalCode.ORDER_OF_ROWS,
+        )
     if any(argument(node, name) is not None for name in ("bias",) if _has(node, name)):
-        raise Mixes("a grouped product with a bias")
+        raise Mixes("a grouped product with a bias", RefusalCode.UNSUPPORTED_ARGUMENTS)
     return Value(((groups.by,), *plain_axes(node)[1:]))
 
 

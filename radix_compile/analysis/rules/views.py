@@ -31,6 +31,7 @@ from radix_compile.ir.axes import (
     plain_axis,
     shape_of,
 )
+from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, negation, remap, stored
 from radix_compile.ir.value import Value, broadcast, value_of
 
@@ -110,16 +111,16 @@ def regroup(layout: Layout, axes: Axes, shape: Sequence[Size]) -> tuple[Axes, di
         left = size
         while left != 1:
             if not queue:
-                raise Mixes("cannot follow the tokens through this reshape")
+                raise Mixes("cannot follow the tokens through this reshape", RefusalCode.UNCLEAR_DIMENSIONS)
             atom, dim = queue.pop()
             atom_size = layout.atom_size(atom)
             ratio = left / atom_size
             if not ratio.is_integer:
                 if isinstance(atom, Token):
-                    raise Mixes("a reshape cuts through a token axis")
+                    raise Mixes("a reshape cuts through a token axis", RefusalCode.MIXES_TOKENS)
                 rest = atom_size / left
                 if not rest.is_integer:
-                    raise Mixes("cannot follow the tokens through this reshape")
+                    raise Mixes("cannot follow the tokens through this reshape", RefusalCode.UNCLEAR_DIMENSIONS)
                 queue.append((type(atom)(rest), -1))
                 atom, dim, ratio = type(atom)(left), -1, sympy.Integer(1)
             taken.append((atom, dim))
@@ -129,7 +130,7 @@ def regroup(layout: Layout, axes: Axes, shape: Sequence[Size]) -> tuple[Axes, di
         if len(whole_dims) == 1 and (dim := whole_dims.pop()) >= 0 and len(taken) == len(axes[dim]):
             dims[dim] = new
     if queue:
-        raise Mixes("cannot follow the tokens through this reshape")
+        raise Mixes("cannot follow the tokens through this reshape", RefusalCode.UNCLEAR_DIMENSIONS)
     return tuple(result), dims
 
 
@@ -175,7 +176,7 @@ def squeeze(node: fx.Node, layout: Layout) -> Value:
     named = argument(node, "dim")
     gone = {dim % rank for dim in ([named] if isinstance(named, int) else named)}
     if any(has_tokens(source.axes[dim]) for dim in gone):
-        raise Mixes("squeezes a token axis")
+        raise Mixes("squeezes a token axis", RefusalCode.UNCLEAR_DIMENSIONS)
     kept = [dim for dim in range(rank) if dim not in gone or source.axes[dim] != ()]
     dims = {dim: new for new, dim in enumerate(kept)}
     return Value(tuple(source.axes[dim] for dim in kept), fact=_moved(source.fact, rank, len(kept), dims))
@@ -267,7 +268,10 @@ def cat(node: fx.Node, layout: Layout) -> Value:
     if any(has_tokens(value_of(tensor).axes[dim]) for tensor in tensors) and any(
         t.op == "placeholder" for t in tensors
     ):
-        raise Mixes("appends rows to an input, as to a cache that is filled: prompts fold if they come in one call")
+        raise Mixes(
+            "appends rows to an input, as to a cache that is filled: prompts fold if they come in one call",
+            RefusalCode.FILLED_CACHE,
+        )
     parts = []
     for tensor in tensors:
         axes = value_of(tensor).axes
@@ -346,7 +350,7 @@ def repeat_interleave(node: fx.Node, layout: Layout) -> Value:
     named = argument(node, "dim")
     if named is None:
         if not source.is_constant:
-            raise Mixes("repeats the flattened tensor")
+            raise Mixes("repeats the flattened tensor", RefusalCode.UNCLEAR_DIMENSIONS)
         return Value(plain_axes(node))
     dim = named % len(source.axes)
     feature(source.axes[dim], "repeats along")

@@ -137,10 +137,10 @@ class Page {
   // --------------------------------------------------------------------------------------------------- refusals
 
   refusals() {
-    const { refusals, attentions, notes, folded, heading } = this.graph;
+    const { refusals, attentions, notes, folded, heading, advice } = this.graph;
     $("[data-tab=refusals] .count").textContent = refusals.length ? `(${refusals.length})` : "";
     const panel = $("#refusals");
-    panel.replaceChildren(make("p", {}, folded ? "" : heading));
+    panel.replaceChildren(make("p", {}, folded ? "" : heading), make("p", { class: "quiet" }, advice));
     if (!refusals.length) panel.append(make("div", { class: "refusal good" }, "Nothing that matters was refused."));
     for (const refusal of refusals) {
       const node = this.graph.before.find((one) => one.name === refusal.node);
@@ -234,3 +234,5 @@ class Page {
 
 document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 const page = new Page();
+// A layer is filled when it is first opened, and on paper all of them are open.
+addEventListener("beforeprint", () => page.blocks?.forEach((view) => view.body.hasChildNodes() || view.fill()));
