@@ -1,70 +1,15 @@
-"""The rule table: for every ATen op, what its result is to the tokens, given what its inputs are.
-
-A rule is a function ``(node, layout) -> Value`` (or a tuple of them for an op with several results). It says that the
-op is position-wise by returning a value with one ``BATCH`` and one ``SEQ`` atom, that it is causal by setting
-``Value.full_only``, and that it is neither by raising :class:`~radix_compile.ir.axes.Mixes` with the reason. An op
-without a row is mixing, except those that torch itself tags as pointwise. Adding an op means adding one row; the sweep
-in the tests executes it.
-"""
+"""What is read off a node: its arguments by name, and those that are tensors with what is known of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx
 
-from radix_compile.ir.axes import Axes, Layout
-from radix_compile.ir.value import Marks, Operand, value_of
+from radix_compile.ir.axes import Axes
+from radix_compile.ir.value import Operand, value_of
 from radix_compile.torch_internals import OpOverload
-
-Rule = Callable[[fx.Node, Layout], Marks]
-R = TypeVar("R", bound=Rule)
-RULES: dict[OpOverload | str, Rule] = {}
-
-SHAPE_ARGUMENT: dict[OpOverload | str, str] = {}
-"""Position-wise ops that name their output's shape, and the argument: the rewrite derives it again from the axes."""
-
-VIEW_LIKE: set[OpOverload | str] = set()
-"""Ops that move entries of their first input without computing: free next to a boundary, in either form."""
-
-MIXED_INPUTS_ALLOWED: set[OpOverload | str] = set()
-"""Ops whose rule looks at mixed inputs itself: it does not read their values, or recognises a pattern."""
-
-
-ARRANGEMENTS_ALLOWED: set[OpOverload | str] = set()
-"""Ops whose rule knows what to do with the order that a sort gave to rows."""
-
-
-def rule(
-    *ops: OpOverload | str,
-    view_like: bool = False,
-    shape: str | None = None,
-    any_input: bool = False,
-    arranged: bool = False,
-) -> Callable[[R], R]:
-    """Register one rule for the given overloads; for those of other packages by name, ``library::op.overload``."""
-
-    def register(function: R) -> R:
-        for op in ops:
-            assert op not in RULES, f"two rules for {op}"
-            RULES[op] = function
-            if view_like:
-                VIEW_LIKE.add(op)
-            if shape:
-                SHAPE_ARGUMENT[op] = shape
-            if any_input:
-                MIXED_INPUTS_ALLOWED.add(op)
-            if arranged:
-                ARRANGEMENTS_ALLOWED.add(op)
-        return function
-
-    return register
-
-
-def knows_arrangements(op: Any) -> bool:
-    return op in ARRANGEMENTS_ALLOWED or (isinstance(op, OpOverload) and op.name() in ARRANGEMENTS_ALLOWED)
 
 
 def argument(node: fx.Node, name: str) -> Any:
