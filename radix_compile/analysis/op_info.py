@@ -85,7 +85,10 @@ UNKNOWN = OpInfo()
 
 
 def info_of(op: object) -> OpInfo:
-    """The row of an op, or that of elementwise ops if torch tags it so; ``UNKNOWN`` for any other target of a node."""
+    """The row of an op; without one, that of elementwise ops if torch tags it so and it draws no random numbers.
+
+    ``UNKNOWN`` for any other target of a node.
+    """
     if isinstance(op, HigherOrderOperator):
         return OP_INFO.get(op, UNKNOWN)
     if not isinstance(op, OpOverload):
@@ -93,11 +96,5 @@ def info_of(op: object) -> OpInfo:
     found = OP_INFO.get(op) or OP_INFO.get(op.name())
     if found is not None:
         return found
-    return OP_INFO[torch.Tag.pointwise] if is_pure_pointwise(op) else UNKNOWN
-
-
-def is_pure_pointwise(op: Op) -> bool:
-    """Does torch tag the op as pointwise, and does it neither draw random numbers nor write to its inputs?"""
-    if not isinstance(op, OpOverload) or op._schema.is_mutable:
-        return False
-    return torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags
+    pointwise = torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags
+    return OP_INFO[torch.Tag.pointwise] if pointwise and not op._schema.is_mutable else UNKNOWN

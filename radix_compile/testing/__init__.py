@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from radix_compile.analysis.op_info import OP_INFO, info_of, is_pure_pointwise
-from radix_compile.analysis.rules.elementwise import elementwise
+from radix_compile.analysis.op_info import OP_INFO, info_of
 from radix_compile.ir.axes import SEQ
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import value_of, values_of
@@ -63,8 +62,8 @@ def cases() -> Iterator[Case]:
 
 def gaps() -> list[str]:
     """What is missing: rows without a sample, samples without a row, rows that are never seen to fold or to refuse."""
-    found = [f"{op}: no sample" for op in with_own_rule() if not SAMPLES.get(op)]
-    found += [f"{op}: samples, but no rule" for op in SAMPLES if op not in with_own_rule()]
+    found = [f"{op}: no sample" for op in with_rule() if not SAMPLES.get(op)]
+    found += [f"{op}: samples, but no rule" for op in SAMPLES if op not in with_rule()]
     for op, samples in SAMPLES.items():
         verdicts = {sample.verdict for sample in samples}
         if (op in NEVER_FOLDS) == bool(verdicts & set(FOLDS)):
@@ -74,10 +73,9 @@ def gaps() -> list[str]:
     return found
 
 
-def with_own_rule() -> list[Op]:
-    """The ops whose rule is not the one that torch's tag gives them. (A sample cannot record flex_attention.)"""
-    ruled = [op for op, info in OP_INFO.items() if isinstance(op, OpOverload | str) and info.rule is not None]
-    return [op for op in ruled if OP_INFO[op].rule is not elementwise or not is_pure_pointwise(op)]
+def with_rule() -> list[Op]:
+    """The rows with a rule. (No sample can record flex_attention.)"""
+    return [op for op, info in OP_INFO.items() if isinstance(op, OpOverload | str) and info.rule is not None]
 
 
 def used_ops() -> list[str]:
