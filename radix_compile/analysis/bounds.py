@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, is_tensor
 from radix_compile.analysis.op_info import info_of
-from radix_compile.analysis.rules.table import argument, is_tensor
 from radix_compile.ir.axes import shape_of
 from radix_compile.ir.facts import Filled, Index
 from radix_compile.ir.value import value_of

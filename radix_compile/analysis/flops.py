@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.op_info import info_of
-from radix_compile.analysis.rules.table import argument
 from radix_compile.torch_internals import size_hint
 
 

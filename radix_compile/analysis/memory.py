@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.op_info import info_of
-from radix_compile.analysis.rules.table import is_tensor
 from radix_compile.ir.axes import as_size
 from radix_compile.torch_internals import HigherOrderOperator, OpOverload
 

@@ -7,10 +7,10 @@ import operator
 import sympy
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.attention.parts import compact_attention
 from radix_compile.analysis.memory import views_to_keep
 from radix_compile.analysis.op_info import info_of
-from radix_compile.analysis.rules.table import is_tensor
 from radix_compile.ir.axes import Layout, Token
 from radix_compile.ir.graph import Form, home, is_arranged, is_row
 from radix_compile.ir.value import values_of

@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.masks import Visible
 from radix_compile.analysis.attention.parts import TreeAttention, biases_of, compact_attention
@@ -24,7 +25,6 @@ from radix_compile.analysis.attention.rows import Rows
 from radix_compile.analysis.memory import numbers, order_in_memory, reads_layout, views_to_keep
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.rules.flex import Blocks
-from radix_compile.analysis.rules.table import is_tensor
 from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Layout, Sorted, Token
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
 from radix_compile.ir.graph import Form, Wanted, home, is_row

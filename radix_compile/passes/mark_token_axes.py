@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.given_masks import given_mask_value, given_masks
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.reach.column_reach import Reaches, steps_to
 from radix_compile.analysis.rules.flex import FLEX, arguments_of
 from radix_compile.analysis.rules.masks import blanked
-from radix_compile.analysis.rules.table import is_tensor
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.axes import (
     BATCH,

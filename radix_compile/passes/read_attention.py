@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.parts import Parts, is_attention
 from radix_compile.analysis.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
@@ -16,7 +17,6 @@ from radix_compile.analysis.flops import flops
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.rules.flex import FLEX, arguments_of, mask_of
 from radix_compile.analysis.rules.masks import fact_of, is_hidden
-from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Feature, Uniform, shape_of
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.ir.source import ancestors

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.reach.column_reach import LARGEST, NOTHING, OutOfReach, Reach, Reaches, reach
 from radix_compile.analysis.reach.operands import aligned, dim_of, latest, refuse_if_apart, zero_products
 from radix_compile.analysis.rules.contractions import labels_of
-from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import Mixes
 
 aten = torch.ops.aten

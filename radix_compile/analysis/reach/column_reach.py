@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.op_info import info_of
-from radix_compile.analysis.rules.table import is_tensor
 from radix_compile.ir.axes import BATCH, SEQ, Axes, Layout, Uniform, as_size, has_tokens, plain_axis, shape_of
 from radix_compile.ir.facts import Filled
 from radix_compile.ir.value import Value, marks_of

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.reach.column_reach import OutOfReach, Reach, Reaches, reach
-from radix_compile.analysis.rules.table import argument
 
 Array = NDArray[Any]
 

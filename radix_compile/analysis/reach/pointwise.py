@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor, source_of
 from radix_compile.analysis.reach.column_reach import NOTHING, Reach, Reaches, reach
 from radix_compile.analysis.reach.operands import aligned, latest, zero_products
-from radix_compile.analysis.rules.table import is_tensor, source_of
 
 
 def elementwise_reach(node: fx.Node, reaches: Reaches) -> Reach:

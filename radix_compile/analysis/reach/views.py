@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.reach.column_reach import NOTHING, OutOfReach, Reach, Reaches, reach
 from radix_compile.analysis.reach.operands import Array, aligned, dim_of, moved, refuse_if_apart
-from radix_compile.analysis.rules.table import argument, source_of
 
 aten = torch.ops.aten
 

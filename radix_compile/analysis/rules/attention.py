@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.rules.contractions import attend
 from radix_compile.analysis.rules.masks import as_formula, in_attention
-from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens
 from radix_compile.ir.facts import And, Diff, Formula, Masked, Weights, implies_causal
 from radix_compile.ir.value import Operand, Uses, Value, broadcast, value_of

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, operand
 from radix_compile.analysis.rules.masks import biased_scores
-from radix_compile.analysis.rules.table import argument, operand
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens, plain_axes
 from radix_compile.ir.facts import Score, Weights, fully_masked_rows, hides
 from radix_compile.ir.value import Operand, Value, broadcast, value_of

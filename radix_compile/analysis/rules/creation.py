@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.rules.elementwise import lined_up
 from radix_compile.analysis.rules.masks import as_formula, counted, is_hidden
-from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import Layout, feature, plain_axes, uniform_axes
 from radix_compile.ir.facts import (
     Diff,

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import fx
 
+from radix_compile.analysis.arguments import tensor_inputs
 from radix_compile.analysis.op_info import OP_INFO, OpInfo, Rule
 from radix_compile.analysis.rules.elementwise import lined_up
-from radix_compile.analysis.rules.table import tensor_inputs
 from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
 from radix_compile.ir.value import Marks, Value, value_of
 from radix_compile.plan.arrays import describe

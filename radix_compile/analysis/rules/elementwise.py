@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from radix_compile.analysis.arguments import operand, tensor_inputs
 from radix_compile.analysis.rules.masks import elementwise_fact
-from radix_compile.analysis.rules.table import operand, tensor_inputs
 from radix_compile.ir.axes import Axes, Layout
 from radix_compile.ir.value import Marks, Uses, Value, broadcast
 

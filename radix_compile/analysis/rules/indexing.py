@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, operand, tensor_inputs
 from radix_compile.analysis.rules.sorting import rearranged
-from radix_compile.analysis.rules.table import argument, operand, tensor_inputs
 from radix_compile.ir.axes import Axis, Layout, Mixes, feature, has_tokens, plain_axes, shape_of
 from radix_compile.ir.facts import Fact, Index, PerRow
 from radix_compile.ir.value import Value, broadcast, value_of

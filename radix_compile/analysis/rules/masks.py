@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.bounds import bounds_of
 from radix_compile.analysis.op_info import info_of
-from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import SEQ, shape_of
 from radix_compile.ir.facts import (
     FALSE,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.rules.contractions import attend
-from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, as_size, feature, has_tokens, is_longer, plain_axis
 from radix_compile.ir.facts import Masked, RowMax, Weights, implies_causal
 from radix_compile.ir.value import Marks, Value, value_of

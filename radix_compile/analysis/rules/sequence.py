@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.rules.sorting import ends_of_groups
-from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens, plain_axes, plain_axis, shape_of
 from radix_compile.ir.facts import Break, PerRow, Step
 from radix_compile.ir.value import Value, value_of

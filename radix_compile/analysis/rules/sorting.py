@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.rules.elementwise import elementwise
 from radix_compile.analysis.rules.reductions import along
-from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import (
     Arrangement,
     Kind,

@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, operand, source_of
 from radix_compile.analysis.rules.masks import in_other_dtype
-from radix_compile.analysis.rules.table import argument, operand, source_of
 from radix_compile.ir.axes import (
     SEQ,
     Atom,
