@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.cli import main
 from radix_compile.options import Options
 
@@ -20,6 +22,16 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def own_table() -> Iterator[None]:
+    """Rules that a page registers are gone behind it."""
+    before = dict(OP_INFO)
+    yield
+    OP_INFO.clear()
+    OP_INFO.update(before)
+
+
+@pytest.mark.usefixtures("own_table")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_snippets_run(page: Path) -> None:
     names: dict[str, object] = {"__name__": "snippet"}

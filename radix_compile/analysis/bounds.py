@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from radix_compile.analysis.rules.table import VIEW_LIKE, argument, is_tensor
+from radix_compile.analysis.arguments import argument, is_tensor
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import shape_of
 from radix_compile.ir.facts import Filled, Index
 from radix_compile.ir.graph import facts, set_facts
 from radix_compile.ir.value import value_of
 
-aten = torch.ops.aten
-
 Bounds = tuple[float, float]
 """No entry is less than the one or more than the other."""
-
-SELECTING = (aten.slice.Tensor, aten.select.int, aten.repeat.default, aten.cat.default, aten.stack.default)
-"""Ops, next to views, whose entries are entries of their inputs."""
 
 
 def bounds_of(value: Any) -> Bounds | None:
@@ -49,28 +45,8 @@ def _computed(node: fx.Node) -> Bounds | None:
     if isinstance(fact, Index):
         size = shape_of(node)[fact.dim]
         return (fact.offset, fact.offset + int(size) - 1) if size.is_Integer else None
-    if node.target in VIEW_LIKE or node.target in SELECTING:
-        return _hull(node.all_input_nodes)
-    compute = ARITHMETIC.get(node.target)
-    inputs = [bounds_of(one) for one in node.args[:2]]
-    if compute is None or None in inputs or argument_or(node, "alpha", 1) != 1:
-        return None
-    results = compute(*inputs)
-    return None if results is None else (min(results), max(results))
-
-
-def argument_or(node: fx.Node, name: str, default: Any) -> Any:
-    """The argument, or what is taken for it where the op has none of that name."""
-    names = [parameter.name for parameter in node.target._schema.arguments]  # type: ignore[union-attr]
-    return argument(node, name) if name in names else default
-
-
-def _hull(nodes: Iterable[fx.Node]) -> Bounds | None:
-    found = [bounds_of(node) for node in nodes if is_tensor(node)]
-    known = [one for one in found if one is not None]
-    if len(known) < len(found) or not known:
-        return None
-    return min(low for low, _ in known), max(high for _, high in known)
+    compute = info_of(node.target).bounds
+    return compute(node) if compute else None
 
 
 def _held(found: Bounds | None, dtype: torch.dtype) -> Bounds | None:
@@ -83,7 +59,38 @@ def _held(found: Bounds | None, dtype: torch.dtype) -> Bounds | None:
     return None if dtype.is_floating_point else (float(limits.min), float(limits.max))
 
 
-# ---------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------ what rows name
+
+
+def of_inputs(node: fx.Node) -> Bounds | None:
+    """For ops whose entries are entries of their inputs."""
+    found = [bounds_of(one) for one in node.all_input_nodes if is_tensor(one)]
+    known = [one for one in found if one is not None]
+    if len(known) < len(found) or not known:
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
+
+
+def of_operands(compute: Callable[..., Sequence[float] | None]) -> Callable[[fx.Node], Bounds | None]:
+    """For arithmetic: ``compute`` gets the bounds of the first two arguments and returns numbers that bound the result.
+
+    It returns None where nothing is known.
+    """
+
+    def bounds(node: fx.Node) -> Bounds | None:
+        inputs = [bounds_of(one) for one in node.args[:2]]
+        if None in inputs or _argument_or(node, "alpha", 1) != 1:
+            return None
+        results = compute(*inputs)
+        return None if results is None else (min(results), max(results))
+
+    return bounds
+
+
+def _argument_or(node: fx.Node, name: str, default: Any) -> Any:
+    """The argument, or what is taken for it where the op has none of that name."""
+    names = [parameter.name for parameter in node.target._schema.arguments]  # type: ignore[union-attr]
+    return argument(node, name) if name in names else default
 
 
 def _corners(compute: Callable[[float, float], float]) -> Callable[[Bounds, Bounds], list[float]]:
@@ -106,16 +113,11 @@ def _power(base: Bounds, exponent: Bounds) -> Sequence[float] | None:
         return None
 
 
-ARITHMETIC: dict[Any, Callable[..., Sequence[float] | None]] = {
-    aten.add.Tensor: _corners(lambda a, b: a + b),
-    aten.sub.Tensor: _corners(lambda a, b: a - b),
-    aten.rsub.Scalar: _corners(lambda a, b: b - a),
-    aten.mul.Tensor: _corners(lambda a, b: a * b),
-    aten.mul.Scalar: _corners(lambda a, b: a * b),
-    aten.div.Tensor: _quotient,
-    aten.neg.default: lambda one: [-bound for bound in one],
-    aten.reciprocal.default: lambda one: _quotient((1.0, 1.0), one),
-    aten.pow.Tensor_Tensor: _power,
-    aten.pow.Tensor_Scalar: _power,
-    aten.pow.Scalar: _power,
-}
+total = of_operands(_corners(lambda a, b: a + b))
+difference = of_operands(_corners(lambda a, b: a - b))
+difference_reversed = of_operands(_corners(lambda a, b: b - a))
+product = of_operands(_corners(lambda a, b: a * b))
+quotient = of_operands(_quotient)
+negative = of_operands(lambda one: [-bound for bound in one])
+reciprocal = of_operands(lambda one: _quotient((1.0, 1.0), one))
+power = of_operands(_power)

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from radix_compile.analysis.rules.flex import FLEX
-from radix_compile.analysis.rules.sorting import GROUPED_PRODUCTS
-from radix_compile.analysis.rules.table import argument
-from radix_compile.torch_internals import OpOverload, size_hint
-
-aten = torch.ops.aten
-_PRODUCTS = {
-    aten.linear.default: ("weight", -1),
-    aten.mm.default: ("mat2", 0),
-    aten.bmm.default: ("mat2", -2),
-    aten.matmul.default: ("other", -2),
-    aten.addmm.default: ("mat2", 0),
-    aten.baddbmm.default: ("batch2", -2),
-}
+from radix_compile.analysis.arguments import argument
+from radix_compile.analysis.op_info import info_of
+from radix_compile.torch_internals import size_hint
 
 
 def flops(node: fx.Node) -> int:
@@ -30,34 +19,48 @@ def flops(node: fx.Node) -> int:
     Attention counts all pairs of query and key, masked or not, as it runs without knowledge of the mask. Symbolic sizes
     count with their hints, those that depend on the data as 1.
     """
-    if node.op != "call_function":
-        return 0
-    if node.target in (aten.scaled_dot_product_attention.default, FLEX):
-        query, key, value = (one.meta["val"] for one in _attended(node))
-        return 2 * _numel(query) * size_hint(key.shape[-2]) + 2 * _numel(query) // size_hint(
-            query.shape[-1]
-        ) * size_hint(key.shape[-2]) * size_hint(value.shape[-1])
-    if node.target is aten.einsum.default:
-        return _equation_flops(node)
-    if isinstance(node.target, OpOverload) and node.target.name() in GROUPED_PRODUCTS:
-        weight, dim = node.args[1].meta["val"], -2  # type: ignore[union-attr]
-    elif node.target in _PRODUCTS:
-        name, dim = _PRODUCTS[node.target]
-        weight = argument(node, name).meta["val"]
-    else:
-        return 0
-    contracted = weight.shape[dim] if weight.ndim > 1 else weight.shape[0]
-    return 2 * _numel(node.meta["val"]) * size_hint(contracted)
+    count = info_of(node.target).flops
+    return count(node) if count else 0
 
 
-def _attended(node: fx.Node) -> Iterable[fx.Node]:
-    """Query, key and value of attention as one op."""
-    if node.target is FLEX:
-        return node.args[:3]  # type: ignore[return-value]
-    return (argument(node, name) for name in ("query", "key", "value"))
+# ------------------------------------------------------------------------------------------------ what rows name
 
 
-def _equation_flops(node: fx.Node) -> int:
+def product(weight: str, contracted: int) -> Callable[[fx.Node], int]:
+    """Of a product with the argument ``weight``, summed over that dimension of it."""
+
+    def count(node: fx.Node) -> int:
+        return _product(node, argument(node, weight), contracted)
+
+    return count
+
+
+def grouped_product(node: fx.Node) -> int:
+    """Of ``(rows [N, K], weights [E, K, M], ...)``, where each row meets one of the weights."""
+    return _product(node, node.args[1], -2)  # type: ignore[arg-type]
+
+
+def _product(node: fx.Node, weight: fx.Node, contracted: int) -> int:
+    shape = weight.meta["val"].shape
+    return 2 * _numel(node.meta["val"]) * size_hint(shape[contracted] if len(shape) > 1 else shape[0])
+
+
+def attention(node: fx.Node) -> int:
+    return _attention(*(argument(node, name) for name in ("query", "key", "value")))
+
+
+def flex_attention(node: fx.Node) -> int:
+    return _attention(*node.args[:3])  # type: ignore[arg-type]
+
+
+def _attention(*attended: fx.Node) -> int:
+    query, key, value = (one.meta["val"] for one in attended)
+    return 2 * _numel(query) * size_hint(key.shape[-2]) + 2 * _numel(query) // size_hint(query.shape[-1]) * size_hint(
+        key.shape[-2]
+    ) * size_hint(value.shape[-1])
+
+
+def equation(node: fx.Node) -> int:
     terms = node.args[0].replace(" ", "").partition("->")[0].split(",")  # type: ignore[union-attr]
     sizes: dict[str, int] = {}
     for term, tensor in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type]

@@ -12,27 +12,17 @@ import sympy
 import torch
 from torch import fx
 
-from radix_compile.analysis.rules.table import is_tensor
+from radix_compile.analysis.arguments import is_tensor
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import as_size
 from radix_compile.torch_internals import HigherOrderOperator, OpOverload
-
-aten = torch.ops.aten
-
-BY_LAYOUT = (
-    aten.as_strided.default,
-    aten.as_strided_copy.default,
-    aten.as_strided_scatter.default,
-    aten.view.dtype,
-    aten.view_as_complex.default,
-)
-"""Ops of torch that return something else, or nothing, for the same entries in another layout."""
 
 
 def reads_layout(node: fx.Node) -> bool:
     """May the op return something else for inputs that lie otherwise in memory? Ops of other packages may."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return isinstance(node.target, HigherOrderOperator)
-    return node.target in BY_LAYOUT or node.target.namespace not in ("aten", "prims")
+    return info_of(node.target).reads_layout or node.target.namespace not in ("aten", "prims")
 
 
 def root(node: fx.Node) -> fx.Node:

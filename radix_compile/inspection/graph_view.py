@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.analysis.rules import rule_for
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.source import origin_name
@@ -211,7 +211,7 @@ def _rule(node: fx.Node) -> str:
         return ""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):  # one of several results
         return _rule(node.args[0])
-    rule = rule_for(node.target)
+    rule = info_of(node.target).rule
     if rule is None:
         return "none: an op without a rule is taken to mix rows"
     about = (inspect.getdoc(rule) or "").splitlines()[:1]

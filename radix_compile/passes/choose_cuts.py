@@ -5,23 +5,16 @@ from __future__ import annotations
 import operator
 
 import sympy
-import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.memory import views_to_keep
-from radix_compile.analysis.rules import rule_for
-from radix_compile.analysis.rules.elementwise import elementwise
-from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, VIEW_LIKE, is_tensor
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import Token
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import is_arranged, is_row, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.torch_internals import hints_of
-
-aten = torch.ops.aten
-
-PARTS = (aten.slice.Tensor, aten.select.int)
-"""Ops, next to views, that compute nothing."""
 
 
 def choose_cuts(fold: Fold) -> None:
@@ -73,7 +66,7 @@ def _is_cheap(node: fx.Node) -> bool:
         return True
     if any(value.full_only for value in values_of(node)):
         return all(value.attends is None for value in values_of(node))
-    return is_view(node) or node.target in PARTS or rule_for(node.target) is elementwise
+    return is_view(node) or info_of(node.target).is_cheap
 
 
 def has_compact_form(node: fx.Node) -> bool:
@@ -81,7 +74,7 @@ def has_compact_form(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    return node.target in VIEW_LIKE or values_of(node)[0].identity is not None
+    return info_of(node.target).is_view or values_of(node)[0].identity is not None
 
 
 def _viewed(node: fx.Node) -> fx.Node:
@@ -111,7 +104,7 @@ def row_bytes(node: fx.Node) -> sympy.Expr:
 
 def _can_be_derived(node: fx.Node) -> bool:
     """Can the shape argument be written down in compact form? (Not with a symbolic feature size.)"""
-    if node.target not in SHAPE_ARGUMENT:
+    if info_of(node.target).shape_argument is None:
         return True
     atoms = [atom for value in values_of(node) for axis in value.axes for atom in axis if not isinstance(atom, Token)]
     return all(isinstance(atom.size, sympy.Integer) for atom in atoms)

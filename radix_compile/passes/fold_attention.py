@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.masks import Visible, read_mask
 from radix_compile.analysis.attention.parts import Parts, TreeAttention, attention_steps, is_attention
 from radix_compile.analysis.attention.rows import NotOnTree, Rows, are_side_by_side, narrow
 from radix_compile.analysis.rules.flex import mask_of
-from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import FullyMasked, Masked, Weights, fully_masked_rows, hides, is_known, terms_of

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from radix_compile.analysis.rules.table import argument, source_of
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.ir.axes import BATCH, SEQ, as_size
 from radix_compile.ir.calls import arguments_of, call
 from radix_compile.ir.grad_modes import grad_modes

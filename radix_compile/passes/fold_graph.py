@@ -18,13 +18,14 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.masks import Visible
 from radix_compile.analysis.attention.parts import TreeAttention
 from radix_compile.analysis.attention.rows import Rows
 from radix_compile.analysis.memory import numbers, order_in_memory, reads_layout, views_to_keep
+from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.rules.flex import Blocks
-from radix_compile.analysis.rules.table import SHAPE_ARGUMENT, is_tensor
 from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Sorted, Token
 from radix_compile.ir.calls import call
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
@@ -207,8 +208,8 @@ class _Rewriter:
             return self._laid_out(self.compact[arg], arg) if by_layout and is_row(arg) else self.compact[arg]
 
         copy = self.graph.node_copy(node, compact_input)
-        if node.target in SHAPE_ARGUMENT:
-            name = SHAPE_ARGUMENT[node.target]
+        name = info_of(node.target).shape_argument
+        if name is not None:
             copy.args = (copy.args[0], self._compact_shape(value_of(node).axes, before=copy))
             copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != name}
         return self._tagged(_relaxed(copy), node, Form.COMPACT)

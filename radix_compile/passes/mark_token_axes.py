@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.flops import flops
 from radix_compile.analysis.given_masks import given_mask_value, given_masks
-from radix_compile.analysis.reach import reach_rule_for
+from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.reach.column_reach import Reaches, steps_to
-from radix_compile.analysis.rules import rule_for
 from radix_compile.analysis.rules.flex import FLEX, arguments_of
 from radix_compile.analysis.rules.masks import blanked
-from radix_compile.analysis.rules.table import MIXED_INPUTS_ALLOWED, VIEW_LIKE, is_tensor, knows_arrangements
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.axes import (
     BATCH,
@@ -61,7 +60,7 @@ def mark_token_axes(gm: fx.GraphModule) -> None:
                 RefusalCode.EMBEDDINGS_WITH_GRADIENT,
             )
     layout = Layout(*shape_of(ids)[:2])  # after the line above, which may have found two symbols to be one
-    reaches = Reaches(layout, hints_of(gm.graph), reach_rule_for)
+    reaches = Reaches(layout, hints_of(gm.graph))
     tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
     set_graph_facts(gm, replace(graph_facts(gm), tokens=tokens))
     for node in gm.graph.nodes:
@@ -112,7 +111,7 @@ def _token_ids(graph: fx.Graph) -> fx.Node | None:
     shapes = []
     for lookup in graph.find_nodes(op="call_function", target=aten.embedding.default):
         node = lookup.args[1]
-        while isinstance(node, fx.Node) and node.target in VIEW_LIKE:
+        while isinstance(node, fx.Node) and info_of(node.target).is_view:
             node = node.args[0]
         if isinstance(node, fx.Node) and node.op == "placeholder" and not facts(node).is_static:
             if _is_key_input(node):
@@ -178,17 +177,17 @@ def _literal(node: fx.Node) -> Filled | None:
 def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
     inputs = [value for arg in node.all_input_nodes for value in values_of(arg)]
     mixed = next((value.mixed for value in inputs if value.mixed is not None), None)
-    if mixed is not None and node.target not in MIXED_INPUTS_ALLOWED:
+    info = info_of(node.target)
+    if mixed is not None and not info.takes_mixed:
         return Value((), mixed=mixed)
-    rule = rule_for(node.target)
-    if any(value.arrangement for value in inputs) and not knows_arrangements(node.target):
+    if any(value.arrangement for value in inputs) and not info.takes_arrangements:
         raise Mixes("computes with the order of the rows, in which every row has a part", RefusalCode.ORDER_OF_ROWS)
-    if rule is None:
+    if info.rule is None:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
         raise Mixes("no rule for this op, so it may mix rows", RefusalCode.NO_RULE)
     fully_masked = frozenset().union(*(value.fully_masked for value in inputs)) - blanked(node)
-    marks = rule(node, tokens.layout)
+    marks = info.rule(node, tokens.layout)
     if isinstance(marks, tuple):
         return tuple(replace(value, fully_masked=value.fully_masked | fully_masked) for value in marks)
     return _with_row(

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.parts import Parts, is_attention
 from radix_compile.analysis.attention.products import is_product_of_scores, queries_and_keys, weights_and_values
-from radix_compile.analysis.attention.rows import SAME_ORDER, NotOnTree, Rows
+from radix_compile.analysis.attention.rows import NotOnTree, Rows
 from radix_compile.analysis.flops import flops
+from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.rules.flex import FLEX, arguments_of, inlined, mask_of
 from radix_compile.analysis.rules.masks import fact_of, is_hidden
-from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Feature, Uniform, shape_of
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
@@ -25,8 +26,6 @@ from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import value_of
 
 aten = torch.ops.aten
-
-COPIES = (*SAME_ORDER, aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 
 
 def read_attention(gm: fx.GraphModule) -> None:
@@ -94,7 +93,7 @@ def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:
     while node.target is not aten.softmax.int:
         if node.target is aten.slice.Tensor and not sliced:
             sliced = True  # mark_token_axes has seen that what is left are weights of keys
-        elif not node.meta["val"].is_floating_point() or not (node.target in COPIES or _is_no_dropout(node)):
+        elif not node.meta["val"].is_floating_point() or not (info_of(node.target).keeps_order or _is_no_dropout(node)):
             raise NotOnTree(f"its weights go through {node.target}")
         (node, *_) = node.all_input_nodes
     if argument(node, "dim") not in (-1, node.meta["val"].ndim - 1):
@@ -135,7 +134,7 @@ class _Scores:
     def _peeled(self, node: fx.Node) -> fx.Node:
         target, args = node.target, node.args
         dtype = node.meta["val"].dtype
-        if target in COPIES and dtype.is_floating_point:
+        if info_of(target).keeps_order and dtype.is_floating_point:
             return node.all_input_nodes[0]
         if target is aten.cat.default and self.sinks is None:
             if self.outer != 1 or self.capped or self.masks or self.biases:
@@ -236,7 +235,7 @@ def _is_mask(operand: Any) -> bool:
 def _by_head(node: fx.Node) -> fx.Node:
     """``[H]``, from which a constant ``[..., H, S, 1]`` is expanded."""
     axes = value_of(node).axes
-    while node.target in COPIES:
+    while info_of(node.target).keeps_order:
         node = node.all_input_nodes[0]
     (size, *more), by_head = shape_of(node) or (0,), axes[-3] if len(axes) > 2 else ()
     alike = [axis for dim, axis in enumerate(axes) if dim != len(axes) - 3]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import tensor_inputs
 from radix_compile.analysis.attention.parts import TreeAttention, attention_steps, is_attention
 from radix_compile.analysis.flops import flops
-from radix_compile.analysis.rules.table import tensor_inputs
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.errors import Declined, RefusalCode
 from radix_compile.ir.facts import RowMax

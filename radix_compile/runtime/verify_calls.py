@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.analysis.rules.table import argument
+from radix_compile.analysis.arguments import argument
 from radix_compile.ir.axes import BATCH, SEQ, Token
 from radix_compile.ir.graph import Form, facts, graph_facts, tokens_of
 from radix_compile.ir.value import Value, locate, values_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import radix_compile
 from radix_compile import backend
-from radix_compile.analysis.rules import table
+from radix_compile.analysis.op_info import OP_INFO, OpInfo
 from radix_compile.analysis.rules.custom import register_rule
 from tests.models import build, shared_batch
 
@@ -179,14 +179,14 @@ def by_memory() -> Iterator[Callable[[Tensor], Tensor]]:
     torch.library.register_autograd("radix_tests::by_memory", lambda ctx, grad: grad * 2)
     register_rule(torch.ops.radix_tests.by_memory.default, "pointwise")
     yield torch.ops.radix_tests.by_memory.default
-    del table.RULES[torch.ops.radix_tests.by_memory.default]
+    del OP_INFO[torch.ops.radix_tests.by_memory.default]
 
 
 @pytest.mark.parametrize("rule", [True, False])
 def test_ops_of_other_packages_see_the_layout_that_they_saw(by_memory: Callable[[Tensor], Tensor], rule: bool) -> None:
     if not rule:
-        table.RULES.pop(torch.ops.radix_tests.by_memory.default)
+        OP_INFO.pop(torch.ops.radix_tests.by_memory.default)
     try:
         compare(lambda m, x, ids: (by_memory(heads(m.first(x)).contiguous()), m.last(x)), "eager", gradients=False)
     finally:
-        table.RULES.setdefault(torch.ops.radix_tests.by_memory.default, lambda node, layout: None)  # type: ignore
+        OP_INFO.setdefault(torch.ops.radix_tests.by_memory.default, OpInfo())

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import BertConfig, BertModel
 
 import radix_compile
-from radix_compile.analysis.rules.table import RULES
+from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.inspection.advice import ADVICE, advice_on
 from radix_compile.ir.axes import Mixes
 from radix_compile.ir.errors import RefusalCode
@@ -286,7 +286,7 @@ def custom_rule() -> radix_compile.Explanation:
     try:
         return between(lambda x: torch.renorm(x, 2, -1, 1.0))
     finally:
-        del RULES[torch.ops.aten.renorm.default]
+        del OP_INFO[torch.ops.aten.renorm.default]
 
 
 def unbacked() -> radix_compile.Explanation:

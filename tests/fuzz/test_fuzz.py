@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from radix_compile.analysis.rules.table import RULES
+from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.ir.value import Value, value_of
 from tests.fuzz.check import FAILURES, Outcome, check, draw_example
 
@@ -29,7 +31,8 @@ def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_if_by_row(node: object, layout: object) -> Value:
         return Value(value_of(node.args[0]).axes)  # type: ignore[attr-defined]
 
-    monkeypatch.setitem(RULES, torch.ops.aten.flip.default, as_if_by_row)
+    flip = torch.ops.aten.flip.default
+    monkeypatch.setitem(OP_INFO, flip, replace(OP_INFO[flip], rule=as_if_by_row))
     examples = (draw_example(seed, compiled=0) for seed in range(2000))
     for example in (one for one in examples if "flip(" in str(one.program)):
         try:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import radix_compile
-from radix_compile.analysis.rules.table import argument
+from radix_compile.analysis.arguments import argument
 from radix_compile.ir.graph import facts
 from radix_compile.passes import fold_graph
 from radix_compile.runtime import call_planner

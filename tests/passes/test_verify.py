@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import radix_compile
 import radix_compile.passes.fold_cross_entropy as losses
-from radix_compile.analysis.rules.table import RULES
+from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.ir.axes import plain_axes
 from radix_compile.ir.value import Value, value_of
 from radix_compile.passes.verify import InvariantError, verify_graph
@@ -142,7 +143,7 @@ def test_axes_that_are_not_those_of_the_shape(monkeypatch: pytest.MonkeyPatch) -
     def one_more(node: fx.Node, layout: object) -> Value:
         return Value((*plain_axes(node), ()))
 
-    monkeypatch.setitem(RULES, aten.matmul.default, one_more)
+    monkeypatch.setitem(OP_INFO, aten.matmul.default, replace(OP_INFO[aten.matmul.default], rule=one_more))
     with pytest.raises(Exception, match=r"its axes .* are not those of its shape"):
         folded(mlp, IDS, torch.randn(97, 16), torch.randn(16, 16))
 
@@ -179,7 +180,7 @@ def test_right_losses_pass() -> None:
 
 
 def test_a_wrong_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, aten.flip.default, by_row)
+    monkeypatch.setitem(OP_INFO, aten.flip.default, replace(OP_INFO[aten.flip.default], rule=by_row))
     with pytest.raises(radix_compile.WrongFold, match=r"compact form: aten.flip.default.*hidden = hidden.flip\(1\)"):
         compiled(Net())(IDS)
     without = compiled(Net(), verify=False)(IDS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.attention.rows import NotOnTree, Order, Rows
 from radix_compile.analysis.rules.contractions import labels_of
-from radix_compile.analysis.rules.table import argument
 from radix_compile.ir.axes import Mixes
 
 aten = torch.ops.aten

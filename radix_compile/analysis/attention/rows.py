@@ -6,13 +6,11 @@ import itertools
 from dataclasses import dataclass
 
 import sympy
-import torch
 from torch import fx
 
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import SEQ, Axes, Axis, Feature, Token, Uniform
 from radix_compile.ir.value import value_of, values_of
-
-aten = torch.ops.aten
 
 
 class NotOnTree(Exception):  # noqa: N818 - a verdict about an attention
@@ -70,25 +68,11 @@ def are_side_by_side(query: Rows, key: Rows, grouped: bool) -> bool:
     return len(many) == len(few) and all(size == 1 for _, size in behind)
 
 
-SAME_ORDER = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.contiguous.default,
-)
-"""Views that leave the dimensions in their order."""
-
-
 def narrow(rows: Rows) -> Rows:
     """Keys or values without the copies that are made for the heads of a group, whose entries are side by side."""
     wanted, found, node = _order(rows.axes), rows, rows.node
     while not rows.order:
-        source = value_of(node).identity or (node.args[0] if node.target in SAME_ORDER else None)
+        source = value_of(node).identity or (node.args[0] if _keeps_order(node) else None)
         if not isinstance(source, fx.Node):
             break
         node, candidate = source, Rows(source)
@@ -96,6 +80,11 @@ def narrow(rows: Rows) -> Rows:
         if value_of(node).is_row and len(axes) >= 3 and axes[-2] == (SEQ,) and _order(axes) == wanted:
             found = candidate
     return found
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    info = info_of(node.target)
+    return info.keeps_order and not info.casts
 
 
 def _order(axes: Axes) -> tuple[object, ...]:

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.reach.column_reach import LARGEST, NOTHING, OutOfReach, Reach, Reaches, reach
-from radix_compile.analysis.reach.table import aligned, dim_of, latest, reach_rule, refuse_if_apart, zero_products
+from radix_compile.analysis.reach.operands import aligned, dim_of, latest, refuse_if_apart, zero_products
 from radix_compile.analysis.rules.contractions import labels_of
-from radix_compile.analysis.rules.table import argument, source_of
 from radix_compile.ir.axes import Mixes
 
 aten = torch.ops.aten
 
 
-@reach_rule(aten.tril.default, aten.triu.default)
 def triangle(node: fx.Node, reaches: Reaches) -> Reach:
     source, (rows, columns) = reaches.of(source_of(node)), reaches.shape(node)[-2:]
     if source.batch in (source.rank - 2, source.rank - 1):
@@ -29,7 +28,6 @@ def triangle(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(source.last, np.where(kept, source.known, 0.0), source.batch)
 
 
-@reach_rule(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default)
 def reduce(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     named = argument(node, "dim")
@@ -44,14 +42,12 @@ def reduce(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(source.last.max(axis=dims, keepdims=keep), np.where(zero, 0.0, np.nan), batch)
 
 
-@reach_rule(aten.softmax.int)
 def softmax(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
     return reach(source.last.max(axis=dim, keepdims=True), batch=source.batch)
 
 
-@reach_rule(aten.cumsum.default)
 def cumsum(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
@@ -59,7 +55,6 @@ def cumsum(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(np.maximum.accumulate(source.last, axis=dim), np.where(zero, 0.0, np.nan), source.batch)
 
 
-@reach_rule(aten.linear.default)
 def linear(node: fx.Node, reaches: Reaches) -> Reach:
     """Weights that are constants of the call."""
     source, *others = (reaches.of(arg) for arg in node.all_input_nodes)
@@ -70,7 +65,6 @@ def linear(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(source.last.max(axis=-1, keepdims=True), batch=source.batch)
 
 
-@reach_rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(node: fx.Node, reaches: Reaches) -> Reach:
     left, right = node.args[:2]
     ranks = [len(reaches.shape(one)) for one in (left, right)]  # type: ignore[arg-type]
@@ -81,7 +75,6 @@ def matmul(node: fx.Node, reaches: Reaches) -> Reach:
     return contraction([left, right], labels, [*names, "i", "j"], reaches)
 
 
-@reach_rule(aten.einsum.default)
 def einsum(node: fx.Node, reaches: Reaches) -> Reach:
     tensors = argument(node, "tensors")
     try:
@@ -120,7 +113,6 @@ def contraction(
     return reach(products.last.max(axis=along), np.where(zero, 0.0, np.nan), batch)
 
 
-@reach_rule(aten.linalg_solve_triangular.default)
 def solve_triangular(node: fx.Node, reaches: Reaches) -> Reach:
     """Forward substitution: a row of the result reads the rows of both sides up to its own."""
     matrix, right = node.args[:2]
@@ -140,7 +132,6 @@ def solve_triangular(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(latest(sides), batch=batch)
 
 
-@reach_rule(aten.conv1d.default)
 def conv1d(node: fx.Node, reaches: Reaches) -> Reach:
     """``[N, C, L]`` with weights that are constants of the call."""
     source, *others = (reaches.of(arg) for arg in node.all_input_nodes)

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from radix_compile.analysis.rules.table import is_tensor
+from radix_compile.analysis.arguments import is_tensor
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import BATCH, SEQ, Axes, Layout, Uniform, as_size, has_tokens, plain_axis, shape_of
 from radix_compile.ir.facts import Filled
 from radix_compile.ir.value import Value, marks_of
@@ -73,12 +74,9 @@ ReachRule = Callable[[fx.Node, "Reaches"], "Reach | tuple[Reach, ...]"]
 class Reaches:
     """The reach of the nodes of one graph, for sizes that are numbers; computed as far back as axes are unknown."""
 
-    def __init__(
-        self, layout: Layout, sizes: Mapping[sympy.Symbol, int], rule_for: Callable[[Any], ReachRule | None]
-    ) -> None:
+    def __init__(self, layout: Layout, sizes: Mapping[sympy.Symbol, int]) -> None:
         self.layout = layout
         self.sizes = sizes
-        self.rule_for = rule_for
         self.columns = self.number(layout.seq)
         self.found: dict[fx.Node, Reach | tuple[Reach, ...] | None] = {}
         self.literals: dict[fx.Node, torch.Tensor | None] = {}
@@ -155,7 +153,7 @@ class Reaches:
         if node.target is operator.getitem:
             source, position = node.args
             return self.all_of(source)[position]  # type: ignore
-        rule = self.rule_for(node.target)
+        rule = info_of(node.target).reach
         if rule is None:
             raise OutOfReach
         return rule(node, self)
@@ -237,7 +235,7 @@ class ReachCheck:
     def __call__(self, args: Sequence[Any]) -> bool:
         sizes = tuple(args[position].shape[dim] for position, dim in self.symbols.values())
         if sizes not in self.known:
-            here = Reaches(self.proved.layout, dict(zip(self.symbols, sizes, strict=True)), self.proved.rule_for)
+            here = Reaches(self.proved.layout, dict(zip(self.symbols, sizes, strict=True)))
             self.known[sizes] = all(here.causal_axes(node) == axes for node, axes in self.axes.items())
         return self.known[sizes]
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor, source_of
 from radix_compile.analysis.reach.column_reach import NOTHING, Reach, Reaches, reach
-from radix_compile.analysis.reach.table import aligned, latest, reach_rule, zero_products
-from radix_compile.analysis.rules.table import is_tensor, source_of
-
-aten = torch.ops.aten
+from radix_compile.analysis.reach.operands import aligned, latest, zero_products
 
 
 def elementwise_reach(node: fx.Node, reaches: Reaches) -> Reach:
@@ -20,13 +17,11 @@ def elementwise_reach(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(latest([one.last for one in operands]), batch=batch)
 
 
-@reach_rule(aten.mul.Tensor)
 def product(node: fx.Node, reaches: Reaches) -> Reach:
     operands, batch = aligned([arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
     return reach(latest([one.last for one in operands]), zero_products(operands), batch)
 
 
-@reach_rule(aten.div.Tensor)
 def quotient(node: fx.Node, reaches: Reaches) -> Reach:
     """Zero where the first operand is."""
     operands, batch = aligned([arg for arg in node.args if is_tensor(arg)], reaches)  # type: ignore[misc]
@@ -35,7 +30,6 @@ def quotient(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(latest([one.last for one in operands]), known, batch)
 
 
-@reach_rule(aten.add.Tensor, aten.sub.Tensor)
 def total(node: fx.Node, reaches: Reaches) -> Reach:
     """Zero where both are."""
     operands, batch = aligned([arg for arg in node.args[:2] if is_tensor(arg)], reaches)  # type: ignore[misc]
@@ -44,26 +38,22 @@ def total(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(latest([one.last for one in operands]), np.where(both, 0.0, np.nan), batch)
 
 
-@reach_rule(aten.neg.default)
 def negative(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     return reach(source.last, -source.known, source.batch)
 
 
-@reach_rule(aten.exp.default)
 def exp(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     with np.errstate(over="ignore"):
         return reach(source.last, np.exp(source.known), source.batch)
 
 
-@reach_rule(aten.masked_fill.Scalar)
 def masked_fill(node: fx.Node, reaches: Reaches) -> Reach:
     source, mask, value = node.args
     return _chosen(mask, value, source, reaches)
 
 
-@reach_rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 def where(node: fx.Node, reaches: Reaches) -> Reach:
     condition, this, other = node.args
     return _chosen(condition, this, other, reaches)
@@ -83,14 +73,6 @@ def _chosen(condition: Any, this: Any, other: Any, reaches: Reaches) -> Reach:
     return reach(np.where(decided, last, unsure), np.where(decided, known, np.nan), batch)
 
 
-@reach_rule(
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten._to_copy.default,
-    aten.contiguous.default,
-    aten.type_as.default,
-)
 def same_entries(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     exact = node.meta["val"].dtype.is_floating_point or node.meta["val"].dtype == source_of(node).meta["val"].dtype
@@ -98,7 +80,6 @@ def same_entries(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(source.last, kept if exact else np.nan, source.batch)
 
 
-@reach_rule(aten.zeros_like.default)
 def zeros_like(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     return reach(np.full((1,) * source.rank, NOTHING), 0.0, source.batch)

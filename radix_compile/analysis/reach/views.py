@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.reach.column_reach import NOTHING, OutOfReach, Reach, Reaches, reach
-from radix_compile.analysis.reach.table import Array, aligned, dim_of, moved, reach_rule, refuse_if_apart
-from radix_compile.analysis.rules.table import argument, source_of
+from radix_compile.analysis.reach.operands import Array, aligned, dim_of, moved, refuse_if_apart
 
 aten = torch.ops.aten
 
 
-@reach_rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def reshape(node: fx.Node, reaches: Reaches) -> Reach:
     """Dimensions that are merged or cut together stay small if all of them are."""
     source = reaches.of(source_of(node))
@@ -57,7 +56,6 @@ def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     return result
 
 
-@reach_rule(aten.expand.default)
 def expand(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     more = len(reaches.shape(node)) - source.rank
@@ -65,7 +63,6 @@ def expand(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array.reshape((1,) * more + array.shape), batch)
 
 
-@reach_rule(aten.unsqueeze.default)
 def unsqueeze(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dim = argument(node, "dim") % (source.rank + 1)
@@ -73,7 +70,6 @@ def unsqueeze(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: np.expand_dims(array, dim), batch)
 
 
-@reach_rule(aten.squeeze.dim, aten.squeeze.dims)
 def squeeze(node: fx.Node, reaches: Reaches) -> Reach:
     source, shape = reaches.of(source_of(node)), reaches.shape(source_of(node))
     named = argument(node, "dim")
@@ -85,7 +81,6 @@ def squeeze(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array.squeeze(gone), batch)
 
 
-@reach_rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default)
 def permute(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     order = list(range(source.rank))
@@ -99,7 +94,6 @@ def permute(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array.transpose(order), batch)
 
 
-@reach_rule(aten.slice.Tensor)
 def slice_(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dim = argument(node, "dim") % source.rank
@@ -114,7 +108,6 @@ def slice_(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array[place], source.batch)
 
 
-@reach_rule(aten.select.int)
 def select(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
@@ -123,7 +116,6 @@ def select(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array.take(index, dim), batch)
 
 
-@reach_rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def split(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
@@ -137,7 +129,6 @@ def split(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     return tuple(part(size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True))
 
 
-@reach_rule(aten.unbind.int)
 def unbind(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
@@ -150,7 +141,6 @@ def unbind(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     return tuple(map(part, range(reaches.shape(source_of(node))[dim])))
 
 
-@reach_rule(aten.flip.default)
 def flip(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dims = tuple(dim % source.rank for dim in argument(node, "dims"))
@@ -159,7 +149,6 @@ def flip(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: np.flip(array, dims), source.batch)
 
 
-@reach_rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(node: fx.Node, reaches: Reaches) -> Reach:
     """In front and behind, by a number."""
     source = reaches.of(source_of(node))
@@ -183,7 +172,6 @@ def pad(node: fx.Node, reaches: Reaches) -> Reach:
     return result
 
 
-@reach_rule(aten.cat.default)
 def cat(node: fx.Node, reaches: Reaches) -> Reach:
     tensors = [arg for arg in argument(node, "tensors") if reaches.shape(arg) != (0,)]
     found, batch = aligned(tensors, reaches)
@@ -202,7 +190,6 @@ def cat(node: fx.Node, reaches: Reaches) -> Reach:
     return reach(joined([one.last for one in found]), joined([one.known for one in found]), batch)
 
 
-@reach_rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     if argument(node, "dim") is None:
@@ -212,7 +199,6 @@ def repeat_interleave(node: fx.Node, reaches: Reaches) -> Reach:
     return moved(source, lambda array: array.repeat(times, dim), source.batch)
 
 
-@reach_rule(aten.select_scatter.default, aten.slice_scatter.default)
 def written_over(node: fx.Node, reaches: Reaches) -> Reach:
     """One entry along a dimension, or some of them, written over."""
     source, written = argument(node, "self"), argument(node, "src")

@@ -7,18 +7,15 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.rules.contractions import attend
 from radix_compile.analysis.rules.masks import as_formula, in_attention
-from radix_compile.analysis.rules.table import argument, rule
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import And, Diff, Formula, Masked, Weights, implies_causal
 from radix_compile.ir.value import Operand, Uses, Value, broadcast, value_of
 
-aten = torch.ops.aten
 
-
-@rule(aten._transformer_encoder_layer_fwd.default)
 def fused_encoder_layer(node: fx.Node, layout: Layout) -> Value:
     raise Mixes(
         "a whole layer in one op: torch.backends.mha.set_fastpath_enabled(False) makes its parts visible",
@@ -26,7 +23,6 @@ def fused_encoder_layer(node: fx.Node, layout: Layout) -> Value:
     )
 
 
-@rule(aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(node: fx.Node, layout: Layout) -> Value:
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
     q, k, v = value_of(query), value_of(key), value_of(value)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, operand
 from radix_compile.analysis.rules.masks import biased_scores
-from radix_compile.analysis.rules.table import argument, operand, rule
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens, plain_axes
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Score, Weights, fully_masked_rows, hides
@@ -23,7 +23,6 @@ def constant_weights(*nodes: fx.Node | None) -> None:
             raise Mixes("the weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
 
 
-@rule(aten.linear.default)
 def linear(node: fx.Node, layout: Layout) -> Value:
     source, weight, bias = argument(node, "input"), argument(node, "weight"), argument(node, "bias")
     constant_weights(weight, bias)
@@ -32,22 +31,18 @@ def linear(node: fx.Node, layout: Layout) -> Value:
     return Value((*axes[:-1], *plain_axes(node)[len(axes) - 1 :]))  # uniform weights may have a bias that is not
 
 
-@rule(aten.mm.default)
 def mm(node: fx.Node, layout: Layout) -> Value:
     return product(node, argument(node, "self"), argument(node, "mat2"), layout)
 
 
-@rule(aten.bmm.default)
 def bmm(node: fx.Node, layout: Layout) -> Value:
     return product(node, argument(node, "self"), argument(node, "mat2"), layout)
 
 
-@rule(aten.matmul.default)
 def matmul(node: fx.Node, layout: Layout) -> Value:
     return product(node, argument(node, "self"), argument(node, "other"), layout)
 
 
-@rule(aten.addmm.default)
 def addmm(node: fx.Node, layout: Layout) -> Value:
     constant_weights(argument(node, "self"), argument(node, "mat2"))
     bias = argument(node, "self")
@@ -57,7 +52,6 @@ def addmm(node: fx.Node, layout: Layout) -> Value:
     return replace(result, axes=(*result.axes[:-1], *plain_axes(node)[-1:]))  # uniform weights, a bias that is not
 
 
-@rule(aten.baddbmm.default)
 def baddbmm(node: fx.Node, layout: Layout) -> Value:
     """Scores with a bias, as ALiBi makes them."""
     bias = argument(node, "self")
@@ -86,7 +80,6 @@ def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Val
     return result.with_fact(Score()) if result.is_pair else result
 
 
-@rule(aten.einsum.default)
 def einsum(node: fx.Node, layout: Layout) -> Value:
     """Rows times weights, scores of rows, or attention weights times values: the labels say which."""
     tensors = argument(node, "tensors")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.rules.elementwise import lined_up
 from radix_compile.analysis.rules.masks import as_formula, counted, is_hidden
-from radix_compile.analysis.rules.table import argument, rule, source_of
 from radix_compile.ir.axes import Layout, feature, plain_axes, uniform_axes
 from radix_compile.ir.facts import (
     Diff,
@@ -27,7 +27,6 @@ from radix_compile.ir.value import Value, value_of
 aten = torch.ops.aten
 
 
-@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def arange(node: fx.Node, layout: Layout) -> Value:
     start, step = (0, 1) if node.target is aten.arange.default else (argument(node, "start"), 1)
     if node.target is aten.arange.start_step:
@@ -54,29 +53,15 @@ def _filled(node: fx.Node) -> Fact | None:
     return None if value is None else stored(Filled(value), node.meta["val"].dtype)
 
 
-@rule(
-    aten.full.default,
-    aten.zeros.default,
-    aten.ones.default,
-    aten.scalar_tensor.default,
-    aten.new_full.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.empty.memory_format,
-    aten.new_empty.default,
-    any_input=True,
-)
 def fill(node: fx.Node, layout: Layout) -> Value:
     return Value(uniform_axes(node), fact=_filled(node))
 
 
-@rule(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
 def fill_like(node: fx.Node, layout: Layout) -> Value:
     axes, uses = lined_up(node, layout)
     return Value(axes, fact=_filled(node), operands=uses)
 
 
-@rule(aten.tril.default, aten.triu.default)
 def triangle(node: fx.Node, layout: Layout) -> Value:
     """Zero outside a triangle of the last two dimensions: of ones a predicate, of minus infinity a mask."""
     value = value_of(source_of(node))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
+from radix_compile.analysis.arguments import tensor_inputs
+from radix_compile.analysis.op_info import OP_INFO, OpInfo, Rule
 from radix_compile.analysis.rules.elementwise import lined_up
-from radix_compile.analysis.rules.table import RULES, Rule, tensor_inputs
 from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.value import Marks, Value, value_of
@@ -43,16 +46,16 @@ def register_rule(op: OpOverload, rule: str | Rule) -> None:
         raise TypeError(f"op must be an overload such as torch.ops.mylib.norm.default, got {describe(op)}")
     if op._schema.is_mutable:
         raise ValueError(f"op must not write to its inputs, but {op} does")
-    if op in RULES or op.name() in RULES:
+    row = OP_INFO.get(op) or OP_INFO.get(op.name(), OpInfo())
+    if row.rule is not None:
         raise ValueError(f"op has a rule already: {op}")
     if isinstance(rule, str):
         if rule not in KINDS:
             raise ValueError(f"rule must be one of {', '.join(map(repr, KINDS))} or a function, got {rule!r}")
-        RULES[op] = KINDS[rule]
-    elif callable(rule):
-        RULES[op] = rule
-    else:
+        rule = KINDS[rule]
+    elif not callable(rule):
         raise TypeError(f"rule must be a name or a function, got {describe(rule)}")
+    OP_INFO[op] = replace(row, rule=rule)
 
 
 def _pointwise(node: fx.Node, layout: Layout) -> Marks:

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import operand, tensor_inputs
 from radix_compile.analysis.rules.masks import elementwise_fact
-from radix_compile.analysis.rules.table import operand, rule, tensor_inputs
 from radix_compile.ir.axes import Axes, Layout
 from radix_compile.ir.value import Marks, Uses, Value, broadcast
 
-aten = torch.ops.aten
 
-
-@rule(
-    aten.__and__.Tensor,
-    aten.__and__.Scalar,
-    aten.__or__.Tensor,
-    aten.__or__.Scalar,
-    aten.__xor__.Tensor,
-    aten.complex.default,
-    aten.polar.default,
-    aten.softplus.default,
-    aten.where.ScalarOther,
-    aten.where.ScalarSelf,
-    aten.where.Scalar,
-)
 def elementwise(node: fx.Node, layout: Layout) -> Marks:
     """Each entry of the result, or of all results, reads the entries that line up with it."""
     axes, uses = lined_up(node, layout)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor, operand
 from radix_compile.analysis.rules.masks import as_formula
-from radix_compile.analysis.rules.table import is_tensor, operand
 from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Formula, Given, Weights, disjunction, hides, implies_causal

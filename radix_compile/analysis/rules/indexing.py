@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, operand, tensor_inputs
 from radix_compile.analysis.rules.sorting import rearranged
-from radix_compile.analysis.rules.table import argument, operand, rule, tensor_inputs
 from radix_compile.ir.axes import Axis, Layout, Mixes, feature, has_tokens, plain_axes, shape_of
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, Index, PerRow
@@ -17,7 +17,6 @@ from radix_compile.ir.value import Value, broadcast, value_of
 aten = torch.ops.aten
 
 
-@rule(aten.embedding.default)
 def embedding(node: fx.Node, layout: Layout) -> Value:
     weight, indices = value_of(argument(node, "weight")), value_of(argument(node, "indices"))
     if not weight.is_constant:
@@ -26,7 +25,6 @@ def embedding(node: fx.Node, layout: Layout) -> Value:
     return Value((*indices.axes, *weight.axes[1:]), full_only=bool(argument(node, "scale_grad_by_freq")))
 
 
-@rule(aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
 def gather(node: fx.Node, layout: Layout) -> Value:
     """Features taken or written by index; the other dimensions line up (these ops do not broadcast, they cut)."""
     rank = len(shape_of(node))
@@ -50,7 +48,6 @@ def gather(node: fx.Node, layout: Layout) -> Value:
     return Value((*axes[:dim], found, *axes[dim + 1 :]), operands=uses)
 
 
-@rule(aten.index_select.default)
 def index_select(node: fx.Node, layout: Layout) -> Value:
     source, indices = value_of(argument(node, "self")), value_of(argument(node, "index"))
     dim = argument(node, "dim") % len(source.axes)
@@ -62,7 +59,6 @@ def index_select(node: fx.Node, layout: Layout) -> Value:
     return Value((*source.axes[:dim], *plain_axes(node)[dim : dim + 1], *source.axes[dim + 1 :]))
 
 
-@rule(aten.index.Tensor, arranged=True)
 def index(node: fx.Node, layout: Layout) -> Value:
     """``source[i, j, ...]``: a table look-up, or indices that are known to count ``0, 1, 2, ...``."""
     source, indices = argument(node, "self"), argument(node, "indices")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.bounds import bounds_of
-from radix_compile.analysis.rules.table import argument
+from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import SEQ, shape_of
 from radix_compile.ir.facts import (
     FALSE,
@@ -44,10 +43,8 @@ from radix_compile.ir.facts import (
     negation,
 )
 from radix_compile.ir.value import Value, value_of
-from radix_compile.torch_internals import OpOverload
 
 aten = torch.ops.aten
-FACTS: dict[OpOverload, Callable[[fx.Node], Fact | None]] = {}
 
 LONGEST = 2**30
 """What no sequence is longer than whose length is a symbol: a mask of its columns would have 2**60 entries."""
@@ -57,8 +54,7 @@ LARGEST_OFFSET = 2**30
 
 
 def elementwise_fact(node: fx.Node) -> Fact | None:
-    assert isinstance(node.target, OpOverload)
-    derive = FACTS.get(node.target)
+    derive = info_of(node.target).fact
     return derive(node) if derive else None
 
 
@@ -80,14 +76,6 @@ def as_formula(value: Value) -> Formula:
             return RowTrue(source, dim)
         case _:
             return OPAQUE
-
-
-def _derives(*ops: OpOverload) -> Callable[[Callable[[fx.Node], Fact | None]], Callable[[fx.Node], Fact | None]]:
-    def register(derive: Callable[[fx.Node], Fact | None]) -> Callable[[fx.Node], Fact | None]:
-        FACTS.update(dict.fromkeys(ops, derive))
-        return derive
-
-    return register
 
 
 def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
@@ -115,7 +103,7 @@ def _score(size: float, dtype: torch.dtype) -> Score | None:
 # ------------------------------------------------------------------------------------------- comparing two columns
 
 
-def _compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
+def compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
     """``sign * (left - right) <= slack``, for indices or for the same per-row quantity at two columns."""
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(left, Index) and isinstance(right, Index) and left.dim != right.dim:
@@ -128,7 +116,7 @@ def _compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
     return None
 
 
-def _compare_distance(node: fx.Node, sign: int, slack: int) -> Fact | None:
+def compare_distance(node: fx.Node, sign: int, slack: int) -> Fact | None:
     """``sign * (distance - number) <= slack``."""
     fact, number = fact_of(node.args[0]), node.args[1]
     if not isinstance(fact, Distance) or isinstance(number, bool) or not isinstance(number, int):
@@ -175,33 +163,24 @@ def _same_source(left: PerRow, right: PerRow) -> bool:
     return left.source is right.source and left.exact and right.exact and left.dim != right.dim
 
 
-_COMPARISONS = {"le": (1, 0), "lt": (1, -1), "ge": (-1, 0), "gt": (-1, -1)}
-for _name, (_sign, _slack) in _COMPARISONS.items():
-    FACTS[getattr(aten, _name).Tensor] = functools.partial(_compare, sign=_sign, slack=_slack)
-    FACTS[getattr(aten, _name).Scalar] = functools.partial(_compare_distance, sign=_sign, slack=_slack)
-
-
-@_derives(aten.eq.Tensor)
-def _eq(node: fx.Node) -> Fact | None:
+def eq(node: fx.Node) -> Fact | None:
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(left, PerRow) and isinstance(right, PerRow) and _same_source(left, right):
         return Predicate(Same(left.source, left.dim, right.dim, left.runs_of))
-    low, high = _compare(node, 1, 0), _compare(node, -1, 0)
+    low, high = compare(node, 1, 0), compare(node, -1, 0)
     if isinstance(low, Predicate) and isinstance(high, Predicate):
         return Predicate(conjunction(low.formula, high.formula))
     return None
 
 
-@_derives(aten.eq.Scalar)
-def _eq_scalar(node: fx.Node) -> Fact | None:
+def eq_scalar(node: fx.Node) -> Fact | None:
     fact = fact_of(node.args[0])
     if isinstance(fact, Ones) and node.args[1] in (0, 1):
         return Predicate(fact.formula if node.args[1] == 1 else negation(fact.formula))
     return None
 
 
-@_derives(aten.ne.Scalar)
-def _ne_scalar(node: fx.Node) -> Fact | None:
+def ne_scalar(node: fx.Node) -> Fact | None:
     fact = fact_of(node.args[0])
     if isinstance(fact, Ones) and node.args[1] == 0:
         return Predicate(fact.formula)
@@ -226,22 +205,19 @@ def _formulas(node: fx.Node) -> tuple[Formula, Formula] | None:
     return first, TRUE if right else FALSE
 
 
-@_derives(aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
-def _and(node: fx.Node) -> Fact | None:
+def and_(node: fx.Node) -> Fact | None:
     formulas = _formulas(node)
     if formulas is not None:
         return Predicate(conjunction(*formulas))
-    return _scaled(node) if node.target is aten.mul.Tensor else None
+    return scale(node) if node.target is aten.mul.Tensor else None
 
 
-@_derives(aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default)
-def _or(node: fx.Node) -> Fact | None:
+def or_(node: fx.Node) -> Fact | None:
     formulas = _formulas(node)
     return Predicate(disjunction(*formulas)) if formulas is not None else None
 
 
-@_derives(aten.bitwise_not.default, aten.logical_not.default)
-def _not(node: fx.Node) -> Fact | None:
+def not_(node: fx.Node) -> Fact | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if source.meta["val"].dtype != torch.bool:
@@ -252,8 +228,7 @@ def _not(node: fx.Node) -> Fact | None:
 # --------------------------------------------------------------------------------------------- arithmetic on facts
 
 
-@_derives(aten.add.Tensor)
-def _add(node: fx.Node) -> Fact | None:
+def add(node: fx.Node) -> Fact | None:
     if argument(node, "alpha") != 1:
         return None
     (first, second), dtype = node.args[:2], node.meta["val"].dtype
@@ -299,8 +274,7 @@ def biased_scores(bias: fx.Node, beta: Any, alpha: Any, dtype: torch.dtype) -> F
     return _score(products + size_of(bias) * abs(beta), dtype)
 
 
-@_derives(aten.sub.Tensor)
-def _sub(node: fx.Node) -> Fact | None:
+def sub(node: fx.Node) -> Fact | None:
     fact, other = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(node.args[1], int) and isinstance(fact, Index | Distance | PerRow | Shifted):
         return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
@@ -314,8 +288,7 @@ def _sub(node: fx.Node) -> Fact | None:
     return None
 
 
-@_derives(aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-def _scaled(node: fx.Node) -> Fact | None:
+def scale(node: fx.Node) -> Fact | None:
     """Scores stay scores under a factor, masks masks under one that is positive, zero weights stay zero under any."""
     fact, factor = fact_of(node.args[0]), fact_of(node.args[1])
     if not isinstance(factor, Filled) or not math.isfinite(factor.value) or factor.value == 0:
@@ -349,8 +322,7 @@ def in_other_dtype(fact: Fact | None, dtype: torch.dtype) -> Fact | None:
     return _score(fact.size, dtype) if isinstance(fact, Score) else fact
 
 
-@_derives(aten.max.other, aten.maximum.default)
-def _maximum(node: fx.Node) -> Fact | None:
+def maximum(node: fx.Node) -> Fact | None:
     """Nothing visible is as low as the floor, so raising everything to it keeps the mask."""
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     for fact, other in ((left, right), (right, left)):
@@ -361,8 +333,7 @@ def _maximum(node: fx.Node) -> Fact | None:
     return None
 
 
-@_derives(aten.tanh.default)
-def _tanh(node: fx.Node) -> Fact | None:
+def tanh(node: fx.Node) -> Fact | None:
     return Score(1.0)
 
 
@@ -392,8 +363,7 @@ def _masked(visible: Formula, source: Any, floor: Fact | None) -> Fact:
     return Masked.of(visible, floor.value, size_of(source), zero=kept == Filled(0))
 
 
-@_derives(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-def _where(node: fx.Node) -> Fact | None:
+def where(node: fx.Node) -> Fact | None:
     condition, first, second = node.args
     assert isinstance(condition, fx.Node)
     dtype = node.meta["val"].dtype
@@ -408,8 +378,7 @@ def _where(node: fx.Node) -> Fact | None:
     return None
 
 
-@_derives(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def _masked_fill(node: fx.Node) -> Fact | None:
+def masked_fill(node: fx.Node) -> Fact | None:
     source, mask, value = node.args
     assert isinstance(mask, fx.Node)
     dtype = node.meta["val"].dtype

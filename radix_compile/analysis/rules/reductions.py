@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.rules.contractions import attend
-from radix_compile.analysis.rules.table import argument, rule, source_of
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, as_size, feature, has_tokens, is_longer, plain_axis
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Masked, RowMax, Weights, implies_causal
@@ -28,24 +28,6 @@ def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
     return {dim % max(rank, 1) for dim in ([named] if isinstance(named, int) else named)}
 
 
-@rule(
-    aten.mean.dim,
-    aten.sum.dim_IntList,
-    aten.amax.default,
-    aten.amin.default,
-    aten.max.dim,
-    aten.min.dim,
-    aten.argmax.default,
-    aten.argmin.default,
-    aten.any.dim,
-    aten.all.dim,
-    aten.prod.dim_int,
-    aten.logsumexp.default,
-    aten.var.correction,
-    aten.std.correction,
-    aten.linalg_vector_norm.default,
-    aten.norm.ScalarOpt_dim,
-)
 def reduce(node: fx.Node, layout: Layout) -> Marks:
     source = source_of(node)
     value = value_of(source)
@@ -79,7 +61,6 @@ def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
     return largest, which
 
 
-@rule(aten.mean.default, aten.sum.default, aten.max.default, aten.min.default, aten.any.default, aten.all.default)
 def reduce_all(node: fx.Node, layout: Layout) -> Marks:
     value = value_of(source_of(node))
     for axis in value.axes:
@@ -87,7 +68,6 @@ def reduce_all(node: fx.Node, layout: Layout) -> Marks:
     return Value(())
 
 
-@rule(aten.log_softmax.int, aten.topk.default)
 def along(node: fx.Node, layout: Layout) -> Marks:
     """Entries along one dimension are rearranged or normalised together; ``topk`` also shortens it."""
     value = value_of(source_of(node))
@@ -99,7 +79,6 @@ def along(node: fx.Node, layout: Layout) -> Marks:
     return _results(node, (*value.axes[:dim], axis, *value.axes[dim + 1 :]))
 
 
-@rule(aten.softmax.int, aten._softmax.default)
 def softmax(node: fx.Node, layout: Layout) -> Value:
     """Position-wise over features. Over the keys of causally masked scores it makes attention weights."""
     value = value_of(source_of(node))
@@ -132,7 +111,6 @@ def _weights(value: Value, dim: int) -> Weights:
     return Weights(fact.visible, query - rank, dim - rank, undefined=fact.is_strict and not is_longer(axis))
 
 
-@rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
 def layer_norm(node: fx.Node, layout: Layout) -> Marks:
     value = value_of(source_of(node))
     normalised = len(argument(node, "normalized_shape"))

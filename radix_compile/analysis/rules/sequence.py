@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.rules.sorting import ends_of_groups
-from radix_compile.analysis.rules.table import argument, rule, source_of
 from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens, plain_axes, plain_axis, shape_of
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Break, PerRow, Step
@@ -15,7 +15,6 @@ from radix_compile.ir.value import Value, value_of
 aten = torch.ops.aten
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, arranged=True)
 def cumulative(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source_of(node))
     if value.arrangement:
@@ -50,7 +49,6 @@ def _counts(node: fx.Node) -> bool:
     return node.meta["val"].dtype in (torch.int32, torch.int64)
 
 
-@rule(aten.diff.default, any_input=True)
 def diff(node: fx.Node, layout: Layout) -> Value:
     """The step from each column to the next, in the one form that is row by row: something put in front of column 0."""
     source = source_of(node)
@@ -86,7 +84,6 @@ def _is_first_column_less_one(node: fx.Node | None, source: fx.Node, dim: int) -
     return same and argument(cut, "dim") % len(value.axes) == dim
 
 
-@rule(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default)
 def dropout(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source_of(node))
     if node.target is aten.native_dropout.default:

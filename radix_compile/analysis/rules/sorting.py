@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, source_of
+from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.rules.elementwise import elementwise
 from radix_compile.analysis.rules.reductions import along
-from radix_compile.analysis.rules.table import VIEW_LIKE, argument, rule, source_of
 from radix_compile.ir.axes import (
     Arrangement,
     Kind,
@@ -37,9 +38,6 @@ from radix_compile.ir.value import Marks, Value, value_of
 
 aten = torch.ops.aten
 
-GROUPED_PRODUCTS = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
-"""``(rows [N, K], weights [E, K, M], ends [E])``; transformers has one of its own for devices without torch's."""
-
 _USES = "computes with the order of the rows, in which every row has a part"
 _INTEGERS = (torch.int32, torch.int64)
 _EXACT = (*_INTEGERS, torch.float32, torch.float64)
@@ -50,7 +48,6 @@ def _arranged(by: Sorted, kind: Kind, number: int = 1) -> Value:
     return Value((), arrangement=Arrangement(kind, by, number))
 
 
-@rule(aten.sort.default, aten.sort.stable, aten.argsort.default, arranged=True)
 def sort(node: fx.Node, layout: Layout) -> Marks:
     value = value_of(source_of(node))
     if value.arrangement:
@@ -73,7 +70,6 @@ def _inverse(node: fx.Node, order: Arrangement) -> Value:
     raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
 
 
-@rule(aten.floor_divide.default, arranged=True)
 def floor_divide(node: fx.Node, layout: Layout) -> Marks:
     """The number of an entry, divided by how many entries a row has, is the number of its row."""
     order, divisor = value_of(source_of(node)).arrangement, node.args[1]
@@ -100,7 +96,6 @@ def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layou
     raise Mixes("looks up rows by an order that is not theirs", RefusalCode.ORDER_OF_ROWS)
 
 
-@rule(aten.empty_like.default, arranged=True)
 def empty_like(node: fx.Node, layout: Layout) -> Value:
     like = value_of(source_of(node)).arrangement
     if like is None:
@@ -110,7 +105,6 @@ def empty_like(node: fx.Node, layout: Layout) -> Value:
     return _arranged(like.by, Kind.BLANK)
 
 
-@rule(aten.index_put.default, arranged=True)
 def index_put(node: fx.Node, layout: Layout) -> Value:
     """``blank[order] = 0, 1, 2, ...`` is the place of each entry."""
     indices: list[fx.Node | None] = argument(node, "indices")
@@ -127,7 +121,6 @@ def index_put(node: fx.Node, layout: Layout) -> Value:
     return Value((), arrangement=place, operands=((values, 0, "count"),))
 
 
-@rule(aten.histc.default)
 def histc(node: fx.Node, layout: Layout) -> Value:
     """How many rows there are for each key, if keys are counted one by one from zero."""
     by = _sorted_by(source_of(node))
@@ -160,9 +153,11 @@ def ends_of_groups(node: fx.Node, counts: Arrangement) -> Value:
     return _arranged(counts.by, Kind.ENDS, counts.number)
 
 
-@rule(*GROUPED_PRODUCTS, arranged=True)
 def grouped_mm(node: fx.Node, layout: Layout) -> Value:
-    """Each row times the weights of its key, if groups are the rows of each key."""
+    """Each row times the weights of its key, if groups are the rows of each key.
+
+    The arguments are ``(rows [N, K], weights [E, K, M], ends [E])``.
+    """
     rows, weights, ends = node.args[:3]
     assert isinstance(rows, fx.Node) and isinstance(weights, fx.Node) and isinstance(ends, fx.Node)  # noqa: PT018
     groups, value = value_of(ends).arrangement, value_of(rows)
@@ -187,7 +182,9 @@ def _has(node: fx.Node, name: str) -> bool:
 
 def _keys_below(keys: fx.Node) -> Size | None:
     """A bound of keys that are the places of largest entries, as a router chooses them."""
-    while keys.target in VIEW_LIKE or (keys.target is aten._to_copy.default and keys.meta["val"].dtype in _INTEGERS):
+    while info_of(keys.target).is_view or (
+        keys.target is aten._to_copy.default and keys.meta["val"].dtype in _INTEGERS
+    ):
         keys = source_of(keys)
     chosen = keys.args[0] if keys.target is operator.getitem and keys.args[1] == 1 else None
     if not isinstance(chosen, fx.Node) or chosen.target is not aten.topk.default:

@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import argument, operand, source_of
 from radix_compile.analysis.rules.masks import in_other_dtype
-from radix_compile.analysis.rules.table import argument, operand, rule, source_of
 from radix_compile.ir.axes import (
     SEQ,
     Atom,
@@ -43,23 +43,11 @@ def _moved(fact: Fact | None, old_rank: int, new_rank: int, dims: Mapping[int, i
     return remap(fact, {old - old_rank: new - new_rank for old, new in dims.items()})
 
 
-@rule(aten.type_as.default)
 def type_as(node: fx.Node, layout: Layout) -> Value:
     """A cast; of the other tensor only the dtype is read."""
     return same_entries(node, layout)
 
 
-@rule(
-    aten.alias.default,
-    aten.detach.default,
-    aten.clone.default,
-    aten.lift_fresh_copy.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.contiguous.default,
-    view_like=True,
-)
 def same_entries(node: fx.Node, layout: Layout) -> Value:
     """The same entries, perhaps in another dtype. Facts about exact values do not survive a cast to floating point."""
     source = source_of(node)
@@ -89,7 +77,6 @@ def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | 
     return fact if after.is_signed and not after.is_floating_point and (wider or before == torch.bool) else None
 
 
-@rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, view_like=True, shape="size")
 def reshape(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     axes, dims = regroup(layout, source.axes, shape_of(node))
@@ -148,7 +135,6 @@ def _tidy(axis: Axis) -> Axis:
     return tuple(result)
 
 
-@rule(aten.expand.default, view_like=True, shape="size")
 def expand(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     shape = shape_of(node)
@@ -160,7 +146,6 @@ def expand(node: fx.Node, layout: Layout) -> Value:
     return Value(tuple(axes), fact=source.fact)
 
 
-@rule(aten.unsqueeze.default, view_like=True)
 def unsqueeze(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     rank = len(source.axes) + 1
@@ -169,7 +154,6 @@ def unsqueeze(node: fx.Node, layout: Layout) -> Value:
     return Value((*source.axes[:at], (), *source.axes[at:]), fact=_moved(source.fact, rank - 1, rank, dims))
 
 
-@rule(aten.squeeze.dim, aten.squeeze.dims, view_like=True)
 def squeeze(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     rank = len(source.axes)
@@ -182,7 +166,6 @@ def squeeze(node: fx.Node, layout: Layout) -> Value:
     return Value(tuple(source.axes[dim] for dim in kept), fact=_moved(source.fact, rank, len(kept), dims))
 
 
-@rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default, view_like=True)
 def permute(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     rank = len(source.axes)
@@ -200,7 +183,6 @@ def permute(node: fx.Node, layout: Layout) -> Value:
     return Value(tuple(source.axes[dim] for dim in order), fact=_moved(source.fact, rank, rank, dims))
 
 
-@rule(aten.slice.Tensor)
 def slice_(node: fx.Node, layout: Layout) -> Value:
     source = source_of(node)
     value = value_of(source)
@@ -225,7 +207,6 @@ def _shifted(fact: Fact | None, dim: int, start: object, step: object) -> Fact |
     return None
 
 
-@rule(aten.select.int)
 def select(node: fx.Node, layout: Layout) -> Value:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
@@ -235,7 +216,6 @@ def select(node: fx.Node, layout: Layout) -> Value:
     return Value((*value.axes[:dim], *value.axes[dim + 1 :]), fact=_moved(value.fact, rank, rank - 1, dims))
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def split(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
@@ -244,7 +224,6 @@ def split(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     return tuple(Value((*value.axes[:dim], plain_axis(as_size(size)), *value.axes[dim + 1 :])) for size in pieces)
 
 
-@rule(aten.unbind.int)
 def unbind(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
@@ -252,7 +231,6 @@ def unbind(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     return tuple(Value((*value.axes[:dim], *value.axes[dim + 1 :])) for _ in node.meta["val"])
 
 
-@rule(aten.cat.default)
 def cat(node: fx.Node, layout: Layout) -> Value:
     # torch ignores one-dimensional empty tensors here: an empty key-value cache is one.
     tensors = [arg for arg in argument(node, "tensors") if tuple(arg.meta["val"].shape) != (0,)]
@@ -298,19 +276,16 @@ def _with_sinks(tensors: list[fx.Node], dim: int, size: Size, layout: Layout) ->
     return Value((*axes[:dim], keys, *axes[dim + 1 :]), fact=scores.fact, operands=uses)
 
 
-@rule(aten.view_as_complex.default, view_like=True)
 def view_as_complex(node: fx.Node, layout: Layout) -> Value:
     axes = value_of(source_of(node)).axes
     feature(axes[-1], "takes two entries of")
     return Value(axes[:-1])
 
 
-@rule(aten.view_as_real.default, view_like=True)
 def view_as_real(node: fx.Node, layout: Layout) -> Value:
     return Value((*value_of(source_of(node)).axes, *plain_axes(node)[-1:]))
 
 
-@rule(aten.slice_scatter.default)
 def slice_scatter(node: fx.Node, layout: Layout) -> Value:
     """Some features written over; the rest, and the rows, are where they were."""
     source, written = source_of(node), argument(node, "src")
@@ -324,7 +299,6 @@ def slice_scatter(node: fx.Node, layout: Layout) -> Value:
     return Value((*axes[:dim], plain_axis(shape_of(node)[dim]), *axes[dim + 1 :]), operands=uses)
 
 
-@rule(aten.stack.default)
 def stack(node: fx.Node, layout: Layout) -> Value:
     tensors = argument(node, "tensors")
     dim = argument(node, "dim") % len(shape_of(node))
@@ -332,7 +306,6 @@ def stack(node: fx.Node, layout: Layout) -> Value:
     return Value((*axes[:dim], plain_axis(shape_of(node)[dim]), *axes[dim:]), operands=uses)
 
 
-@rule(aten.repeat.default)
 def repeat(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     repeats = [times.meta["val"] if isinstance(times, fx.Node) else times for times in argument(node, "repeats")]
@@ -344,7 +317,6 @@ def repeat(node: fx.Node, layout: Layout) -> Value:
     return Value(tuple(_tidy((*more, *axis)) for more, axis in zip(before, axes, strict=True)))
 
 
-@rule(aten.repeat_interleave.self_int)
 def repeat_interleave(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     named = argument(node, "dim")
@@ -357,7 +329,6 @@ def repeat_interleave(node: fx.Node, layout: Layout) -> Value:
     return Value((*source.axes[:dim], plain_axis(shape_of(node)[dim]), *source.axes[dim + 1 :]))
 
 
-@rule(aten.flip.default)
 def flip(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     for dim in argument(node, "dims"):
@@ -365,7 +336,6 @@ def flip(node: fx.Node, layout: Layout) -> Value:
     return Value(source.axes)
 
 
-@rule(aten.constant_pad_nd.default, aten.pad.default)
 def pad(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     rank = len(source.axes)

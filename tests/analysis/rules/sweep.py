@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from radix_compile.analysis.rules import rule_for
-from radix_compile.analysis.rules.table import RULES
+from radix_compile.analysis.op_info import OP_INFO, info_of
 from radix_compile.testing import Sample, check_rule
 from tests.analysis.rules.samples import NEVER_FOLDS, NEVER_REFUSED, NO_RULE, POINTWISE, SAMPLES
 
@@ -42,8 +41,8 @@ def cases() -> Iterator[Case]:
 
 def gaps() -> list[str]:
     """What is missing: rows without a sample, samples without a row, rows that are never seen to fold or to refuse."""
-    found = [f"{op}: no sample" for op in RULES if not SAMPLES.get(op)]
-    found += [f"{op}: samples, but no rule" for op in SAMPLES if op not in RULES]
+    found = [f"{op}: no sample" for op in with_rule() if not SAMPLES.get(op)]
+    found += [f"{op}: samples, but no rule" for op in SAMPLES if op not in with_rule()]
     for op, samples in SAMPLES.items():
         verdicts = {sample.verdict for sample in samples}
         if (op in NEVER_FOLDS) == bool(verdicts & set(FOLDS)):
@@ -53,13 +52,18 @@ def gaps() -> list[str]:
     return found
 
 
+def with_rule() -> list[OpOverload | str]:
+    """The rows with a rule. (No sample can record flex_attention.)"""
+    return [op for op, info in OP_INFO.items() if isinstance(op, OpOverload | str) and info.rule is not None]
+
+
 def used_ops() -> list[str]:
     return USED_OPS.read_text().split()
 
 
 def used_without_rule() -> dict[str, str]:
     """The used ops at which folding stops, and why that is so; an empty reason is a gap in the table."""
-    return {name: NO_RULE.get(name, "") for name in used_ops() if rule_for(named(name)) is None}
+    return {name: NO_RULE.get(name, "") for name in used_ops() if info_of(named(name)).rule is None}
 
 
 def named(name: str) -> OpOverload | None:

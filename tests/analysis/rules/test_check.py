@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from radix_compile import testing
-from radix_compile.analysis.rules import rule_for
+from radix_compile.analysis.op_info import OP_INFO, OpInfo, info_of
 from radix_compile.analysis.rules.elementwise import elementwise
-from radix_compile.analysis.rules.table import RULES
 from radix_compile.ir.value import Value, value_of
 from tests.analysis.rules import sweep
 from tests.analysis.rules.samples import NO_RULE, POINTWISE, SAMPLES
@@ -47,7 +47,7 @@ def test_a_wrong_rule_and_a_missing_one_are_told_apart(
 
     assert main(["aten.flip", "aten.roll.default"]) == 0
     assert "0 wrong, 0 missing" in capsys.readouterr().out
-    monkeypatch.setitem(RULES, aten.flip.default, by_row)
+    monkeypatch.setitem(OP_INFO, aten.flip.default, replace(OP_INFO[aten.flip.default], rule=by_row))
     assert main(["aten.flip", "aten.roll.default"]) == 1
     printed = capsys.readouterr().out
     assert "wrong    aten.flip.default-" in printed
@@ -55,7 +55,7 @@ def test_a_wrong_rule_and_a_missing_one_are_told_apart(
     assert "wrong    aten.roll" not in printed
 
     monkeypatch.setattr(sweep, "cases", lambda: iter(()))
-    monkeypatch.setitem(RULES, aten.bernoulli.default, by_row)
+    monkeypatch.setitem(OP_INFO, aten.bernoulli.default, OpInfo(rule=by_row))
     monkeypatch.delitem(SAMPLES, aten.flip.default)
     assert sweep.gaps() == ["aten.flip.default: no sample", "aten.bernoulli.default: no sample"]
 
@@ -66,7 +66,7 @@ def test_a_causal_rule_that_reads_ahead_is_found(monkeypatch: pytest.MonkeyPatch
     def causal(node: fx.Node, layout: object) -> Value:
         return Value(value_of(node.args[0]).axes, full_only=True)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(RULES, aten.roll.default, causal)
+    monkeypatch.setitem(OP_INFO, aten.roll.default, OpInfo(rule=causal))
     sample = testing.full(lambda t, op: t(op, t.x, [-1], [1]))
     with pytest.raises(AssertionError, match="claimed to be determined"):
         testing.check_rule(aten.roll.default, sample)
@@ -88,11 +88,11 @@ def overloads() -> Iterator[OpOverload]:
 
 
 def test_the_default_is_for_pure_elementwise_ops_only() -> None:
-    by_default = {op for op in overloads() if not {op, op.name()} & set(RULES) and rule_for(op) is not None}
+    by_default = {op for op in overloads() if not {op, op.name()} & set(OP_INFO) and info_of(op).rule is not None}
     assert len(by_default) > 100
     assert set(POINTWISE) <= by_default
     for op in by_default:
-        assert rule_for(op) is elementwise
+        assert info_of(op).rule is elementwise
         assert torch.Tag.pointwise in op.tags
         assert torch.Tag.nondeterministic_seeded not in op.tags, op
         assert not op._schema.is_mutable, op
@@ -107,7 +107,7 @@ def test_random_and_writing_ops_exist_that_torch_tags_pointwise() -> None:
 
 @pytest.mark.parametrize("op", [aten.relu_.default, aten.add.out, aten.bernoulli.default, aten.rand_like.default])
 def test_no_rule(op: OpOverload) -> None:
-    assert rule_for(op) is None
+    assert info_of(op).rule is None
 
 
 def arguments(op: OpOverload, tensor: torch.Tensor) -> tuple[list[object], dict[str, object]]:
@@ -131,7 +131,7 @@ def test_ops_that_torch_tags_pointwise_are() -> None:
     rows = torch.tensor([2, 0, 2])
     floats = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.1
     seen = 0
-    for op in [op for op in overloads() if rule_for(op) is elementwise]:
+    for op in [op for op in overloads() if info_of(op).rule is elementwise]:
         for tensor in (floats, (10 * floats).long(), floats > 0.5):
             args, named = arguments(op, tensor)
             chosen = [one[rows] if isinstance(one, torch.Tensor) else one for one in args]

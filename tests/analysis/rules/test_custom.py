@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import radix_compile
-from radix_compile.analysis.rules.table import RULES
+from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.ir.value import Value, value_of
 from radix_compile.testing import Recorder, check_rule, compact, full
 from tests.models import VOCABULARY, shared_batch
@@ -61,10 +61,10 @@ OPS = torch.ops.radix_tests
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    before = dict(RULES)
+    before = dict(OP_INFO)
     yield
-    RULES.clear()
-    RULES.update(before)
+    OP_INFO.clear()
+    OP_INFO.update(before)
 
 
 class Model(nn.Module):
@@ -112,9 +112,9 @@ def test_a_rule_may_be_a_function_and_have_several_results() -> None:
 
     radix_compile.register_rule(OPS.split.default, "rowwise")
     assert compact_share(Model(lambda x, _: torch.cat(OPS.split(x)[::-1], -1)), shared_batch(4, 12, 8)) == 1
-    del RULES[OPS.split.default]
+    del OP_INFO[OPS.split.default]
     radix_compile.register_rule(OPS.split.default, halves)
-    assert RULES[OPS.split.default] is halves
+    assert OP_INFO[OPS.split.default].rule is halves
 
 
 def test_a_registered_rule_can_be_checked() -> None:
@@ -171,4 +171,4 @@ def test_what_does_not_fit_the_rule_is_refused(kind: str, program: Any, reason: 
 def test_bad_arguments(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         radix_compile.register_rule(*arguments)
-    assert OPS.norm.default not in RULES
+    assert OPS.norm.default not in OP_INFO

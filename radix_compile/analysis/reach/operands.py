@@ -1,4 +1,4 @@
-"""The register of rules about the columns that entries read, and what several of them need."""
+"""What several rules about the columns that entries read need: operands lined up, products with zeros."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from radix_compile.analysis.reach.column_reach import OutOfReach, Reach, Reaches, ReachRule, reach
-from radix_compile.analysis.rules.table import argument
-from radix_compile.torch_internals import OpOverload
+from radix_compile.analysis.arguments import argument
+from radix_compile.analysis.reach.column_reach import OutOfReach, Reach, Reaches, reach
 
 Array = NDArray[Any]
-REACH_RULES: dict[OpOverload, ReachRule] = {}
-
-
-def reach_rule(*ops: OpOverload) -> Callable[[ReachRule], ReachRule]:
-    """Register a rule: ``(node, reaches) -> Reach``, or one for each result."""
-
-    def register(function: ReachRule) -> ReachRule:
-        REACH_RULES.update(dict.fromkeys(ops, function))
-        return function
-
-    return register
 
 
 def aligned(operands: Sequence[fx.Node], reaches: Reaches) -> tuple[list[Reach], int | None]:
