@@ -14,6 +14,7 @@ from torch import nn
 
 import radix_compile
 from radix_compile import backend
+from radix_compile.ir.graph import GraphFacts, set_graph_facts
 from radix_compile.options import Options, RadixOptions
 
 
@@ -211,5 +212,6 @@ def test_inductors_cpp_wrapper() -> None:
 )
 def test_cuda_graphs_are_recorded_for_few_sizes(device: str, given: dict[str, Any], expected: int | None) -> None:
     ids = SimpleNamespace(meta={"val": SimpleNamespace(device=torch.device(device), shape=(16, 1280))})
-    captured: Any = SimpleNamespace(meta={"tokens": SimpleNamespace(keys=[ids])})
+    captured: Any = SimpleNamespace(meta={})
+    set_graph_facts(captured, GraphFacts(tokens=SimpleNamespace(keys=[ids])))  # type: ignore[arg-type]
     assert backend._with_rounded_plan_sizes(Options(**given), captured).pad_multiple_of == expected

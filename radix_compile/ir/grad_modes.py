@@ -23,11 +23,11 @@ def grad_modes(graph: fx.Graph, outside: bool) -> dict[fx.Node, bool]:
 
 
 def with_gradient(graph: fx.Graph, records: Mapping[fx.Node, bool]) -> set[fx.Node]:
-    """The nodes whose results have a gradient, as far as autograd can tell: ``requires_grad``.
+    """The nodes that a gradient comes back to: autograd follows them from an input to an output.
 
-    ``records`` are the graph's :func:`grad_modes`. An input has one unless its ``needs_gradient`` is False.
+    ``records`` are the graph's :func:`grad_modes`. An input has a gradient unless its ``needs_gradient`` is False.
     """
-    found: set[fx.Node] = set()
+    follows: set[fx.Node] = set()
     for node in graph.nodes:
         if not _is_continuous(node.meta.get("val")):
             continue
@@ -35,9 +35,13 @@ def with_gradient(graph: fx.Graph, records: Mapping[fx.Node, bool]) -> set[fx.No
             has = facts(node).needs_gradient is not False
         else:
             stops = node.target is torch.ops.aten.detach.default or not records[node]
-            has = not stops and any(arg in found for arg in node.all_input_nodes)
+            has = not stops and any(arg in follows for arg in node.all_input_nodes)
         if has:
-            found.add(node)
+            follows.add(node)
+    found = follows.intersection(graph.output_node().all_input_nodes)
+    for node in reversed(graph.nodes):
+        if node in found:
+            found.update(follows.intersection(node.all_input_nodes))
     return found
 
 
