@@ -31,6 +31,7 @@ from radix_compile.runtime.cost_model import CostModel, Work
 from radix_compile.runtime.counters import COUNTERS
 from radix_compile.runtime.dispatch import Choice, Folded, PerCall, Program
 from radix_compile.runtime.verify_calls import CallVerifier
+from radix_compile.torch_internals import val
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
     nodes = captured.graph.nodes
     if any(getattr(node.target, "namespace", "").endswith(("c10d", "c10d_functional")) for node in nodes):
         return None
-    ids = tokens_of(captured).keys[0].meta["val"]
+    ids = val(tokens_of(captured).keys[0])
     backend = options.inner_backend
     inner = backend if isinstance(backend, str) else getattr(backend, "__qualname__", "a callable")
     inner_options = tuple(sorted(options.inner_options.items()))
@@ -229,7 +230,7 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
 
 def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Options:
     """CUDA graphs are recorded for sizes, of which hardly any would come again if plans had all that there are."""
-    ids = tokens_of(captured).keys[0].meta["val"]
+    ids = val(tokens_of(captured).keys[0])
     graphs = internals.records_cuda_graphs(options.inner_backend, options.mode, options.inner_options)
     if options.pad_multiple_of is not None or ids.device.type != "cuda" or not graphs:
         return options
@@ -242,7 +243,7 @@ def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Seq
     plan = replace(plan, filled_up=options.pad_multiple_of is not None)
     verify = CallVerifier(captured, _copied(folded)) if options.verify else None  # the inner backend may write to it
     # The fake ids, whose sizes are symbols where the real ones' are numbers: a number here would pin the batch.
-    ids = tokens_of(captured).keys[0].meta["val"]
+    ids = val(tokens_of(captured).keys[0])
     COUNTERS.add(folded_compiles=1)
     rows = ids.shape[0] * ids.shape[1]
     bound = internals.upper_bound(rows)

@@ -40,6 +40,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx._utils import lazy_format_graph_code
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -415,6 +416,45 @@ def exits_inference_mode(target: Any) -> bool:
 
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
 """The call in a graph at which a region with or without gradients begins; the tracer records no other."""
+
+
+def val(node: fx.Node) -> Any:
+    """The fake result of a node, which has its shape, strides and dtype, or the symbol of a size. None if unknown."""
+    return node.meta.get("val")
+
+
+def set_val(node: fx.Node, result: Any) -> None:
+    node.meta["val"] = result
+
+
+def module_stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
+    """The modules that a node was made in, the outermost first: their paths, and their classes or names."""
+    return node.meta.get("nn_module_stack") or {}
+
+
+def stack_trace(node: fx.Node) -> str:
+    """The lines of the user's program that a node comes from, as Python prints a traceback."""
+    return node.meta.get("stack_trace") or ""
+
+
+def copy_place(node: fx.Node, origin: fx.Node) -> None:
+    """Give a node that was made of another one its place in the user's program, unless it has one."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in origin.meta:
+            node.meta.setdefault(key, origin.meta[key])
+
+
+def set_made_from(node: fx.Node, origin: fx.Node, by: str) -> None:
+    """Say which node this one was made of, and by which pass, where torch and its tools look for that."""
+    kept = node.op == origin.op and node.target == origin.target
+    action = NodeSourceAction.REPLACE if kept else NodeSourceAction.CREATE
+    node.meta["from_node"] = [NodeSource(origin, by, action)]
+
+
+def made_from(node: fx.Node) -> tuple[str, str] | None:
+    """The name of the node that this one was made of last, and the pass that did it; torch says so of its own too."""
+    sources = node.meta.get("from_node")
+    return (sources[-1].name, sources[-1].pass_name) if sources else None
 
 
 def tag_for_recompute(node: fx.Node, region: int) -> None:

@@ -9,7 +9,7 @@ from torch import fx
 
 from radix_compile.ir.axes import Axes
 from radix_compile.ir.value import Operand, value_of
-from radix_compile.torch_internals import OpOverload
+from radix_compile.torch_internals import OpOverload, val
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -31,7 +31,7 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def is_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+    return isinstance(node, fx.Node) and isinstance(val(node), torch.Tensor)
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

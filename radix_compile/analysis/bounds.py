@@ -20,6 +20,7 @@ from radix_compile.ir.axes import shape_of
 from radix_compile.ir.facts import Filled, Index
 from radix_compile.ir.graph import facts, set_facts
 from radix_compile.ir.value import value_of
+from radix_compile.torch_internals import val
 
 Bounds = tuple[float, float]
 """No entry is less than the one or more than the other."""
@@ -29,11 +30,11 @@ def bounds_of(value: Any) -> Bounds | None:
     """The bounds of a tensor's entries, or of a Python number; None if nothing is known."""
     if isinstance(value, bool | int | float):
         return (float(value), float(value))
-    if not is_tensor(value) or value.meta["val"].dtype.is_complex:
+    if not is_tensor(value) or val(value).dtype.is_complex:
         return None
     found = facts(value).bounds
     if found == ():
-        found = _held(_computed(value), value.meta["val"].dtype)
+        found = _held(_computed(value), val(value).dtype)
         set_facts(value, replace(facts(value), bounds=found))
     return found or None
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.op_info import info_of
-from radix_compile.torch_internals import size_hint
+from radix_compile.torch_internals import size_hint, val
 
 
 def flops(node: fx.Node) -> int:
@@ -41,8 +41,8 @@ def grouped_product(node: fx.Node) -> int:
 
 
 def _product(node: fx.Node, weight: fx.Node, contracted: int) -> int:
-    shape = weight.meta["val"].shape
-    return 2 * _numel(node.meta["val"]) * size_hint(shape[contracted] if len(shape) > 1 else shape[0])
+    shape = val(weight).shape
+    return 2 * _numel(val(node)) * size_hint(shape[contracted] if len(shape) > 1 else shape[0])
 
 
 def attention(node: fx.Node) -> int:
@@ -54,7 +54,7 @@ def flex_attention(node: fx.Node) -> int:
 
 
 def _attention(*attended: fx.Node) -> int:
-    query, key, value = (one.meta["val"] for one in attended)
+    query, key, value = (val(one) for one in attended)
     return 2 * _numel(query) * size_hint(key.shape[-2]) + 2 * _numel(query) // size_hint(query.shape[-1]) * size_hint(
         key.shape[-2]
     ) * size_hint(value.shape[-1])
@@ -64,7 +64,7 @@ def equation(node: fx.Node) -> int:
     terms = node.args[0].replace(" ", "").partition("->")[0].split(",")  # type: ignore[union-attr]
     sizes: dict[str, int] = {}
     for term, tensor in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type]
-        shape = tensor.meta["val"].shape
+        shape = val(tensor).shape
         sizes.update(zip(term, map(size_hint, shape), strict=False))  # an ellipsis is not counted
     return 2 * math.prod(sizes.values())
 

@@ -10,6 +10,7 @@ from radix_compile.ir.axes import BATCH, SEQ, Axis, as_size, plain_axes, plain_a
 from radix_compile.ir.facts import Given, Masked, Predicate
 from radix_compile.ir.graph import facts
 from radix_compile.ir.value import Value
+from radix_compile.torch_internals import val
 
 
 def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
@@ -18,7 +19,7 @@ def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
 
 
 def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
-    tensor, (batch, seq) = node.meta.get("val"), ids.meta["val"].shape[:2]
+    tensor, (batch, seq) = val(node), val(ids).shape[:2]
     if not isinstance(tensor, Tensor) or tensor.ndim != 4 or facts(node).is_static:
         return False
     if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):
@@ -30,7 +31,7 @@ def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
 
 def given_mask_value(node: fx.Node) -> Value:
     """What is known of such an input if :func:`rows_seen` accepts it."""
-    tensor = node.meta["val"]
+    tensor = val(node)
     visible = Given(node, -2, -1)
     is_bool = tensor.dtype == torch.bool
     fact = Predicate(visible) if is_bool else Masked.of(visible, torch.finfo(tensor.dtype).min / 2, 0.0)

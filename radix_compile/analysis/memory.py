@@ -15,7 +15,7 @@ from torch import fx
 from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import as_size
-from radix_compile.torch_internals import HigherOrderOperator, OpOverload
+from radix_compile.torch_internals import HigherOrderOperator, OpOverload, val
 
 
 def reads_layout(node: fx.Node) -> bool:
@@ -62,7 +62,7 @@ def views_to_keep(graph: fx.Graph, hints: Mapping[sympy.Symbol, int]) -> Iterato
 
 
 def _is_dense(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> bool:
-    shape, strides = numbers(node.meta["val"].shape, hints), numbers(node.meta["val"].stride(), hints)
+    shape, strides = numbers(val(node).shape, hints), numbers(val(node).stride(), hints)
     if shape is None or strides is None:
         return True
     size = 1
@@ -81,6 +81,6 @@ def numbers(sizes: Sequence[int | torch.SymInt], hints: Mapping[sympy.Symbol, in
 
 def order_in_memory(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> list[int]:
     """The dimensions of a captured tensor, that with the longest steps first."""
-    strides = numbers(node.meta["val"].stride(), hints)
-    rank = node.meta["val"].ndim
+    strides = numbers(val(node).stride(), hints)
+    rank = val(node).ndim
     return list(range(rank)) if strides is None else sorted(range(rank), key=lambda dim: -strides[dim])

@@ -20,6 +20,7 @@ from radix_compile.ir.source import origin_name
 from radix_compile.ir.value import Value, module_of, source_line, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.verify import NODES, plan_shapes
+from radix_compile.torch_internals import val
 
 BOUNDARY = "boundary"
 """The form of what leads from rows to nodes and back."""
@@ -118,7 +119,7 @@ def _node_view(node: fx.Node, result: Any, fold: Fold | None) -> NodeView:
 def _results_of(gm: fx.GraphModule) -> Mapping[fx.Node, Any]:
     if graph_facts(gm).source is not None:
         return internals.fake_results(gm, plan_shapes(gm))
-    return {node: node.meta.get("val") for node in gm.graph.nodes}
+    return {node: val(node) for node in gm.graph.nodes}
 
 
 def _is_compute(node: fx.Node) -> bool:

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from radix_compile.ir.errors import RefusalCode
+from radix_compile.torch_internals import val
 
 if TYPE_CHECKING:
     pass
@@ -110,7 +111,7 @@ def as_size(size: int | torch.SymInt) -> Size:
 
 
 def shape_of(node: fx.Node) -> tuple[Size, ...]:
-    return tuple(as_size(size) for size in node.meta["val"].shape)
+    return tuple(as_size(size) for size in val(node).shape)
 
 
 def plain_axis(size: Size) -> Axis:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from radix_compile.ir.graph import facts
-from radix_compile.torch_internals import SET_GRAD_ENABLED
+from radix_compile.torch_internals import SET_GRAD_ENABLED, val
 
 
 def grad_modes(graph: fx.Graph, outside: bool) -> dict[fx.Node, bool]:
@@ -29,7 +29,7 @@ def with_gradient(graph: fx.Graph, records: Mapping[fx.Node, bool]) -> set[fx.No
     """
     follows: set[fx.Node] = set()
     for node in graph.nodes:
-        if not _is_continuous(node.meta.get("val")):
+        if not _is_continuous(val(node)):
             continue
         if node.op == "placeholder":
             has = facts(node).needs_gradient is not False

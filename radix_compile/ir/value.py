@@ -33,6 +33,7 @@ from radix_compile.ir.axes import (
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, FullyMasked, Weights
 from radix_compile.ir.graph import facts, set_facts
+from radix_compile.torch_internals import module_stack, stack_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def _sentence(op: str, module: str, what: str, source: str) -> str:
 
 def module_of(node: fx.Node) -> str:
     """The path of the innermost module of the user's program, or an empty string."""
-    modules = node.meta.get("nn_module_stack") or {}
+    modules = module_stack(node)
     return _tidy_path(next(reversed(modules.values()))[0] if modules else "")
 
 
@@ -87,7 +88,7 @@ _PACKAGE = f'"{Path(__file__).parent.parent}{os.sep}'
 
 def source_line(node: fx.Node) -> str:
     """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    trace = stack_trace(node).strip().splitlines()
     frames = [
         (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
         for i, line in enumerate(trace)

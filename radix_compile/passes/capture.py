@@ -20,6 +20,7 @@ from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.graph import GraphFacts, NodeFacts, set_facts, set_graph_facts
 from radix_compile.ir.triangles import read_triangle
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -80,7 +81,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
 def _model_of(graph: fx.Graph) -> str:
     """The class of the module that was compiled, or else of the outermost one that the function calls."""
-    stacks = (list(node.meta["nn_module_stack"].values()) for node in graph.nodes if node.meta.get("nn_module_stack"))
+    stacks = (internals.module_stack(node).values() for node in graph.nodes)
     owners = (owner for stack in stacks for path, owner in stack if path)
     owner = internals.compiled_module() or next(owners, "function")
     return str(owner if isinstance(owner, str) else owner.__qualname__).rpartition(".")[2]
@@ -237,9 +238,7 @@ def _tidy(gm: fx.GraphModule) -> None:
 
 
 def _is_needed(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or (
-        node.is_impure() and not isinstance(node.meta.get("val"), torch.Tensor)
-    )
+    return node.op in ("placeholder", "output") or (node.is_impure() and not isinstance(val(node), torch.Tensor))
 
 
 def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
@@ -247,7 +246,7 @@ def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
     like, source = node.args[0], node.args[1]
     assert isinstance(like, fx.Node)
     assert isinstance(source, fx.Node)
-    into, came = like.meta["val"], source.meta["val"]
+    into, came = val(like), val(source)
     with graph.inserting_before(node):
         if came.dtype != into.dtype:
             source = graph.call_function(aten._to_copy.default, (source,), {"dtype": into.dtype})

@@ -14,7 +14,7 @@ from radix_compile.ir.axes import Token
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import is_arranged, is_row, values_of
 from radix_compile.passes.fold import Fold
-from radix_compile.torch_internals import hints_of
+from radix_compile.torch_internals import hints_of, val
 
 
 def choose_cuts(fold: Fold) -> None:
@@ -99,7 +99,7 @@ def is_thin(narrow: fx.Node, wide: fx.Node) -> bool:
 def row_bytes(node: fx.Node) -> sympy.Expr:
     atoms = [atom for axis in values_of(node)[0].axes for atom in axis if not isinstance(atom, Token)]
     assert is_tensor(node)
-    return sympy.prod([atom.size for atom in atoms]) * node.meta["val"].dtype.itemsize
+    return sympy.prod([atom.size for atom in atoms]) * val(node).dtype.itemsize
 
 
 def _can_be_derived(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from radix_compile.ir.axes import as_size
 from radix_compile.ir.graph import facts, graph_facts, set_graph_facts
 from radix_compile.ir.source import trace_back
 from radix_compile.ir.triangles import DTYPES, Triangle
-from radix_compile.torch_internals import OpOverload
+from radix_compile.torch_internals import OpOverload, val
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ def expand_mask_buffers(gm: fx.GraphModule) -> None:
             for reader in readers:
                 reader.replace_input_with(node, made)
             found[buffer] = triangle
-            sizes.append(node.meta["val"].shape[-1])
+            sizes.append(val(node).shape[-1])
     set_graph_facts(gm, replace(graph_facts(gm), triangles=found, triangle_sizes=tuple(sizes)))
 
 
@@ -55,7 +55,7 @@ def _parts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangl
     yield node, triangle
     for user in node.users:
         if _is_part(user):
-            yield from _parts(user, triangle.cast(user.meta["val"].dtype))
+            yield from _parts(user, triangle.cast(val(user).dtype))
 
 
 def _is_aten(node: fx.Node) -> bool:
@@ -79,7 +79,7 @@ def _returned(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_part(node: fx.Node) -> bool:
     if node.target in CASTS:
-        before, after = (one.meta["val"].dtype for one in (node.args[0], node))  # type: ignore[union-attr]
+        before, after = (val(one).dtype for one in (node.args[0], node))  # type: ignore[arg-type]
         if after not in DTYPES:
             return False
         return after == torch.bool or after.is_floating_point or not before.is_floating_point
@@ -91,21 +91,21 @@ def _is_part(node: fx.Node) -> bool:
 
 def _size(node: fx.Node) -> int | fx.Node | None:
     """The number of rows and columns of a part that has as many of both, and so is a triangle."""
-    *front, rows, columns = node.meta["val"].shape
+    *front, rows, columns = val(node).shape
     if any(one != 1 for one in front) or as_size(rows) != as_size(columns):
         return None
     if isinstance(columns, int):
         return columns
     while node.op == "call_function":  # the size is that of a slice, or of one that a cast is of
         ends = [end for end in node.args[3:4] if isinstance(end, fx.Node)]
-        if ends and as_size(ends[0].meta["val"]) == as_size(columns):
+        if ends and as_size(val(ends[0])) == as_size(columns):
             return ends[0]
         node = node.all_input_nodes[0]
     return None
 
 
 def _made(graph: fx.Graph, node: fx.Node, triangle: Triangle, size: int | fx.Node) -> fx.Node:
-    value = node.meta["val"]
+    value = val(node)
     shape = [*value.shape[:-2], size, size]
     options = {"dtype": value.dtype, "device": value.device}
     behind = node.next

@@ -27,6 +27,7 @@ from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.value import value_of, values_of
 from radix_compile.passes.fold import Fold
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -122,7 +123,7 @@ def _stops_gradient(node: fx.Node, found: TreeAttention, records: Mapping[fx.Nod
 
 
 def _result(node: fx.Node) -> torch.Tensor:
-    value = node.meta["val"]
+    value = val(node)
     result: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return result
 
@@ -145,7 +146,7 @@ def _parts(node: fx.Node) -> Parts:
     scale, mask, strict = argument(node, "scale"), argument(node, "attn_mask"), True
     masks: tuple[Bias, ...] = ()
     biases: tuple[Bias, ...] = ()
-    if mask is not None and mask.meta["val"].dtype == torch.bool:
+    if mask is not None and val(mask).dtype == torch.bool:
         masks = (Bias(mask, node, hides=False),)
     elif mask is not None:
         fact = value_of(mask).fact
@@ -165,5 +166,5 @@ def _check(parts: Parts) -> None:
     apart = not all(are_side_by_side(parts.query, one, parts.grouped) for one in rows[1:])
     if groups != value_groups or heads % groups or size != key_size or apart:
         raise NotOnTree(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
-    if parts.sinks is not None and parts.sinks.meta["val"].numel() != heads:
+    if parts.sinks is not None and val(parts.sinks).numel() != heads:
         raise NotOnTree("its sinks are not one number for each head")

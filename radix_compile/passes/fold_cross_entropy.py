@@ -19,6 +19,7 @@ from radix_compile.ir.source import trace_back
 from radix_compile.ir.value import mark, marks_of, value_of
 from radix_compile.kernels import token_nll  # noqa: F401 - importing it registers the op
 from radix_compile.passes.fold import Fold
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 radix = torch.ops.radix
@@ -61,14 +62,14 @@ def _replace_cross_entropy(node: fx.Node, records: GradModes) -> bool:
     assert isinstance(logits, fx.Node)
     assert isinstance(target, fx.Node)
     scattered = _scattered(logits)
-    labels = target.meta.get("val")
+    labels = val(target)
     by_index = labels is not None and not labels.dtype.is_floating_point and labels.ndim == 1
     if scattered is None or not by_index or argument(node, "weight") is not None or argument(node, "label_smoothing"):
         return False
     compact = _wider(source_of(scattered))
     if not _has_its_gradient(node, compact, records):
         return False
-    call, dtype = node.graph.call_function, node.meta["val"].dtype
+    call, dtype = node.graph.call_function, val(node).dtype
     with node.graph.inserting_before(node):
         ignored = call(aten.eq.Scalar, (target, argument(node, "ignore_index")))
         nll = _token_nll(compact, call(aten.masked_fill.Scalar, (target, ignored, 0)), scattered)
@@ -94,7 +95,7 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node, records: GradMod
     if softmax.target is not aten.log_softmax.int or not _has_rows_in_order(softmax):
         return False
     axes, layout = value_of(source).axes, tokens_of(gm).layout
-    *rows, targets = map(as_size, index.meta["val"].shape)
+    *rows, targets = map(as_size, val(index).shape)
     one_each = targets == 1 and rows == [layout.axis_size(axis) for axis in axes[:-1]]
     *_, vocabulary = value_of(softmax).axes
     over_features = argument(softmax, "dim") in (-1, len(value_of(softmax).axes) - 1) and vocabulary == axes[-1]
@@ -103,7 +104,7 @@ def _replace_log_probability(gm: fx.GraphModule, node: fx.Node, records: GradMod
     compact = _wider(source_of(softmax))
     if not _has_its_gradient(node, compact, records):
         return False
-    call, dtype = node.graph.call_function, node.meta["val"].dtype
+    call, dtype = node.graph.call_function, val(node).dtype
     computed_in = argument(softmax, "dtype")
     with node.graph.inserting_before(node):
         if computed_in not in (None, torch.float32):

@@ -38,7 +38,7 @@ from radix_compile.kernels.tree_arguments import TreeArrays
 from radix_compile.kernels.tree_attention import lowering
 from radix_compile.passes.choose_cuts import has_compact_form, thin_source
 from radix_compile.passes.fold import Fold, Wanted
-from radix_compile.torch_internals import forget_value, hints_of, keep_recompute_tag
+from radix_compile.torch_internals import forget_value, hints_of, keep_recompute_tag, val
 
 aten = torch.ops.aten
 radix = torch.ops.radix
@@ -259,7 +259,7 @@ class _Rewriter:
         found = self.full[bias.node]
         if bias.hides:
             found = self.graph.call_function(aten.logical_not.default, (found,))
-        if bias.hides is None and bias.node.meta["val"].dtype != bias.dtype:
+        if bias.hides is None and val(bias.node).dtype != bias.dtype:
             found = self.graph.call_function(aten._to_copy.default, (found,), {"dtype": bias.dtype})
         if bias.factor != 1:
             found = self.graph.call_function(aten.mul.Tensor, (found, bias.factor))
@@ -270,7 +270,7 @@ class _Rewriter:
     def _by_head(self, rows: Rows, dtype: torch.dtype) -> fx.Node:
         """``[1, heads, T', features]``, cast where autocast would: it does not know the op."""
         compact = self.compact[rows.node]
-        if rows.node.meta["val"].dtype != dtype:
+        if val(rows.node).dtype != dtype:
             compact = self.graph.call_function(aten._to_copy.default, (compact,), {"dtype": dtype})
         if rows.is_by_head:
             return compact
@@ -305,7 +305,7 @@ class _Rewriter:
     def _count(self, counter: fx.Node, arrangement: Arrangement | None) -> fx.Node:
         """The numbers 0, 1, 2, ... for what there are fewer of in compact form."""
         assert arrangement is not None
-        tensor = counter.meta["val"]
+        tensor = val(counter)
         options = {"dtype": tensor.dtype, "device": tensor.device}
         return self.graph.call_function(aten.arange.default, (self._compact_size(arrangement.by.axis),), options)
 
@@ -357,7 +357,7 @@ class _Rewriter:
         front = [split.index((BATCH,)), split.index((SEQ,))]
         order = [*front, *(dim for dim in range(len(split)) if dim not in front)]
         sizes = [self.layout.axis_size(axis).subs(self.hints) for axis in split]
-        shape, strides = (numbers(of, self.hints) for of in (node.meta["val"].shape, node.meta["val"].stride()))
+        shape, strides = (numbers(of, self.hints) for of in (val(node).shape, val(node).stride()))
         if shape is None or strides is None or not all(size.is_Integer for size in sizes):
             return False
         scattered = torch.empty([int(sizes[dim]) for dim in order], device="meta")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx
 from radix_compile import torch_internals as internals
 from radix_compile.analysis.rules.flex import FLEX, arguments_of
 from radix_compile.ir.graph import facts, set_facts
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -40,10 +41,10 @@ def _call(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:
 
 def _indices(graph: fx.Graph, query: fx.Node, key: fx.Node) -> list[fx.Node]:
     """The numbers of sequence, head, query and key, each along a dimension of its own."""
-    batch, heads, rows, _ = query.meta["val"].shape
+    batch, heads, rows, _ = val(query).shape
     made = []
-    for dim, size in enumerate((batch, heads, rows, key.meta["val"].shape[2])):
-        options = {"dtype": torch.int32, "device": query.meta["val"].device}  # as flex_attention counts
+    for dim, size in enumerate((batch, heads, rows, val(key).shape[2])):
+        options = {"dtype": torch.int32, "device": val(query).device}  # as flex_attention counts
         node = graph.call_function(aten.arange.default, (size,), options)
         internals.evaluate(node)
         for other in range(4):
@@ -54,7 +55,7 @@ def _indices(graph: fx.Graph, query: fx.Node, key: fx.Node) -> list[fx.Node]:
 
 def _scores(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:
     """Products of queries with queries, which are to rows what those with keys are, and have as many heads."""
-    if not internals.same_size(query.meta["val"].shape[2], key.meta["val"].shape[2]):
+    if not internals.same_size(val(query).shape[2], val(key).shape[2]):
         return query  # another number of keys: not read
     return _call(graph, aten.matmul.default, query, _call(graph, aten.transpose.int, query, 2, 3))
 
@@ -69,7 +70,8 @@ def _inlined(gm: fx.GraphModule, name: fx.Node, inputs: Sequence[fx.Node], like:
             copies[node] = _constant(gm, getattr(body, str(node.target)), node)
         elif node.op == "call_function" and node.target is not aten._assert_tensor_metadata.default:
             copies[node] = gm.graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = _place(like.meta)
+            copies[node].meta = {}
+            internals.copy_place(copies[node], like)
             internals.evaluate(copies[node])
     (result,) = _outputs(body)
     made: fx.Node = copies[result]
@@ -81,14 +83,11 @@ def _constant(gm: fx.GraphModule, tensor: torch.Tensor, like: fx.Node) -> fx.Nod
     name = f"radix_{like.name}_{id(tensor)}"
     gm.register_buffer(name, tensor, persistent=False)
     made = gm.graph.get_attr(name)
-    made.meta = {**_place(like.meta), "val": like.meta["val"]}
+    internals.copy_place(made, like)
+    internals.set_val(made, val(like))
     return made
 
 
 def _outputs(body: fx.GraphModule) -> Sequence[fx.Node]:
     result = body.graph.output_node().args[0]
     return result if isinstance(result, tuple | list) else (result,)  # type: ignore[return-value]
-
-
-def _place(meta: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: meta[key] for key in ("stack_trace", "nn_module_stack") if key in meta}

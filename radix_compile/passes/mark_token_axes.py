@@ -35,7 +35,7 @@ from radix_compile.ir.errors import CannotFold, RefusalCode
 from radix_compile.ir.facts import Filled, PerRow, without_dims_of_size_one
 from radix_compile.ir.graph import facts, graph_facts, set_graph_facts
 from radix_compile.ir.value import Marks, Value, mark, marks_of, refuse, values_of
-from radix_compile.torch_internals import FakeTensor, hints_of, same_size
+from radix_compile.torch_internals import FakeTensor, hints_of, same_size, val
 
 aten = torch.ops.aten
 
@@ -92,17 +92,17 @@ def _is_key_input(node: fx.Node) -> bool:
     """``[batch, sequence]`` integers: token ids, positions, masks."""
     if not is_tensor(node) or facts(node).is_static:
         return False
-    value = node.meta["val"]
+    value = val(node)
     return value.ndim == 2 and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
 def _is_embedded(node: fx.Node) -> bool:
     """``[batch, sequence, features]``: what is computed from token ids before the graph begins."""
-    return is_tensor(node) and node.meta["val"].ndim == 3 and not facts(node).is_static
+    return is_tensor(node) and val(node).ndim == 3 and not facts(node).is_static
 
 
 def _lines_up(node: fx.Node, ids: fx.Node) -> bool:
-    sizes = zip(node.meta["val"].shape[:2], ids.meta["val"].shape[:2], strict=True)
+    sizes = zip(val(node).shape[:2], val(ids).shape[:2], strict=True)
     return all(same_size(one, other) for one, other in sizes)
 
 
@@ -116,7 +116,7 @@ def _token_ids(graph: fx.Graph) -> fx.Node | None:
         if isinstance(node, fx.Node) and node.op == "placeholder" and not facts(node).is_static:
             if _is_key_input(node):
                 return node
-            shapes.append(tuple(node.meta["val"].shape))
+            shapes.append(tuple(val(node).shape))
     if shapes:
         raise CannotFold(
             f"token ids have the shape {list(shapes[0])}; expected [batch, sequence]", RefusalCode.NO_TOKEN_IDS
@@ -133,7 +133,7 @@ def _embedded(graph: fx.Graph) -> fx.Node:
         raise CannotFold("there is no token-wise arithmetic in it", RefusalCode.NO_ARITHMETIC, expected=True)
     node: fx.Node
     for node in graph.find_nodes(op="placeholder"):
-        if _is_embedded(node) and node.meta["val"].dtype.is_floating_point:
+        if _is_embedded(node) and val(node).dtype.is_floating_point:
             return node
     raise CannotFold(
         "the graph takes no token ids (no embedding is looked up by an integer input), and no embeddings",
@@ -155,7 +155,7 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         return source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
     try:
         marks = _apply_rule(node, tokens)
-        results = node.meta.get("val")
+        results = val(node)
         if isinstance(results, tuple | list) and not (isinstance(marks, tuple) and len(marks) == len(results)):
             raise Mixes("its rule does not say what each of its results is", RefusalCode.CUSTOM_RULE)
         if isinstance(marks, tuple):
@@ -201,7 +201,7 @@ def _is_random(node: fx.Node) -> bool:
 
 def _constant(node: fx.Node) -> Marks:
     """Whatever the op does, it does it to constants of the call."""
-    outputs = node.meta.get("val")
+    outputs = val(node)
     if isinstance(outputs, tuple | list):
         return tuple(
             Value(tuple(() if as_size(s) == 1 else (Feature(as_size(s)),) for s in out.shape)) for out in outputs
@@ -213,7 +213,7 @@ def _with_row(node: fx.Node, value: Value) -> Value:
     """A value with one integer for each row, and nothing known of it, is at least known to be that."""
     if value.fact is not None or value.mixed is not None or not is_tensor(node):
         return value
-    tensor = node.meta["val"]
+    tensor = val(node)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim == 0:
         return value
     if value.is_row:

@@ -24,6 +24,7 @@ from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_kno
 from radix_compile.ir.graph import facts, set_facts
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -93,10 +94,10 @@ def _softmax(node: fx.Node) -> tuple[fx.Node, bool]:
     while node.target is not aten.softmax.int:
         if node.target is aten.slice.Tensor and not sliced:
             sliced = True  # mark_token_axes has seen that what is left are weights of keys
-        elif not node.meta["val"].is_floating_point() or not (info_of(node.target).keeps_order or _is_no_dropout(node)):
+        elif not val(node).is_floating_point() or not (info_of(node.target).keeps_order or _is_no_dropout(node)):
             raise NotOnTree(f"its weights go through {node.target}")
         (node, *_) = node.all_input_nodes
-    if argument(node, "dim") not in (-1, node.meta["val"].ndim - 1):
+    if argument(node, "dim") not in (-1, val(node).ndim - 1):
         raise NotOnTree("its softmax is not over the last dimension")
     return node, sliced
 
@@ -133,7 +134,7 @@ class _Scores:
 
     def _peeled(self, node: fx.Node) -> fx.Node:
         target, args = node.target, node.args
-        dtype = node.meta["val"].dtype
+        dtype = val(node).dtype
         if info_of(target).keeps_order and dtype.is_floating_point:
             return node.all_input_nodes[0]
         if target is aten.cat.default and self.sinks is None:

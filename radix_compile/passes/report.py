@@ -19,7 +19,7 @@ from radix_compile.ir.graph import Form, graph_facts, tokens_of
 from radix_compile.ir.value import Refusal, module_of, source_line, values_of
 from radix_compile.kernels.tree_attention import why_tiles
 from radix_compile.passes.fold import Fold, Wanted
-from radix_compile.torch_internals import size_hint
+from radix_compile.torch_internals import size_hint, val
 
 aten = torch.ops.aten
 
@@ -108,7 +108,7 @@ def _moved(wanted: Wanted, form: Form) -> int:
 
 
 def _bytes(node: fx.Node) -> int:
-    tensor = node.meta["val"]
+    tensor = val(node)
     return size_hint(tensor.numel()) * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
 
 

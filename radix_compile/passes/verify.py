@@ -16,6 +16,7 @@ from radix_compile.ir.graph import Form, facts, graph_facts, source_of_fold, tok
 from radix_compile.ir.plan_arrays import BY_NAME, PLAN_ARRAYS
 from radix_compile.ir.value import Value, locate, values_of
 from radix_compile.passes.choose_cuts import has_compact_form
+from radix_compile.torch_internals import val
 
 NODES = 1_000_003
 """The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""
@@ -65,7 +66,7 @@ def _verify_marks(gm: fx.GraphModule, homes: Mapping[fx.Node, Form]) -> None:
     for node in gm.graph.nodes:
         if node.op == "output" or facts(node).marks is None:
             continue
-        for value, result in zip(values_of(node), _results(node.meta.get("val")), strict=False):
+        for value, result in zip(values_of(node), _results(val(node)), strict=False):
             if value.mixed is None and value.arrangement is None and isinstance(result, torch.Tensor):
                 sizes = [layout.axis_size(axis) for axis in value.axes]
                 shape = [as_size(size) for size in result.shape]
@@ -117,7 +118,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
         if origin is None:
             continue
         values, results = values_of(origin), _results(found[node])
-        for value, result, captured in zip(values, results, _results(origin.meta.get("val")), strict=False):
+        for value, result, captured in zip(values, results, _results(val(origin)), strict=False):
             if not isinstance(captured, torch.Tensor):
                 continue
             shape, wanted = [as_size(size) for size in result.shape], _shape(value, captured, form, layout)
@@ -125,7 +126,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
                 _expect(_same(shape, wanted), node, f"its shape is {shape} in {form} form, not {wanted}")
             _expect(result.dtype == captured.dtype, node, f"its dtype is {result.dtype}, not {captured.dtype}")
     for node, captured in zip(_outputs(gm), _outputs(source), strict=True):
-        if isinstance(node, fx.Node) and isinstance(wanted := captured.meta.get("val"), torch.Tensor):
+        if isinstance(node, fx.Node) and isinstance(wanted := val(captured), torch.Tensor):
             result = found[node]
             same = _same([as_size(s) for s in result.shape], [as_size(s) for s in wanted.shape])
             same &= result.dtype == wanted.dtype and result.device == wanted.device
@@ -133,7 +134,7 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
 
 
 def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
-    ids = tokens_of(gm).keys[0].meta["val"]
+    ids = val(tokens_of(gm).keys[0])
     sizes = {**SIZES, "rows": ids.shape[0] * ids.shape[1]}
     inputs = {node.name for node in gm.graph.find_nodes(op="placeholder")}
     return {array.placeholder: array.sized(sizes) for array in PLAN_ARRAYS if array.placeholder in inputs}

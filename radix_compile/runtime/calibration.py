@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from radix_compile import torch_internals as internals
-from radix_compile.ir.graph import graph_facts
+from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.runtime.cost_model import Timed
 from radix_compile.runtime.measurements_file import Graph, locked, read, warn_once, write
+from radix_compile.torch_internals import val
 
 RUNS = 3
 """Each program runs once to warm up, then so often, in turn with the others; its fastest run counts."""
@@ -43,7 +44,7 @@ def calibration_file() -> Path | None:
 def fingerprint(captured: fx.GraphModule, device: torch.device, compiled_by: tuple[Any, ...]) -> str:
     """A graph's name in the file: its ops, the sizes of its weights, what compiles and what runs it."""
     ops = [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
-    static = [node.meta["val"] for node in captured.graph.find_nodes(op="placeholder") if node.meta.get("is_static")]
+    static = [val(node) for node in captured.graph.find_nodes(op="placeholder") if facts(node).is_static]
     tensors = [one for one in static if isinstance(one, torch.Tensor)]
     weights = [(str(one.dtype), [size if isinstance(size, int) else None for size in one.shape]) for one in tensors]
     trains = graph_facts(captured).is_differentiable

@@ -16,6 +16,7 @@ from radix_compile.ir.axes import BATCH, SEQ, Token
 from radix_compile.ir.graph import Form, facts, graph_facts, tokens_of
 from radix_compile.ir.value import Value, locate, values_of
 from radix_compile.passes.fold_graph import apart
+from radix_compile.torch_internals import val
 
 REPORT = "Please report it. With options={'fold': 'never'} everything runs plain."
 
@@ -44,7 +45,7 @@ class CallVerifier:
 
     def __post_init__(self) -> None:
         nodes = self.captured.graph.nodes
-        floats = {t.dtype for t in (n.meta.get("val") for n in nodes) if _is_float(t)}
+        floats = {t.dtype for t in (val(n) for n in nodes) if _is_float(t)}
         self.rounding = math.sqrt(max(torch.finfo(dtype).eps for dtype in floats))
         self.draws = any(_draws(node) for node in nodes)
         placeholders = self.captured.graph.find_nodes(op="placeholder")

@@ -30,7 +30,7 @@ from radix_compile.testing.claims import check_claims
 from radix_compile.testing.recorder import BATCH, HEADS, Recorder, Variant, sample_inputs, shuffle_later
 from radix_compile.testing.recorder import SEQ as COLUMNS
 from radix_compile.testing.sample import Sample, arranged, compact, constant, full, pair, refused
-from radix_compile.torch_internals import OpOverload
+from radix_compile.torch_internals import OpOverload, val
 
 __all__ = [
     "Recorder",
@@ -142,7 +142,7 @@ def check_verdict(node: fx.Node, sample: Sample) -> None:
         kinds = {"constant": value.is_constant, "pair": value.is_pair, "full": value.full_only, "compact": True}
         said = next(kind for kind, holds in kinds.items() if holds)
         _expect(said == sample.verdict, f"said to be {said}, and it is {sample.verdict}")
-        values, outputs = values_of(node), node.meta["val"]
+        values, outputs = values_of(node), val(node)
         output = outputs[values.index(value)] if isinstance(outputs, tuple | list) else outputs
         layout = tokens_of(graph).layout
         sizes = [layout.axis_size(axis) for axis in value.axes]

@@ -49,6 +49,7 @@ from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.call_planner import may_wrap, rows_without_a_key
 from radix_compile.runtime.checks import rows_seen
 from radix_compile.runtime.row_contents import row_numbers
+from radix_compile.torch_internals import val
 
 ROUNDING = 1e-9
 """What entries that are equal may differ by, as a share of the largest: all is computed in float64."""
@@ -132,7 +133,7 @@ class _Claims:
             return "is claimed to be determined by the paths of rows, and is not"
         if not self._holds(node, value, tensor):
             return f"is claimed to be {value.fact}, and is not"
-        bounds = bounds_of(node) if isinstance(node.meta.get("val"), Tensor) else None
+        bounds = bounds_of(node) if isinstance(val(node), Tensor) else None
         if bounds is not None and tensor.numel():
             slack = LEFT_OUT * max(map(abs, bounds))
             if tensor.double().min() < bounds[0] - slack or tensor.double().max() > bounds[1] + slack:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from radix_compile.ir.graph import GraphFacts, set_graph_facts
-from radix_compile.torch_internals import SET_GRAD_ENABLED, FakeTensorMode
+from radix_compile.torch_internals import SET_GRAD_ENABLED, FakeTensorMode, set_val, val
 
 aten = torch.ops.aten
 
@@ -92,7 +92,7 @@ class Recorder:
         self.mode = FakeTensorMode()
         for name, tensor in inputs.items():
             node = self.graph.placeholder(name)
-            node.meta["val"] = self.mode.from_tensor(tensor)
+            set_val(node, self.mode.from_tensor(tensor))
             setattr(self, name, node)
         if variant is Variant.UNIFORM:
             for name in ("weight", "bias", "columns", "square", "sequences"):
@@ -113,7 +113,7 @@ class Recorder:
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(op, args, kwargs)
         with self.mode:
-            node.meta["val"] = op(*map_arg(args, _fake), **map_arg(kwargs, _fake))
+            set_val(node, op(*map_arg(args, _fake), **map_arg(kwargs, _fake)))
         return node
 
     def item(self, node: fx.Node, position: int) -> fx.Node:
@@ -202,4 +202,4 @@ class Recorder:
 
 
 def _fake(node: fx.Node) -> Any:
-    return node.meta["val"]
+    return val(node)

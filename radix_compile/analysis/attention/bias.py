@@ -16,6 +16,7 @@ from radix_compile.ir.facts import ORDINARY, TRUE, Filled, Formula, Masked, nega
 from radix_compile.ir.graph import facts
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import value_of
+from radix_compile.torch_internals import val
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Bias:
     @property
     def dtype(self) -> torch.dtype:
         """In which it is added: that of the sum."""
-        value = self.scores.meta["val"]
+        value = val(self.scores)
         dtype: torch.dtype = (value[0] if isinstance(value, tuple | list) else value).dtype
         return dtype
 
@@ -49,7 +50,7 @@ class Bias:
     def shape(self) -> tuple[bool, int, bool]:
         """As ``[B or 1, H or 1, S or 1, S]``: is it ``B``, how many heads, is it ``S``? Raises :class:`NotOnTree`."""
         front = value_of(self.scores).axes[:-2]
-        value = self.node.meta["val"]
+        value = val(self.node)
         *outer, query, key = (1,) * (2 - value.ndim) + tuple(value.shape)
         outer = [1] * (len(front) - len(outer)) + outer
         atoms = [atom for axis in front for atom in axis]

@@ -14,6 +14,7 @@ from radix_compile.analysis.attention.rows import Order, Rows
 from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.ir.graph import facts
 from radix_compile.ir.value import values_of
+from radix_compile.torch_internals import val
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class TreeAttention:
     def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As queries and values that the op will be given, but for all dimensions except the last."""
         query, value = (
-            rows.node.meta["val"].new_empty((rows.heads()[1],), dtype=self.dtype)
+            val(rows.node).new_empty((rows.heads()[1],), dtype=self.dtype)
             for rows in (self.parts.query, self.parts.value)
         )
         return query, value

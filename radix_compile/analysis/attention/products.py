@@ -9,6 +9,7 @@ from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.attention.rows import NotOnTree, Order, Rows
 from radix_compile.analysis.rules.contractions import labels_of
 from radix_compile.ir.axes import Mixes
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -31,10 +32,10 @@ def queries_and_keys(node: fx.Node) -> tuple[Rows, Rows]:
         return _by_label(one, first, [*front, query, feature]), _by_label(other, second, [*front, key, feature])
     names = ("batch1", "batch2") if node.target is aten.baddbmm.default else ("self", _other(node))
     query, key = (argument(node, name) for name in names)
-    last = {-1, -2, key.meta["val"].ndim - 1, key.meta["val"].ndim - 2}
+    last = {-1, -2, val(key).ndim - 1, val(key).ndim - 2}
     if key.target is aten.mT.default or (key.target is aten.transpose.int and last.issuperset(key.args[1:])):
         return Rows(query), Rows(key.args[0])
-    rank = key.meta["val"].ndim
+    rank = val(key).ndim
     return Rows(query), Rows(key, (*range(rank - 2), rank - 1, rank - 2))
 
 

@@ -28,7 +28,7 @@ from radix_compile.analysis.op_info import info_of
 from radix_compile.ir.axes import BATCH, SEQ, Axes, Layout, Uniform, as_size, has_tokens, plain_axis, shape_of
 from radix_compile.ir.facts import Filled
 from radix_compile.ir.value import Value, marks_of
-from radix_compile.torch_internals import OpOverload
+from radix_compile.torch_internals import OpOverload, val
 
 LARGEST = 2**22
 """Entries of an array that is kept, at most."""
@@ -111,7 +111,7 @@ class Reaches:
     def number(self, value: Any) -> int:
         """A size, or an argument of an op that is one."""
         if isinstance(value, fx.Node):
-            value = value.meta["val"]
+            value = val(value)
         if isinstance(value, torch.SymInt):
             value = as_size(value)
         if isinstance(value, sympy.Expr):

@@ -10,6 +10,7 @@ from torch import fx
 from radix_compile.analysis.arguments import is_tensor, source_of
 from radix_compile.analysis.reach.column_reach import NOTHING, Reach, Reaches, reach
 from radix_compile.analysis.reach.operands import aligned, latest, zero_products
+from radix_compile.torch_internals import val
 
 
 def elementwise_reach(node: fx.Node, reaches: Reaches) -> Reach:
@@ -75,7 +76,7 @@ def _chosen(condition: Any, this: Any, other: Any, reaches: Reaches) -> Reach:
 
 def same_entries(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
-    exact = node.meta["val"].dtype.is_floating_point or node.meta["val"].dtype == source_of(node).meta["val"].dtype
+    exact = val(node).dtype.is_floating_point or val(node).dtype == val(source_of(node)).dtype
     kept = np.where((source.known == 0) | np.isinf(source.known), source.known, np.nan)  # the others may be rounded
     return reach(source.last, kept if exact else np.nan, source.batch)
 

@@ -12,6 +12,7 @@ from torch import fx
 from radix_compile.analysis.arguments import argument, source_of
 from radix_compile.analysis.reach.column_reach import NOTHING, OutOfReach, Reach, Reaches, reach
 from radix_compile.analysis.reach.operands import Array, aligned, dim_of, moved, refuse_if_apart
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -119,7 +120,7 @@ def select(node: fx.Node, reaches: Reaches) -> Reach:
 def split(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
-    sizes = [reaches.number(part.shape[dim]) for part in node.meta["val"]]
+    sizes = [reaches.number(part.shape[dim]) for part in val(node)]
     whole = source.last.shape[dim] != 1
 
     def part(size: int, end: int) -> Reach:

@@ -14,6 +14,7 @@ from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import And, Diff, Formula, Masked, Weights, implies_causal
 from radix_compile.ir.value import Operand, Uses, Value, broadcast, value_of
+from radix_compile.torch_internals import val
 
 
 def fused_encoder_layer(node: fx.Node, layout: Layout) -> Value:
@@ -66,7 +67,7 @@ def _visible(node: fx.Node, layout: Layout, scores: Operand) -> tuple[Formula, U
         return And(()), ()
     marks = value_of(mask)
     _, uses = broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
-    if mask.meta["val"].dtype == torch.bool:
+    if val(mask).dtype == torch.bool:
         return as_formula(marks), uses
     if isinstance(marks.fact, Masked) and in_attention(marks.fact).is_certain:
         return marks.fact.visible, uses

@@ -13,6 +13,7 @@ from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens,
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Score, Weights, fully_masked_rows, hides
 from radix_compile.ir.value import Operand, Value, broadcast, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ def baddbmm(node: fx.Node, layout: Layout) -> Value:
     if not result.is_pair:
         raise Mixes("adds to a product that is not one of queries and keys", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     axes, uses = broadcast(layout, [Operand(node, result, result.axes), operand(bias)])
-    fact = biased_scores(bias, argument(node, "beta"), argument(node, "alpha"), node.meta["val"].dtype)
+    fact = biased_scores(bias, argument(node, "beta"), argument(node, "alpha"), val(node).dtype)
     return Value(axes, fact=fact, operands=(*result.operands, *uses))
 
 

@@ -23,6 +23,7 @@ from radix_compile.ir.facts import (
     stored,
 )
 from radix_compile.ir.value import Value, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ def arange(node: fx.Node, layout: Layout) -> Value:
     if node.target is aten.arange.start_step:
         step = argument(node, "step")
     # A narrower type might wrap around, here or in arithmetic on it.
-    counts = isinstance(start, int) and step == 1 and node.meta["val"].dtype in (torch.int32, torch.int64)
+    counts = isinstance(start, int) and step == 1 and val(node).dtype in (torch.int32, torch.int64)
     return Value(plain_axes(node), fact=counted(node, Index(-1, start)) if counts else None)
 
 
@@ -50,7 +51,7 @@ def _fill_value(node: fx.Node) -> float | None:
 
 def _filled(node: fx.Node) -> Fact | None:
     value = _fill_value(node)
-    return None if value is None else stored(Filled(value), node.meta["val"].dtype)
+    return None if value is None else stored(Filled(value), val(node).dtype)
 
 
 def fill(node: fx.Node, layout: Layout) -> Value:
@@ -74,7 +75,7 @@ def triangle(node: fx.Node, layout: Layout) -> Value:
     if not isinstance(diagonal, int):
         return Value(axes)
     kept: Formula = Diff(-1, -2, diagonal) if node.target is aten.tril.default else Diff(-2, -1, -diagonal)
-    return Value(axes, fact=_triangle_fact(value, kept, node.meta["val"].dtype))
+    return Value(axes, fact=_triangle_fact(value, kept, val(node).dtype))
 
 
 def _features_only(value: Value) -> Value:

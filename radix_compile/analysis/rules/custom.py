@@ -13,7 +13,7 @@ from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.value import Marks, Value, value_of
 from radix_compile.plan.arrays import describe
-from radix_compile.torch_internals import OpOverload
+from radix_compile.torch_internals import OpOverload, val
 
 
 def register_rule(op: OpOverload, rule: str | Rule) -> None:
@@ -81,7 +81,7 @@ def _causal(node: fx.Node, layout: Layout) -> Marks:
             raise Mixes("its tensors are not [batch, sequence, ...]", RefusalCode.CUSTOM_RULE)
         if value_of(one).fully_masked:
             raise Mixes("reads rows that saw no key in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
-    outputs = node.meta["val"]
+    outputs = val(node)
     shapes = [one.shape for one in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]
     features = [tuple(plain_axis(as_size(size)) for size in shape[2:]) for shape in shapes]
     values = [Value((*layout.rows, *axes), full_only=True) for axes in features]
@@ -105,5 +105,5 @@ def _each(node: fx.Node, value: Value, last_differs: bool = False) -> Marks:
             raise Mixes("its results are not shaped as its rule says", RefusalCode.CUSTOM_RULE)
         return Value(axes, operands=value.operands)
 
-    outputs = node.meta["val"]
+    outputs = val(node)
     return tuple(of(one.shape) for one in outputs) if isinstance(outputs, tuple | list) else of(outputs.shape)

@@ -22,6 +22,7 @@ from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Formula, Given, Weights, disjunction, hides, implies_causal
 from radix_compile.ir.graph import facts
 from radix_compile.ir.value import Marks, Value, broadcast, value_of
+from radix_compile.torch_internals import val
 
 FLEX = torch.ops.higher_order.flex_attention
 
@@ -105,7 +106,7 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
     weights = Weights(visible, -2, -1)
     result = Value((*q.axes[:3], v.axes[3]), full_only=True, attends=weights)
     statistics = Value(q.axes[:3], full_only=True)
-    return (result, *(statistics for _ in node.meta["val"][1:]))
+    return (result, *(statistics for _ in val(node)[1:]))
 
 
 def _visible(node: fx.Node, layout: Layout) -> Formula:

@@ -13,6 +13,7 @@ from radix_compile.ir.axes import Axis, Layout, Mixes, feature, has_tokens, plai
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, Index, PerRow
 from radix_compile.ir.value import Value, broadcast, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ def index(node: fx.Node, layout: Layout) -> Value:
         return rearranged(source, indices, layout)
     if any(i is None for i in indices):
         return _some_features(node, value, indices)
-    if any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+    if any(val(i).dtype in (torch.bool, torch.uint8) for i in indices):
         raise Mixes("selects by a mask", RefusalCode.INDEXES_ROWS)
     if all(value_of(i).is_constant for i in indices):
         counted = _counted(node, value, source, indices)

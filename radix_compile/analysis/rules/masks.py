@@ -43,6 +43,7 @@ from radix_compile.ir.facts import (
     negation,
 )
 from radix_compile.ir.value import Value, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ def elementwise_fact(node: fx.Node) -> Fact | None:
 def fact_of(argument: Any) -> Fact | None:
     """The fact of a tensor argument; a Python number is a tensor filled with it."""
     if isinstance(argument, fx.Node):
-        return value_of(argument).fact if isinstance(argument.meta.get("val"), torch.Tensor) else None
+        return value_of(argument).fact if isinstance(val(argument), torch.Tensor) else None
     return Filled(float(argument)) if isinstance(argument, bool | int | float) else None
 
 
@@ -139,7 +140,7 @@ def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
     if isinstance(fact, Index | Distance):
         return counted(node, replace(fact, offset=fact.offset + amount))
     shifted = _as_shifted(fact)
-    if shifted is None or node.meta["val"].dtype not in (torch.int32, torch.int64):
+    if shifted is None or val(node).dtype not in (torch.int32, torch.int64):
         return None
     offset = shifted.offset + amount
     return Shifted(shifted.source, shifted.dim, offset) if abs(offset) <= LARGEST_OFFSET else None
@@ -147,7 +148,7 @@ def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
 
 def counted(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
     """The fact, if the integer type of the node holds all numbers that it says are there: else some wrap around."""
-    shape, limits = shape_of(node), torch.iinfo(node.meta["val"].dtype)
+    shape, limits = shape_of(node), torch.iinfo(val(node).dtype)
 
     def last(dim: int) -> int:
         return int(shape[dim]) - 1 if shape[dim].is_Integer else LONGEST
@@ -195,7 +196,7 @@ def ne_scalar(node: fx.Node) -> Fact | None:
 
 
 def _formulas(node: fx.Node) -> tuple[Formula, Formula] | None:
-    if node.meta["val"].dtype != torch.bool:
+    if val(node).dtype != torch.bool:
         return None
     left, right = node.args[0], node.args[1]
     assert isinstance(left, fx.Node)
@@ -220,7 +221,7 @@ def or_(node: fx.Node) -> Fact | None:
 def not_(node: fx.Node) -> Fact | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if source.meta["val"].dtype != torch.bool:
+    if val(source).dtype != torch.bool:
         return None
     return Predicate(negation(as_formula(value_of(source))))
 
@@ -231,7 +232,7 @@ def not_(node: fx.Node) -> Fact | None:
 def add(node: fx.Node) -> Fact | None:
     if argument(node, "alpha") != 1:
         return None
-    (first, second), dtype = node.args[:2], node.meta["val"].dtype
+    (first, second), dtype = node.args[:2], val(node).dtype
     left, right = fact_of(first), fact_of(second)
     if isinstance(node.args[1], int) and isinstance(left, Index | Distance | PerRow | Shifted):
         return _shifted(node, left, node.args[1])
@@ -293,7 +294,7 @@ def scale(node: fx.Node) -> Fact | None:
     fact, factor = fact_of(node.args[0]), fact_of(node.args[1])
     if not isinstance(factor, Filled) or not math.isfinite(factor.value) or factor.value == 0:
         return None
-    divides, dtype = node.target in (aten.div.Tensor, aten.div.Scalar), node.meta["val"].dtype
+    divides, dtype = node.target in (aten.div.Tensor, aten.div.Scalar), val(node).dtype
     by = 1 / factor.value if divides else factor.value
     if isinstance(fact, Score):
         return _score(fact.size * abs(by), dtype)
@@ -326,7 +327,7 @@ def maximum(node: fx.Node) -> Fact | None:
     """Nothing visible is as low as the floor, so raising everything to it keeps the mask."""
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     for fact, other in ((left, right), (right, left)):
-        if isinstance(fact, Masked) and is_hidden(other, node.meta["val"].dtype):
+        if isinstance(fact, Masked) and is_hidden(other, val(node).dtype):
             assert isinstance(other, Filled)
             if other.value <= -fact.size:
                 return Masked.of(fact.visible, max(fact.floor, other.value), fact.size, fact.zero)
@@ -366,7 +367,7 @@ def _masked(visible: Formula, source: Any, floor: Fact | None) -> Fact:
 def where(node: fx.Node) -> Fact | None:
     condition, first, second = node.args
     assert isinstance(condition, fx.Node)
-    dtype = node.meta["val"].dtype
+    dtype = val(node).dtype
     if not dtype.is_floating_point:
         return None
     formula = as_formula(value_of(condition))
@@ -381,7 +382,7 @@ def where(node: fx.Node) -> Fact | None:
 def masked_fill(node: fx.Node) -> Fact | None:
     source, mask, value = node.args
     assert isinstance(mask, fx.Node)
-    dtype = node.meta["val"].dtype
+    dtype = val(node).dtype
     floor = fact_of(value)
     if not dtype.is_floating_point or not is_hidden(floor, dtype):
         return None

@@ -13,12 +13,13 @@ from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, as_size, feature, ha
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Masked, RowMax, Weights, implies_causal
 from radix_compile.ir.value import Marks, Value, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
 
 def _results(node: fx.Node, axes: Axes) -> Marks:
-    outputs = node.meta["val"]
+    outputs = val(node)
     return tuple(Value(axes) for _ in outputs) if isinstance(outputs, tuple | list) else Value(axes)
 
 
@@ -73,7 +74,7 @@ def along(node: fx.Node, layout: Layout) -> Marks:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % max(len(value.axes), 1)
     feature(value.axes[dim], "reads along")
-    outputs = node.meta["val"]
+    outputs = val(node)
     size = (outputs[0] if isinstance(outputs, tuple | list) else outputs).shape[dim]
     axis = plain_axis(as_size(size))  # even if the source is uniform: the indices are not
     return _results(node, (*value.axes[:dim], axis, *value.axes[dim + 1 :]))

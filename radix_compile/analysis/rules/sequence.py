@@ -11,6 +11,7 @@ from radix_compile.ir.axes import BATCH, SEQ, Layout, Mixes, has_tokens, plain_a
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Break, PerRow, Step
 from radix_compile.ir.value import Value, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -46,7 +47,7 @@ def _runs(node: fx.Node, value: Value, dim: int) -> PerRow | None:
 
 
 def _counts(node: fx.Node) -> bool:
-    return node.meta["val"].dtype in (torch.int32, torch.int64)
+    return val(node).dtype in (torch.int32, torch.int64)
 
 
 def diff(node: fx.Node, layout: Layout) -> Value:

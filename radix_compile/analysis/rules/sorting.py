@@ -35,6 +35,7 @@ from radix_compile.ir.axes import (
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Index
 from radix_compile.ir.value import Marks, Value, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -132,7 +133,7 @@ def histc(node: fx.Node, layout: Layout) -> Value:
 
 def _sorted_by(keys: fx.Node) -> Sorted | None:
     """The order, of keys as an ascending sort returns them."""
-    while keys.target is aten._to_copy.default and keys.meta["val"].dtype in _EXACT:
+    while keys.target is aten._to_copy.default and val(keys).dtype in _EXACT:
         keys = source_of(keys)
     sorted_keys = keys.target is operator.getitem and keys.args[1] == 0 and _is_ascending(keys.args[0])
     axes = value_of(keys).axes
@@ -147,7 +148,7 @@ def _is_ascending(node: object) -> bool:
 
 def ends_of_groups(node: fx.Node, counts: Arrangement) -> Value:
     """The running sum of counts."""
-    exact = node.target is aten.cumsum.default and node.meta["val"].dtype in _INTEGERS
+    exact = node.target is aten.cumsum.default and val(node).dtype in _INTEGERS
     if counts.kind is not Kind.COUNTS or not exact:
         raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     return _arranged(counts.by, Kind.ENDS, counts.number)
@@ -182,9 +183,7 @@ def _has(node: fx.Node, name: str) -> bool:
 
 def _keys_below(keys: fx.Node) -> Size | None:
     """A bound of keys that are the places of largest entries, as a router chooses them."""
-    while info_of(keys.target).is_view or (
-        keys.target is aten._to_copy.default and keys.meta["val"].dtype in _INTEGERS
-    ):
+    while info_of(keys.target).is_view or (keys.target is aten._to_copy.default and val(keys).dtype in _INTEGERS):
         keys = source_of(keys)
     chosen = keys.args[0] if keys.target is operator.getitem and keys.args[1] == 1 else None
     if not isinstance(chosen, fx.Node) or chosen.target is not aten.topk.default:

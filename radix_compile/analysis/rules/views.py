@@ -34,6 +34,7 @@ from radix_compile.ir.axes import (
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, negation, remap, stored
 from radix_compile.ir.value import Value, broadcast, value_of
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -52,7 +53,7 @@ def same_entries(node: fx.Node, layout: Layout) -> Value:
     """The same entries, perhaps in another dtype. Facts about exact values do not survive a cast to floating point."""
     source = source_of(node)
     value = value_of(source)
-    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    before, after = val(source).dtype, val(node).dtype
     return Value(value.axes, fact=_cast(value.fact, before, after))
 
 
@@ -220,7 +221,7 @@ def split(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "splits")
-    pieces = [piece.shape[dim] for piece in node.meta["val"]]
+    pieces = [piece.shape[dim] for piece in val(node)]
     return tuple(Value((*value.axes[:dim], plain_axis(as_size(size)), *value.axes[dim + 1 :])) for size in pieces)
 
 
@@ -228,16 +229,16 @@ def unbind(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "takes apart")
-    return tuple(Value((*value.axes[:dim], *value.axes[dim + 1 :])) for _ in node.meta["val"])
+    return tuple(Value((*value.axes[:dim], *value.axes[dim + 1 :])) for _ in val(node))
 
 
 def cat(node: fx.Node, layout: Layout) -> Value:
     # torch ignores one-dimensional empty tensors here: an empty key-value cache is one.
-    tensors = [arg for arg in argument(node, "tensors") if tuple(arg.meta["val"].shape) != (0,)]
+    tensors = [arg for arg in argument(node, "tensors") if tuple(val(arg).shape) != (0,)]
     rank = len(shape_of(node))
     if len(tensors) == 1:
         value = value_of(tensors[0])
-        if tensors[0].meta["val"].dtype != node.meta["val"].dtype:  # a cast, as under autocast
+        if val(tensors[0]).dtype != val(node).dtype:  # a cast, as under autocast
             return Value(value.axes)
         return Value(value.axes, fact=value.fact, identity=tensors[0])
     dim = argument(node, "dim") % rank
@@ -308,7 +309,7 @@ def stack(node: fx.Node, layout: Layout) -> Value:
 
 def repeat(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
-    repeats = [times.meta["val"] if isinstance(times, fx.Node) else times for times in argument(node, "repeats")]
+    repeats = [val(times) if isinstance(times, fx.Node) else times for times in argument(node, "repeats")]
     axes: Axes = ((),) * (len(repeats) - len(source.axes)) + source.axes
     for axis, times in zip(axes, repeats, strict=True):
         if times != 1:
