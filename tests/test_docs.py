@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import pytest
 from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.cli import main
 from radix_compile.options import Options
+from radix_compile.passes import pipeline
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,3 +99,20 @@ def test_commands_print_what_is_shown(
             assert " ms" not in line or any(one.startswith(counts) for one in printed), line
         else:
             assert line in printed
+
+
+def first_column(heading: str) -> list[str]:
+    """The first cells of the first table behind a heading of the code map."""
+    section = (ROOT / "docs" / "code-map.md").read_text().split(f"## {heading}")[1]
+    return re.findall(r"^\| ([^|]+) \|", section.split("\n## ")[0], re.MULTILINE)[1:]
+
+
+def test_the_code_map_has_the_passes_in_order() -> None:
+    passes = [one.__name__ for one in (*pipeline.ANALYSES, *pipeline.FOLDING)]
+    assert [step for step in first_column("Compiling a graph") if step in passes] == passes
+
+
+def test_the_code_map_has_the_layers_in_order() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    named = [re.findall(r"`(\w+)`", cell) for cell in first_column("Packages")]
+    assert [sorted(cells) for cells in named if cells] == [sorted(re.split(r" \| ", one)) for one in contract["layers"]]

@@ -41,12 +41,12 @@ class RowTrue:
 
 @dataclass(frozen=True, slots=True)
 class Same:
-    """``source[b, column[a]] == source[b, column[b]]``; ``runs_of`` if source numbers the runs of those positions."""
+    """``source[b, column[a]] == source[b, column[b]]``; ``counted_from``: positions whose breaks it counts."""
 
     source: fx.Node
     a: int
     b: int
-    runs_of: fx.Node | None = None
+    counted_from: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ def ordered_by(formula: Formula) -> Iterator[fx.Node]:
     for atom in atoms_of(formula):
         if isinstance(atom, AtMost):
             yield atom.source
-        elif isinstance(atom, Same) and atom.runs_of is not None:
-            yield atom.runs_of
+        elif isinstance(atom, Same) and atom.counted_from is not None:
+            yield atom.counted_from
 
 
 def is_known(formula: Formula) -> bool:
@@ -155,9 +155,11 @@ def implies_causal(formula: Formula, query: int, key: int) -> bool:
         case Given():
             return (formula.query, formula.key) == (query, key)
         case And(terms):
-            runs = {term.runs_of for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}}
+            counted = {
+                term.counted_from for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}
+            }
             # Within one run positions grow by one per column, so "position at most mine" is "column at most mine".
-            positions = [term for term in terms if isinstance(term, AtMost) and term.source in runs]
+            positions = [term for term in terms if isinstance(term, AtMost) and term.source in counted]
             ordered = any((term.a, term.b) == (key, query) and term.bound <= 0 for term in positions)
             return ordered or any(implies_causal(term, query, key) for term in terms)
         case Or(terms):
@@ -276,7 +278,7 @@ class PerRow:
     source: fx.Node
     dim: int
     exact: bool = True
-    runs_of: fx.Node | None = None
+    counted_from: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,8 +432,8 @@ def _remap_formula(formula: Formula, to: Callable[[int], int]) -> Formula:
             return Diff(to(a), to(b), bound)
         case RowTrue(source, dim, truth):
             return RowTrue(source, to(dim), truth)
-        case Same(source, a, b, runs_of):
-            return Same(source, to(a), to(b), runs_of)
+        case Same(source, a, b, counted_from):
+            return Same(source, to(a), to(b), counted_from)
         case AtMost(source, a, b, bound):
             return AtMost(source, to(a), to(b), bound)
         case Given(source, query, key):

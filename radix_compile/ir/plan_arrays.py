@@ -42,8 +42,8 @@ PLAN_ARRAYS = (
     PlanArray("scatter", ("rows",), "always"),
     PlanArray("begin", ("nodes",), "tree"),  # PrefixPlan.tree
     PlanArray("end", ("nodes",), "tree"),
-    PlanArray("runs", ("runs", 3), "tiles"),  # plan.tiles.TreeTiles
-    PlanArray("run_starts", ("tiles + 1",), "tiles"),
+    PlanArray("stretches", ("stretches", 3), "tiles"),  # plan.tiles.TreeTiles
+    PlanArray("stretch_starts", ("tiles + 1",), "tiles"),
     PlanArray("keys", ("keys",), "tiles"),
     PlanArray("key_starts", ("tiles + 1",), "tiles"),
     PlanArray("parts", ("parts", 4), "tiles"),

@@ -18,8 +18,8 @@ class TreeArrays(NamedTuple):
     scatter: Tensor
     begin: Tensor
     end: Tensor
-    runs: Tensor | None = None
-    run_starts: Tensor | None = None
+    stretches: Tensor | None = None
+    stretch_starts: Tensor | None = None
     keys: Tensor | None = None
     key_starts: Tensor | None = None
     parts: Tensor | None = None

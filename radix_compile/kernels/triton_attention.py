@@ -24,9 +24,9 @@ from radix_compile.kernels.triton_tree import (
     keys_of_run,
     lists_of,
     numbers_of,
-    run_of,
     scores_of,
     shape_of,
+    stretch_of,
     strides_of,
     tile_of,
 )
@@ -60,7 +60,7 @@ def _attend_to(
 
 @kernel
 def _forward(
-    query, key, value, result, sums, fold, begin, end, runs, run_starts, keys, key_starts, sinks, bias,
+    query, key, value, result, sums, fold, begin, end, stretches, stretch_starts, keys, key_starts, sinks, bias,
     nodes, window, scale, softcap, columns, b_batch, b_head, b_row, b_key,
     q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -83,8 +83,8 @@ def _forward(
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, V_BLOCK], tl.float32)
     step = tl.arange(0, N)
-    for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
-        start, behind, depth = run_of(runs, run, nearest, N, WINDOW, BIASED)
+    for stretch in range(tl.load(stretch_starts + tile), tl.load(stretch_starts + tile + 1)):
+        start, behind, depth = stretch_of(stretches, stretch, nearest, N, WINDOW, BIASED)
         for block in range(start, behind, N):
             k, v, visible = keys_of_run(
                 key, value, k_node, v_node, block, step, depth + block - start, inside, depth_i, window,

@@ -20,9 +20,9 @@ from radix_compile.kernels.triton_tree import (
     lists_of,
     numbers_of,
     parts_of,
-    run_of,
     scores_of,
     shape_of,
+    stretch_of,
     strides_of,
     tile_of,
 )
@@ -64,7 +64,7 @@ def _by_query_from(
 @kernel
 def _backward_query(
     grad, query, key, value, result, sums, deltas, by_query,
-    fold, begin, end, runs, run_starts, keys, key_starts, bias,
+    fold, begin, end, stretches, stretch_starts, keys, key_starts, bias,
     nodes, factor, window, scale, softcap, columns, b_batch, b_head, b_row, b_key,
     g_head, g_node, q_head, q_node, k_head, k_node, v_head, v_node, r_head, r_node, bq_head, bq_node,
     GROUP: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -92,8 +92,8 @@ def _backward_query(
         at = bias_rows(fold, begin, i, inside, columns, b_batch, b_row, b_key)
     found = tl.zeros([ROWS, E_BLOCK], tl.float32)
     step = tl.arange(0, N)
-    for run in range(tl.load(run_starts + tile), tl.load(run_starts + tile + 1)):
-        start, behind, depth = run_of(runs, run, nearest, N, WINDOW, BIASED)
+    for stretch in range(tl.load(stretch_starts + tile), tl.load(stretch_starts + tile + 1)):
+        start, behind, depth = stretch_of(stretches, stretch, nearest, N, WINDOW, BIASED)
         for block in range(start, behind, N):
             k, v, visible = keys_of_run(
                 key, value, k_node, v_node, block, step, depth + block - start, inside, depth_i, window,

@@ -81,12 +81,12 @@ def depths_of(fold, begin, i, inside, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def run_of(runs, run, nearest, N: tl.constexpr, WINDOW: tl.constexpr, BIASED: tl.constexpr):
+def stretch_of(stretches, stretch, nearest, N: tl.constexpr, WINDOW: tl.constexpr, BIASED: tl.constexpr):
     """Where a stretch of keys begins and ends, and how deep; without blocks that are in front of every window."""
-    start, behind = tl.load(runs + 3 * run).to(tl.int32), tl.load(runs + 3 * run + 1).to(tl.int32)
+    start, behind = tl.load(stretches + 3 * stretch).to(tl.int32), tl.load(stretches + 3 * stretch + 1).to(tl.int32)
     depth = 0
     if WINDOW or BIASED:
-        depth = tl.load(runs + 3 * run + 2).to(tl.int32)
+        depth = tl.load(stretches + 3 * stretch + 2).to(tl.int32)
     if WINDOW:
         out_of_sight = tl.maximum(nearest - depth, 0) // N * N
         start += out_of_sight
@@ -167,7 +167,7 @@ def tile_of(query: Tensor, value: Tensor, score_options: ScoreOptions, kernel: s
 
 def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:
     """What leads to the keys of a tile."""
-    return _all(plan.fold, plan.begin, plan.end, plan.runs, plan.run_starts, plan.keys, plan.key_starts)
+    return _all(plan.fold, plan.begin, plan.end, plan.stretches, plan.stretch_starts, plan.keys, plan.key_starts)
 
 
 def parts_of(plan: TreeArrays) -> tuple[Tensor, ...]:

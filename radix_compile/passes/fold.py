@@ -51,10 +51,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """Where paths may start: behind ``padding``, and where the numbers ``runs`` ``[B, S]`` of sequences change."""
+    """Where paths may start: behind ``padding``, and where the ids ``[B, S]`` of sequences packed in a row change."""
 
     padding: FullyMasked | None = None
-    runs: fx.Node | None = None
+    sequence_ids: fx.Node | None = None
 
 
 @dataclass

@@ -46,7 +46,7 @@ def fold_attention(fold: Fold) -> None:
     fully_masked = {
         one for node in graph.nodes if node.op != "output" for value in values_of(node) for one in value.fully_masked
     }
-    shown = runs = None
+    shown = sequence_ids = None
     records = grad_modes(graph, known.records_gradients)
     for node in graph.nodes:
         if is_attention(node):
@@ -58,15 +58,16 @@ def fold_attention(fold: Fold) -> None:
                     raise NotOnTree("a part of it has no gradient (detach, or torch.no_grad())")
                 if any(bias.may_be_large() for bias in found.biases):
                     raise NotOnTree("it adds a bias with so large numbers that sums would lose their digits")
-                if found.visible.runs is not None and not assumes:
+                if found.visible.sequence_ids is not None and not assumes:
                     raise NotOnTree("several sequences may be packed in a row")
                 if found.parts.blocks is not None and not assumes:
                     raise NotOnTree("its table of blocks may show or hide others than its mask_mod")
                 if found.needs_visible_keys and not assumes:
                     raise NotOnTree("some rows see no key: they attend to all of them, or are keys themselves")
                 shown = found.visible.shown if shown is None else shown
-                runs = found.visible.runs if runs is None else runs
-                if set(shown) != set(found.visible.shown) or found.visible.runs not in (None, runs):
+                own_ids = found.visible.sequence_ids
+                sequence_ids = own_ids if sequence_ids is None else sequence_ids
+                if set(shown) != set(found.visible.shown) or own_ids not in (None, sequence_ids):
                     raise NotOnTree("another attention hides other keys, and the plan is made for those")
             except NotOnTree as verdict:
                 fold.attentions[node] = Declined(str(verdict))
@@ -163,8 +164,8 @@ def _check(parts: Parts) -> None:
     """Do the heads fit together? Raises :class:`NotOnTree`."""
     rows = (parts.query, parts.key, parts.value)
     (heads, size), (groups, key_size), (value_groups, _) = (one.heads() for one in rows)
-    apart = not all(are_side_by_side(parts.query, one, parts.grouped) for one in rows[1:])
-    if groups != value_groups or heads % groups or size != key_size or apart:
+    match = all(are_side_by_side(parts.query, one, parts.grouped) for one in rows[1:])
+    if groups != value_groups or heads % groups or size != key_size or not match:
         raise NotOnTree(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
     if parts.sinks is not None and val(parts.sinks).numel() != heads:
         raise NotOnTree("its sinks are not one number for each head")

@@ -326,7 +326,7 @@ class _Rewriter:
 
     def _fold(self, node: fx.Node) -> fx.Node:
         axes = value_of(node).axes
-        split = apart(axes)
+        split = split_tokens(axes)
         full = self._reshaped(self.full[node], axes, split, compact=False)
         dims = {"batch_dim": split.index((BATCH,)), "seq_dim": split.index((SEQ,))}
         made = call(self.graph, radix.fold_rows.default, full=full, **self.fold_and_scatter, **dims)
@@ -334,7 +334,7 @@ class _Rewriter:
 
     def _scatter(self, node: fx.Node) -> fx.Node:
         axes = value_of(node).axes
-        split = apart(axes)
+        split = split_tokens(axes)
         compact = self._reshaped(self.compact[node], axes, split, compact=True)
         made = call(
             self.graph,
@@ -353,7 +353,7 @@ class _Rewriter:
     def _lies_as_captured(self, node: fx.Node) -> bool:
         """Does a scattered value, ``[B, S, features]`` in memory, lie there as the captured one?"""
         axes = value_of(node).axes
-        split = apart(axes)
+        split = split_tokens(axes)
         front = [split.index((BATCH,)), split.index((SEQ,))]
         order = [*front, *(dim for dim in range(len(split)) if dim not in front)]
         sizes = [self.layout.axis_size(axis).subs(self.hints) for axis in split]
@@ -447,9 +447,11 @@ def relies_on_visible_keys(fold: Fold) -> bool:
     return any(one.needs_visible_keys for one in fold.attentions_on_tree())
 
 
-def relies_on_runs(fold: Fold) -> fx.Node | None:
+def assumed_sequence_ids(fold: Fold) -> fx.Node | None:
     """The numbers of sequences packed in a row that attention on the tree takes for told apart by their paths."""
-    return next((one.visible.runs for one in fold.attentions_on_tree() if one.visible.runs is not None), None)
+    return next(
+        (one.visible.sequence_ids for one in fold.attentions_on_tree() if one.visible.sequence_ids is not None), None
+    )
 
 
 def with_blocks(fold: Fold) -> list[tuple[Blocks, Visible]]:
@@ -466,7 +468,7 @@ def _relaxed(node: fx.Node) -> fx.Node:
     return node
 
 
-def apart(axes: Axes) -> Axes:
+def split_tokens(axes: Axes) -> Axes:
     """The axes of a row value with the token atoms in dimensions of their own, a batch of one too."""
     result: list[Axis] = []
     for axis in axes:

@@ -47,12 +47,12 @@ def prove_shift(fold: Fold) -> None:
 
     Needs ``fold_graph``.
     """
-    runs = separate_runs(fold.captured)
-    reader = fold.column = _first_reader_of_columns(fold, runs)
+    sequence_ids = sequence_ids_of(fold.captured)
+    reader = fold.column = _first_reader_of_columns(fold, sequence_ids)
     tokens = tokens_of(fold.captured)
     by_column = tokens.masks or tokens.blocks  # which columns the caller's masks show, wherever a sequence starts
     if reader is None and not by_column:
-        fold.starts = Starts(hidden_padding(fold.captured), runs)
+        fold.starts = Starts(hidden_padding(fold.captured), sequence_ids)
 
 
 def hidden_padding(captured: fx.GraphModule) -> FullyMasked | None:
@@ -66,7 +66,7 @@ def hidden_padding(captured: fx.GraphModule) -> FullyMasked | None:
     return padding if all(hides(seen.visible, padding, seen.key) for seen in attentions(captured.graph)) else None
 
 
-def separate_runs(captured: fx.GraphModule) -> fx.Node | None:
+def sequence_ids_of(captured: fx.GraphModule) -> fx.Node | None:
     """The numbers that tell the sequences of a row apart: every attention shows a row the ones with its own alone."""
     numbers = [
         {term.source: None for term in terms_of(seen.visible) if isinstance(term, Same) and _are_pair(term, seen)}
@@ -86,17 +86,18 @@ def attentions(graph: fx.Graph) -> Iterator[Weights]:
             yield from (value.attends for value in values_of(node) if value.attends is not None)
 
 
-def _first_reader_of_columns(fold: Fold, runs: fx.Node | None) -> fx.Node | None:
+def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Node | None:
     """The first op after which a row may depend on its column.
 
     A mask that compares columns with each other is excepted, as long as it is on its way to attention. Where it meets
-    keys, it has an entry for each query, which another row in compact form would have in another place. The numbers
-    ``runs`` and what they are counted from are excepted as long as they only tell rows of one sequence from others.
+    keys, it has an entry for each query, which another row in compact form would have in another place. The
+    ``sequence_ids`` and what they are counted from are excepted as long as they only tell rows of one sequence from
+    others.
     """
     graph, wanted = fold.captured.graph, fold.wanted
     masks: set[fx.Node] = set()
-    numbers = _numbering(graph, runs)
-    looked_up = _looked_up(graph, runs)
+    numbers = _numbering(graph, sequence_ids)
+    looked_up = _looked_up(graph, sequence_ids)
     node: fx.Node
     for node in graph.nodes:
         if node.op != "call_function" or not (node in wanted.forms or node in looked_up):
@@ -105,7 +106,7 @@ def _first_reader_of_columns(fold: Fold, runs: fx.Node | None) -> fx.Node | None
             if wanted.is_compact(node):
                 return node
             continue
-        if wanted.is_compact(node) and any(_is_by_column(bias, runs) for bias in fold.biases(node)):
+        if wanted.is_compact(node) and any(_is_by_column(bias, sequence_ids) for bias in fold.biases(node)):
             return node
         values = values_of(node)
         along_sequence = any(value.full_only and value.attends is None for value in values)
@@ -113,10 +114,10 @@ def _first_reader_of_columns(fold: Fold, runs: fx.Node | None) -> fx.Node | None
         uses = [use for value in values for use in value.operands]
         tables = [table for table, dim, how in uses if how == "column" and not _is_uniform(table, dim)]
         pairs = [rows for rows, _, how in uses if how == "pairs"]
-        counts = not numbers.isdisjoint(node.all_input_nodes) and not _tells_apart(node, numbers, runs)
+        counts = not numbers.isdisjoint(node.all_input_nodes) and not _tells_apart(node, numbers, sequence_ids)
         seen = [value.attends.visible for value in values if value.attends is not None]
-        tells = any(_tells_column(atom, runs) for formula in seen for atom in atoms_of(formula))
-        relative = all(_compares_columns(one, runs) for one in (*tables, *pairs))
+        tells = any(_tells_column(atom, sequence_ids) for formula in seen for atom in atoms_of(formula))
+        relative = all(_compares_columns(one, sequence_ids) for one in (*tables, *pairs))
         if (along_sequence and not moves_nothing) or counts or tells or not relative:
             return node
         if is_row(node) and not seen and (tables or not masks.isdisjoint(node.all_input_nodes)):
@@ -126,74 +127,74 @@ def _first_reader_of_columns(fold: Fold, runs: fx.Node | None) -> fx.Node | None
     return None
 
 
-def _looked_up(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
+def _looked_up(graph: fx.Graph, sequence_ids: fx.Node | None) -> set[fx.Node]:
     """What leads to the rows that masks look up, which the plan does where attention runs on the tree."""
     sources = [getattr(atom, "source", None) for seen in attentions(graph) for atom in atoms_of(seen.visible)]
-    return set(ancestors(*(source for source in sources if source is not None and source is not runs)))
+    return set(ancestors(*(source for source in sources if source is not None and source is not sequence_ids)))
 
 
-def _numbering(graph: fx.Graph, runs: fx.Node | None) -> set[fx.Node]:
+def _numbering(graph: fx.Graph, sequence_ids: fx.Node | None) -> set[fx.Node]:
     """The numbers of the sequences, if they are given or counted along the row, all on the way to them, and views."""
-    if runs is None:
+    if sequence_ids is None:
         return set()
-    behind = {runs}
+    behind = {sequence_ids}
     for node in reversed(graph.nodes):
         if node in behind:
             behind.update(node.all_input_nodes)
-    found = {runs} if runs.op == "placeholder" else set()
+    found = {sequence_ids} if sequence_ids.op == "placeholder" else set()
     for node in graph.nodes:
         if node in behind:
             if any(value.full_only for value in values_of(node)) or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
-        elif runs in found and node.op == "call_function":
+        elif sequence_ids in found and node.op == "call_function":
             fact = values_of(node)[0].fact
-            if isinstance(fact, PerRow) and fact.source is runs and fact.exact:
+            if isinstance(fact, PerRow) and fact.source is sequence_ids and fact.exact:
                 found.add(node)
     return found
 
 
-def _tells_apart(node: fx.Node, numbers: set[fx.Node], runs: fx.Node | None) -> bool:
+def _tells_apart(node: fx.Node, numbers: set[fx.Node], sequence_ids: fx.Node | None) -> bool:
     """Does a predicate read the numbers only to ask whether two of them are the same?"""
     fact = values_of(node)[0].fact
     if not isinstance(fact, Predicate) or not is_known(fact.formula):
         return False
     read = [atom for atom in atoms_of(fact.formula) if getattr(atom, "source", None) in numbers]
-    return all(isinstance(atom, Same) and atom.source is runs for atom in read)
+    return all(isinstance(atom, Same) and atom.source is sequence_ids for atom in read)
 
 
-def _is_by_column(bias: Bias, runs: fx.Node | None) -> bool:
+def _is_by_column(bias: Bias, sequence_ids: fx.Node | None) -> bool:
     """Is it a table, or of rows with an entry for each column, and does not only compare columns with each other?"""
     value = value_of(bias.node)
-    return (value.is_constant or (value.is_row and bias.shape()[2])) and not _compares_columns(bias.node, runs)
+    return (value.is_constant or (value.is_row and bias.shape()[2])) and not _compares_columns(bias.node, sequence_ids)
 
 
 def _is_uniform(table: fx.Node, dim: int) -> bool:
     return all(isinstance(atom, Uniform) for atom in value_of(table).axes[dim])
 
 
-def _compares_columns(node: fx.Node, runs: fx.Node | None) -> bool:
+def _compares_columns(node: fx.Node, sequence_ids: fx.Node | None) -> bool:
     """Does each entry depend on a difference of columns, and on the rows there, alone?"""
     match value_of(node).fact:
         case Predicate(formula):
-            return _compares(formula, runs)
+            return _compares(formula, sequence_ids)
         case Masked(visible, zero=True):
-            return _compares(visible, runs)
+            return _compares(visible, sequence_ids)
         case _:
             return False
 
 
-def _compares(formula: Formula, runs: fx.Node | None) -> bool:
+def _compares(formula: Formula, sequence_ids: fx.Node | None) -> bool:
     """Does the predicate hold for two rows wherever they are, if these and their distance are the same?"""
-    return is_known(formula) and not any(_tells_column(atom, runs) for atom in atoms_of(formula))
+    return is_known(formula) and not any(_tells_column(atom, sequence_ids) for atom in atoms_of(formula))
 
 
-def _tells_column(atom: Formula, runs: fx.Node | None) -> bool:
+def _tells_column(atom: Formula, sequence_ids: fx.Node | None) -> bool:
     """Does it look up a tensor that is the same for all sequences, whose entries so tell columns apart?
 
     If they tell where sequences start, and no more is asked of them, paths start there.
     """
     match atom:
-        case Same(source) if source is runs:
+        case Same(source) if source is sequence_ids:
             return False
         case Same(source) | AtMost(source) | RowTrue(source):
             return value_of(source).is_constant

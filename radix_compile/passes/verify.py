@@ -24,7 +24,7 @@ NODES = 1_000_003
 SIZES = {
     "nodes": NODES,
     "nodes + 1": NODES + 1,
-    **{"runs": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2, "pieces": 7},
+    **{"stretches": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2, "pieces": 7},
 }
 """The sizes of the plan's arrays to compute shapes with."""
 

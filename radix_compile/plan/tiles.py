@@ -35,18 +35,19 @@ class TreeTiles:
     """The keys in front of each tile of `ROWS` nodes, but for those that are in the tile.
 
     Attributes:
-        runs: int64 ``[R, 3]``, stretches of keys: the first node, the node behind the last, the depth of the first.
-            All nodes of the tile see all of these keys, windows aside.
-        run_starts: int64 ``[tiles + 1]``, those of tile ``t`` are ``runs[run_starts[t]:run_starts[t + 1]]``.
+        stretches: int64 ``[R, 3]``, keys that follow each other: the first node, the node behind the last, the depth of
+            the first. All nodes of the tile see all of these keys, windows aside.
+        stretch_starts: int64 ``[tiles + 1]``, those of tile ``t`` are from ``stretch_starts[t]`` up to
+            ``stretch_starts[t + 1]``.
         keys: int64 ``[K]``, single keys, -1 where there is none.
-        key_starts: int64 ``[tiles + 1]``, as `run_starts`.
+        key_starts: int64 ``[tiles + 1]``, as `stretch_starts`.
         parts: int64 ``[P, 4]``, stretches of queries: the tile of keys they are descendants of, the first node, the
             node behind the last, and what number the part has among those of divided tiles, or -1.
         divided: int64 ``[D, 3]``, each tile that has several parts: the tile, and from which to which number they are.
     """
 
-    runs: Int64
-    run_starts: Int64
+    stretches: Int64
+    stretch_starts: Int64
     keys: Int64
     key_starts: Int64
     parts: Int64
@@ -63,11 +64,11 @@ class TreeTiles:
         """
         missing = short_of_power_of_two(len(self.parts))
         slots = self.divided[:, 2].max(initial=0) + np.arange(missing)
-        nothing = len(self.run_starts) - 1, 0, 0
+        nothing = len(self.stretch_starts) - 1, 0, 0
         parts = np.column_stack([np.full((missing, 3), nothing), slots])
         return replace(
             self,
-            runs=_filled_up(self.runs, 0),
+            stretches=_filled_up(self.stretches, 0),
             keys=_filled_up(self.keys, -1),
             parts=np.concatenate([self.parts, parts]),
             divided=_filled_up(self.divided, nothing),
@@ -93,9 +94,9 @@ def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
     ahead = np.clip(first[tile] - node, 0, length)
     whole = np.clip(_common_depths(plan, first, sequence)[tile] - depth, 0, ahead) // BLOCK * BLOCK
     in_runs, alone = whole > 0, whole < ahead
-    runs = np.stack([node, node + whole, depth], 1)[in_runs]
+    stretches = np.stack([node, node + whole, depth], 1)[in_runs]
     keys = _keys(tile[alone], (node + whole)[alone], (ahead - whole)[alone], count)
-    return TreeTiles(runs, _starts(np.bincount(tile[in_runs], minlength=count)), *keys, *_parts(end))
+    return TreeTiles(stretches, _starts(np.bincount(tile[in_runs], minlength=count)), *keys, *_parts(end))
 
 
 def _starts(counts: Int64) -> Int64:

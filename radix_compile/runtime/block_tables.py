@@ -60,13 +60,13 @@ def agree_with_mask(
     args: Sequence[Any],
     shown: BoolArray,
     window: int | None = None,
-    runs: NDArray[Any] | None = None,
+    sequence_ids: NDArray[Any] | None = None,
 ) -> bool:
     """Do the tables hide and show nothing that a mask does not?
 
     The mask shows earlier keys and the row itself: those that are ``shown`` ``[B, S]``, at most ``window`` columns back
-    (the row's own included), with the same number in ``runs`` ``[B, S]``. The answer is no as well if that takes more
-    than a look at the blocks to see, as it does where a window and padding meet.
+    (the row's own included), with the same number in ``sequence_ids`` ``[B, S]``. The answer is no as well if that
+    takes more than a look at the blocks to see, as it does where a window and padding meet.
     """
     places = tuple(filter(None, (tables.partial, tables.full)))
     partial, *full = [_as_sets(args[count], args[index]) for count, index in places]
@@ -88,9 +88,10 @@ def agree_with_mask(
     seen = [shown[:, a : b + 1] for a, b in zip(first_key, last_key, strict=True)]
     possible = possible & np.stack([one.any(1) for one in seen], 1)[:, None]
     certain = certain & np.stack([one.all(1) for one in seen], 1)[:, None]
-    if runs is not None:
-        low_query, high_query = (one[:, :, None] for one in _extremes(runs, first_query[:, 0], last_query[:, 0]))
-        low_key, high_key = (one[:, None] for one in _extremes(runs, first_key, last_key))
+    if sequence_ids is not None:
+        queries = first_query[:, 0], last_query[:, 0]
+        low_query, high_query = (one[:, :, None] for one in _extremes(sequence_ids, *queries))
+        low_key, high_key = (one[:, None] for one in _extremes(sequence_ids, first_key, last_key))
         possible &= (low_query <= high_key) & (low_key <= high_query)
         certain &= (low_query == high_query) & (low_key == high_key) & (low_query == low_key)
     hides = possible[:, None] & ~listed
@@ -113,7 +114,7 @@ def _bounds(blocks: int, size: int, seq: int) -> tuple[NDArray[np.int64], NDArra
     return first, np.minimum(first + size, seq) - 1
 
 
-def _extremes(runs: NDArray[Any], first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+def _extremes(ids: NDArray[Any], first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
     """The smallest and the largest number of each block, ``[B, blocks]``; a block behind the end has none."""
-    parts = [runs[:, a : b + 1] if a <= b else runs[:, -1:] for a, b in zip(first, last, strict=True)]
+    parts = [ids[:, a : b + 1] if a <= b else ids[:, -1:] for a, b in zip(first, last, strict=True)]
     return np.stack([one.min(1) for one in parts], 1), np.stack([one.max(1) for one in parts], 1)

@@ -22,7 +22,13 @@ from radix_compile.ir.plan_arrays import Part, plan_arrays
 from radix_compile.ir.source import ancestors
 from radix_compile.ir.value import source_line, values_of
 from radix_compile.passes.fold import Fold
-from radix_compile.passes.fold_graph import needs_tiles, relies_on_runs, relies_on_visible_keys, shown_keys, with_blocks
+from radix_compile.passes.fold_graph import (
+    assumed_sequence_ids,
+    needs_tiles,
+    relies_on_visible_keys,
+    shown_keys,
+    with_blocks,
+)
 from radix_compile.passes.prove_shift import attentions, hidden_padding
 from radix_compile.plan.arrays import Int64
 from radix_compile.plan.prefix_plan import PrefixPlan
@@ -78,39 +84,41 @@ class BlockCheck:
     tables: BlockTables
     window: int | None
     shown: tuple[tuple[RowProgram, bool], ...]
-    runs: RowProgram | None
+    sequence_ids: RowProgram | None
 
     def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> bool:
         shown = np.ones(shape, np.bool_)
         for program, truth in self.shown:
             shown &= (program(args, shape) != 0) == truth
-        runs = None if self.runs is None else self.runs(args, shape)
-        return agree_with_mask(self.tables, args, shown, self.window, runs)
+        sequence_ids = None if self.sequence_ids is None else self.sequence_ids(args, shape)
+        return agree_with_mask(self.tables, args, shown, self.window, sequence_ids)
 
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Which inputs are the row keys, which rows are nodes of their own, which are left out.
+    """How the plan of a call is made: what each field reads of the call's inputs.
 
-    ``keys``  positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
-    ``fully_masked`` programs for the rows that see no key: ``(source, window, truth)`` as in ``ir.facts.FullyMasked``.
-    ``skip``  program for the rows to leave out, and the truth value of a row that stays.
-    ``masks`` positions of the caller's own masks, which have to be causal: see ``given_masks``.
-    ``blocks`` where the tables of flex_attention's blocks are.
-    ``listed`` what those of attention on the tree must say.
-    ``orders`` programs for integers that masks order or count by, which arithmetic on them must not wrap around.
-    ``triangles`` the buffers that masks were read from, which must hold what they did.
-    ``front`` program for the rows that have no part in paths if they are in front, and the truth value of the others.
-    ``runs``  program for the numbers of sequences that are packed in a row.
-    ``apart`` program for such numbers that attention on the tree takes for told apart by paths: they must not come
-              back, or if there are no ``runs`` not change.
-    ``keys_visible`` if every row must see a key, because attention runs on the tree.
-    ``undefined`` if rows that see no key are not numbers: a softmax of minus infinity alone.
-    ``scans`` for sizes that are symbols, the check that scans are causal for those of the call.
-    ``tree``  if the folded program takes the tree as well, for attention: programs for the keys that are shown, and
-              the truth values of those that are; ``tiles`` whether it takes those too.
-    ``lists`` whether it takes the row lists of the nodes, for gradients.
-    ``filled_up`` if arrays whose size varies are given entries that do nothing, up to a power of two.
+    A program computes a ``[B, S]`` tensor; next to it stands the truth value of the rows that are meant.
+
+    ``keys``          positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
+    ``fully_masked``  programs for the rows that see no key: source, window and truth of ``ir.facts.FullyMasked``.
+    ``skip``          program for the rows that stay, if the others are left out.
+    ``tree``          if attention runs on the tree, programs for the keys that are shown.
+    ``tiles``         the folded program takes the tiles of the tree.
+    ``lists``         the folded program takes the rows of each node, for gradients.
+    ``left_padding``  program for the rows that are no padding, if padding in front of them is in no path.
+    ``masks``         positions of the caller's own masks, which have to be causal: see ``given_masks``.
+    ``sequence_ids``  program for the ids of sequences that are packed in a row.
+    ``assumed_ids``   program for such ids, if attention on the tree is right only where paths tell the sequences apart:
+                      no id may come back, or, without ``sequence_ids``, change.
+    ``keys_visible``  every row must see a key, because attention runs on the tree.
+    ``undefined``     rows that see no key are not numbers: a softmax of minus infinity alone.
+    ``scans``         if sizes are symbols, the check that scans are causal for those of the call.
+    ``blocks``        positions of the tables of flex_attention's blocks.
+    ``block_checks``  the checks that the tables of attention on the tree say what its mask does.
+    ``orders``        programs for integers that masks order or count by, on which arithmetic must not wrap around.
+    ``triangles``     the check that buffers still hold the masks that were read from them.
+    ``filled_up``     arrays whose length varies are filled up to a power of two.
     """
 
     keys: tuple[int, ...]
@@ -119,15 +127,15 @@ class PlanInputs:
     tree: tuple[tuple[RowProgram, bool], ...] | None = None
     tiles: bool = False
     lists: bool = False
-    front: tuple[RowProgram, bool] | None = None
+    left_padding: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
-    runs: RowProgram | None = None
-    apart: RowProgram | None = None
+    sequence_ids: RowProgram | None = None
+    assumed_ids: RowProgram | None = None
     keys_visible: bool = False
     undefined: bool = False
     scans: ReachCheck | None = None
     blocks: tuple[BlockTables, ...] = ()
-    listed: tuple[BlockCheck, ...] = ()
+    block_checks: tuple[BlockCheck, ...] = ()
     orders: tuple[RowProgram, ...] = ()
     triangles: TriangleCheck | None = None
     filled_up: bool = False
@@ -141,12 +149,13 @@ class PlanInputs:
     @property
     def may_leave_the_tree(self) -> bool:
         """May a call be ``NeedsFullAttention``? Numbers of sequences that are computed from no key never change."""
-        return self.keys_visible or bool(self.listed) or (self.apart is not None and bool(self.apart.inputs))
+        ids_vary = self.assumed_ids is not None and bool(self.assumed_ids.inputs)
+        return self.keys_visible or bool(self.block_checks) or ids_vary
 
-    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, apart: bool = False) -> PrefixPlan:
+    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, share_nothing: bool = False) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
 
-        If ``apart``, sequences share nothing, as if each of them began with a token of its own. A multiple above the
+        With ``share_nothing``, it is as if each of them began with a token of its own. A multiple above the
         number of rows counts as that number.
         """
         if self.scans is not None and not self.scans(args):
@@ -158,10 +167,10 @@ class PlanInputs:
         if any(may_wrap(program(args, shape)) for program in self.orders):
             raise RunsPlain("positions so large that integers may wrap around")
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
-        if not all(check(args, shape) for check in self.listed):
+        if not all(check(args, shape) for check in self.block_checks):
             raise NeedsFullAttention("flex_attention's table of blocks shows or hides others than its mask_mod")
         rows = [*_on_host(keys), *(one for one in seen if one is not None)]
-        if apart:
+        if share_nothing:
             rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
         unique: BoolArray | None = None
         skip: BoolArray | None = None
@@ -177,18 +186,18 @@ class PlanInputs:
                     raise NeedsFullAttention("a row sees no key, and attends to all of them or is a key itself")
                 unique = fully_masked if unique is None else unique | fully_masked
         breaks = None
-        if self.runs is not None:
-            numbers = self.runs(args, shape)
+        if self.sequence_ids is not None:
+            numbers = self.sequence_ids(args, shape)
             breaks, come_back = sequence_breaks(numbers)
-            if come_back.any() and self.apart is not None:
+            if come_back.any() and self.assumed_ids is not None:
                 raise NeedsFullAttention("a sequence goes on behind another one that is packed in its row")
             if come_back.any():
                 rows += numbers_in_paths(numbers, come_back)
-        elif self.apart is not None and (np.diff(self.apart(args, shape), axis=1) != 0).any():
+        elif self.assumed_ids is not None and (np.diff(self.assumed_ids(args, shape), axis=1) != 0).any():
             raise NeedsFullAttention("several sequences are packed in a row, and rows depend on their column")
         start: NDArray[Any] | None = None
-        if self.front is not None and breaks is None:
-            program, truth = self.front
+        if self.left_padding is not None and breaks is None:
+            program, truth = self.left_padding
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
         options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
@@ -288,26 +297,25 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     hidden = fold.left_out
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in fully_masked)
-    front = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
-    runs = _row_program(captured, starts.runs) if starts.runs else None
-    if runs is None and tokens.layout.batch == 1:
+    left_padding = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
+    sequence_ids = _row_program(captured, starts.sequence_ids) if starts.sequence_ids else None
+    if sequence_ids is None and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", RefusalCode.NOTHING_TO_SHARE, expected=True)
-    shown, relied = shown_keys(fold), relies_on_runs(fold)
+    shown, assumed = shown_keys(fold), assumed_sequence_ids(fold)
     # Numbers that only tell sequences apart are no part of their rows.
-    keys = tuple(
-        i for i, node in enumerate(placeholders) if node in needed and node in tokens.keys and node is not starts.runs
-    )
+    is_key = needed.intersection(tokens.keys) - {starts.sequence_ids}
+    keys = tuple(i for i, node in enumerate(placeholders) if node in is_key)
     masks = tuple(i for i, node in enumerate(placeholders) if node in needed and node in tokens.masks)
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
     place = {node: i for i, node in enumerate(placeholders)}
     orders = dict.fromkeys(source for seen in attentions(captured.graph) for source in ordered_by(seen.visible))
-    listed = tuple(
+    block_checks = tuple(
         BlockCheck(
             _places(tables, place),
             visible.window,
             tuple((_row_program(captured, source), truth) for source, truth in visible.shown),
-            None if visible.runs is None else _row_program(captured, visible.runs),
+            None if visible.sequence_ids is None else _row_program(captured, visible.sequence_ids),
         )
         for tables, visible in with_blocks(fold)
     )
@@ -318,15 +326,15 @@ def plan_inputs(fold: Fold) -> PlanInputs:
         tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
         tiles=shown is not None and needs_tiles(fold),
         lists=is_differentiable,
-        front=front,
+        left_padding=left_padding,
         masks=masks,
-        runs=runs,
-        apart=None if relied is None else _row_program(captured, relied),
+        sequence_ids=sequence_ids,
+        assumed_ids=None if assumed is None else _row_program(captured, assumed),
         keys_visible=relies_on_visible_keys(fold),
         undefined=any(seen.undefined for seen in attentions(captured.graph)),
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
-        listed=listed,
+        block_checks=block_checks,
         orders=tuple(_row_program(captured, source) for source in orders),
         triangles=_triangle_check(captured, place),
     )

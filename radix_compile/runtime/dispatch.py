@@ -127,16 +127,16 @@ class PerCall:
         COUNTERS.ran_plain(self.name, reason)
         return self.plain(*wrapped)
 
-    def _planned(self, args: Sequence[Any], apart: bool = False) -> tuple[PrefixPlan, list[Folded]]:
+    def _planned(self, args: Sequence[Any], share_nothing: bool = False) -> tuple[PrefixPlan, list[Folded]]:
         """A plan, and the programs that it is for. Raises ``RunsPlain`` if there is none."""
         *others, last = self.folded
         for i, one in enumerate(others):
             try:
-                plan = one.inputs.plan(args, self.options.pad_multiple_of, apart)
+                plan = one.inputs.plan(args, self.options.pad_multiple_of, share_nothing)
             except NeedsFullAttention:
                 continue
             return plan, [one, *(other for other in self.folded[i + 1 :] if other.always)]
-        return last.inputs.plan(args, self.options.pad_multiple_of, apart), [last]
+        return last.inputs.plan(args, self.options.pad_multiple_of, share_nothing), [last]
 
     def _choose(self, call: _Call) -> Folded | Declined:
         """One of the candidates, or why none of them runs."""
@@ -161,7 +161,7 @@ class PerCall:
 
     def _timed(self, call: _Call) -> Timed:
         """All programs, the folded ones with the call's plan and with one that shares nothing."""
-        unshared, _ = self._planned(call.args, apart=True)
+        unshared, _ = self._planned(call.args, share_nothing=True)
         batch, seq = call.args[self.folded[0].inputs.keys[0]].shape[:2]
         plans = {"shared": call.plan, "unshared": unshared}
         runs: dict[tuple[str, str], Callable[[], object]] = {(PLAIN, ""): partial(self.plain, *call.wrapped)}

@@ -15,7 +15,7 @@ from radix_compile.analysis.arguments import argument
 from radix_compile.ir.axes import BATCH, SEQ, Token
 from radix_compile.ir.graph import Form, facts, graph_facts, tokens_of
 from radix_compile.ir.value import Value, locate, values_of
-from radix_compile.passes.fold_graph import apart
+from radix_compile.passes.fold_graph import split_tokens
 from radix_compile.torch_internals import val
 
 REPORT = "Please report it. With options={'fold': 'never'} everything runs plain."
@@ -248,7 +248,7 @@ def _factors(like: Tensor) -> Tensor:
 
 def _by_row(tensor: Tensor, value: Value, batch: int, seq: int) -> Tensor:
     """``[B, S, ...]``, or ``[1, T', ...]``."""
-    axes = apart(value.axes)
+    axes = split_tokens(value.axes)
     sizes = []
     for axis in axes:
         sizes.append(1)

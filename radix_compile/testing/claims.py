@@ -230,11 +230,11 @@ class _Claims:
                 return _same(tensor, (frame.index(dim) + offset).expand_as(tensor))
             case Distance(a, b, offset):
                 return _same(tensor, (frame.index(a) - frame.index(b) + offset).expand_as(tensor))
-            case PerRow(source, dim, exact, runs_of):
+            case PerRow(source, dim, exact, counted_from):
                 entries = frame.entries(source, dim)
                 if entries is None:
                     return True
-                if runs_of is not None and source is node and not self._numbers_runs(source, runs_of):
+                if counted_from is not None and source is node and not self._counts_breaks(source, counted_from):
                     return False
                 return (
                     _same(tensor, entries.expand_as(tensor))
@@ -281,8 +281,8 @@ class _Claims:
         size = 0.0 if fact.zero else fact.size * (1 + LEFT_OUT)
         return low and (not known.any() or bool(tensor[known].abs().max() <= size))
 
-    def _numbers_runs(self, source: fx.Node, runs_of: fx.Node) -> bool:
-        numbers, positions = self._entries(source), self._entries(runs_of)
+    def _counts_breaks(self, source: fx.Node, counted_from: fx.Node) -> bool:
+        numbers, positions = self._entries(source), self._entries(counted_from)
         return _same(numbers.diff(dim=1) == 0, (positions.diff(dim=1) == 1)[:, : numbers.shape[1] - 1])
 
 

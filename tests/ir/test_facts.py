@@ -96,7 +96,7 @@ dims = st.sampled_from([(QUERY, KEY), (KEY, QUERY)])
 atoms = st.one_of(
     st.builds(lambda ab, bound: Diff(*ab, bound), dims, st.integers(-3, 3)),
     st.builds(RowTrue, st.sampled_from([PADDING, OTHER_PADDING]), st.sampled_from([QUERY, KEY]), st.booleans()),
-    st.builds(lambda ab: Same(RUNS, *ab, runs_of=POSITIONS), dims),
+    st.builds(lambda ab: Same(RUNS, *ab, counted_from=POSITIONS), dims),
     st.builds(lambda ab: Same(PADDING, *ab), dims),
     st.builds(lambda ab, bound: AtMost(POSITIONS, *ab, bound), dims, st.integers(-3, 3)),
 )

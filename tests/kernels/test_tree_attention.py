@@ -369,7 +369,7 @@ def test_work_grows_with_the_pairs_of_nodes_and_ancestors(ids: Tensor) -> None:
         computed += rows * ((rows + 1) / 2 if tile.mask is None else len(tile.nodes))
     assert plan.pairs <= computed <= 3 * plan.pairs
     lists = tree_tiles(plan, begin, end)
-    listed = sum(stop - start for start, stop, _ in lists.runs.tolist()) + len(lists.keys)
+    listed = sum(stop - start for start, stop, _ in lists.stretches.tolist()) + len(lists.keys)
     in_tiles = len(plan.fold) * ROWS
     assert listed * ROWS <= 3.5 * plan.pairs + in_tiles
 

@@ -195,7 +195,7 @@ def test_texts_share_wherever_they_are(name: str, rows: int) -> None:
     ids, positions, numbers = packed(rows)
     model = Program(APART[name]).eval()
     with torch.no_grad():
-        assert fold_of(model, ids, positions, numbers).starts.runs is not None
+        assert fold_of(model, ids, positions, numbers).starts.sequence_ids is not None
     assert compact_rows(model, ids, positions, numbers) == paths_by_text(ids, positions) < ids.numel()
 
 
@@ -206,7 +206,7 @@ def test_not_where_a_row_can_tell_what_is_in_front(name: str, rows: int) -> None
     model = Program(*TOGETHER[name]).eval()
     if rows > 1:
         with torch.no_grad():
-            assert fold_of(model, ids, positions, numbers).starts.runs is None
+            assert fold_of(model, ids, positions, numbers).starts.sequence_ids is None
     found = compact_rows(model, ids, positions, numbers)
     assert found == 0 if rows == 1 else found > paths_by_text(ids, positions)
 

@@ -34,14 +34,14 @@ def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
     begin, end = plan.tree(shown.ravel())
     tiles = tree_tiles(plan, begin, end)
     count = -(-len(plan.fold) // ROWS)
-    assert len(tiles.run_starts) == len(tiles.key_starts) == count + 1
+    assert len(tiles.stretch_starts) == len(tiles.key_starts) == count + 1
     assert (tiles.key_starts % BLOCK == 0).all()
     depth = plan.fold - begin
     for tile in range(count):
         start, stop = tile * ROWS, min((tile + 1) * ROWS, len(plan.fold))
         found = tiles.keys[tiles.key_starts[tile] : tiles.key_starts[tile + 1]].tolist()
         keys = [key for key in found if key >= 0]
-        for first, last, at in tiles.runs[tiles.run_starts[tile] : tiles.run_starts[tile + 1]]:
+        for first, last, at in tiles.stretches[tiles.stretch_starts[tile] : tiles.stretch_starts[tile + 1]]:
             assert (last - first) % BLOCK == 0
             assert depth[first:last].tolist() == list(range(at, at + last - first))
             assert (end[first:last] >= stop).all()
@@ -55,7 +55,7 @@ def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
 def test_most_of_a_long_prefix_is_read_in_stretches() -> None:
     plan = PrefixPlan.from_rows(prefixes(6, 2303, (2047, 6)))
     tiles = tree_tiles(plan, *plan.tree())
-    inside = np.diff(tiles.runs[:, :2]).sum()
+    inside = np.diff(tiles.stretches[:, :2]).sum()
     assert inside > 0.9 * (inside + (tiles.keys >= 0).sum())
 
 
@@ -64,7 +64,7 @@ def test_what_goes_on_where_another_sequence_ended_is_one_stretch_with_it() -> N
     seen = np.arange(600) < 100 * np.arange(1, 7)[:, None]
     plan = PrefixPlan.from_rows(np.broadcast_to(np.arange(600), seen.shape), seen, skip=~seen)
     tiles = tree_tiles(plan, *plan.tree())
-    assert tiles.runs.tolist() == [[0, stop, 0] for stop in range(ROWS, 600, ROWS)]
+    assert tiles.stretches.tolist() == [[0, stop, 0] for stop in range(ROWS, 600, ROWS)]
     assert len(tiles.keys) == 0
 
 
@@ -108,18 +108,18 @@ def test_lists_are_filled_up_to_powers_of_two(ids: torch.Tensor) -> None:
     begin, end = plan.tree()
     tiles = tree_tiles(plan, begin, end)
     longer = tiles.filled_up()
-    for name in ("runs", "keys", "parts", "divided"):
+    for name in ("stretches", "keys", "parts", "divided"):
         short, long = getattr(tiles, name), getattr(longer, name)
         assert long.dtype == np.int64
         assert len(short) <= len(long) == (1 << (len(short) - 1).bit_length() if len(short) else 0)
         np.testing.assert_array_equal(long[: len(short)], short)
-    assert longer.run_starts is tiles.run_starts
+    assert longer.stretch_starts is tiles.stretch_starts
     assert longer.key_starts is tiles.key_starts
     assert (longer.keys[len(tiles.keys) :] == -1).all()
     further = longer.parts[len(tiles.parts) :]
     assert (further[:, 1] == further[:, 2]).all()
     taken = tiles.parts[:, 3].max() + 1
     assert further[:, 3].tolist() == list(range(taken, taken + len(further)))
-    behind = len(tiles.run_starts) - 1
+    behind = len(tiles.stretch_starts) - 1
     assert (further[:, 0] == behind).all()
     assert (longer.divided[len(tiles.divided) :] == [behind, 0, 0]).all()

@@ -16,12 +16,12 @@ class Visible:
 
     ``window``  how many of the last columns a row sees, its own included.
     ``shown``   rows ``[B, S]`` whose entry tells of a key whether it can be seen: if it is not zero (or if it is).
-    ``runs``    the numbers that tell the sequences of a row apart, if it has several.
+    ``sequence_ids``  the numbers that tell the sequences packed in a row apart, if it has several.
     """
 
     window: int | None = None
     shown: tuple[tuple[fx.Node, bool], ...] = ()
-    runs: fx.Node | None = None
+    sequence_ids: fx.Node | None = None
 
 
 def read_mask(attends: Weights) -> Visible:
@@ -30,12 +30,12 @@ def read_mask(attends: Weights) -> Visible:
     window: int | None = None
     shown: dict[tuple[fx.Node, bool], None] = {}
     terms = terms_of(attends.visible)
-    runs = [term for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}]
-    positions = {term.runs_of for term in runs}
+    same_sequence = [term for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}]
+    positions = {term.counted_from for term in same_sequence}
     for term in terms:
         bound = _columns(term, positions)
         match term:
-            case Same() if term in runs:
+            case Same() if term in same_sequence:
                 pass
             case RowTrue(source, dim, truth) if dim == key:
                 shown[source, truth] = None
@@ -45,9 +45,9 @@ def read_mask(attends: Weights) -> Visible:
                 window = bound[2] + 1 if window is None else min(window, bound[2] + 1)
             case _:
                 raise NotOnTree(f"its mask {_in_words(term)}")
-    if len({term.source for term in runs}) > 1:
+    if len({term.source for term in same_sequence}) > 1:
         raise NotOnTree("its mask tells sequences apart in two ways")
-    return Visible(window, tuple(shown), runs[0].source if runs else None)
+    return Visible(window, tuple(shown), same_sequence[0].source if same_sequence else None)
 
 
 def _columns(term: Formula, positions: set[fx.Node | None]) -> tuple[int, int, int] | None:

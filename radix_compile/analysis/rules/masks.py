@@ -167,7 +167,7 @@ def _same_source(left: PerRow, right: PerRow) -> bool:
 def eq(node: fx.Node) -> Fact | None:
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(left, PerRow) and isinstance(right, PerRow) and _same_source(left, right):
-        return Predicate(Same(left.source, left.dim, right.dim, left.runs_of))
+        return Predicate(Same(left.source, left.dim, right.dim, left.counted_from))
     low, high = compare(node, 1, 0), compare(node, -1, 0)
     if isinstance(low, Predicate) and isinstance(high, Predicate):
         return Predicate(conjunction(low.formula, high.formula))

@@ -43,7 +43,7 @@ def _runs(node: fx.Node, value: Value, dim: int) -> PerRow | None:
     counts = node.target is aten.cumsum.default and _counts(node)
     if not counts or not isinstance(value.fact, Break) or dim != len(value.axes) - 1:
         return None
-    return PerRow(node, -1, runs_of=value.fact.source)
+    return PerRow(node, -1, counted_from=value.fact.source)
 
 
 def _counts(node: fx.Node) -> bool:

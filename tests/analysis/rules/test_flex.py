@@ -147,7 +147,10 @@ MASKS: dict[str, tuple[Mod, dict[str, Any]]] = {
     "causal": (causal, {}),
     "window": (lambda b, h, q, k: (q >= k) & (q - k < 10), {"window": 10}),
     "padding": (lambda b, h, q, k: (q >= k) & (PADDING[b, k] != 0), {"shown": PADDING.numpy() != 0}),
-    "documents": (lambda b, h, q, k: (q >= k) & (DOCUMENTS[b, q] == DOCUMENTS[b, k]), {"runs": DOCUMENTS.numpy()}),
+    "documents": (
+        lambda b, h, q, k: (q >= k) & (DOCUMENTS[b, q] == DOCUMENTS[b, k]),
+        {"sequence_ids": DOCUMENTS.numpy()},
+    ),
 }
 
 
