@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 N ?= 2000
 QUICK := tests/ir tests/plan tests/analysis
 
-.PHONY: help demo check test test-all compatibility test-versions fuzz lint format clean
+.PHONY: help demo check test test-all durations compatibility test-versions fuzz lint format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -28,6 +28,9 @@ test: $(STAMP) ## run the tests, but those marked slow
 
 test-all: $(STAMP) ## run all tests, and check graphs after every pass in all of them
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --everything $(ARGS)
+
+durations: $(STAMP) ## run the default tests, and write the seconds that they take to tests/durations.json
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --record-durations tests/durations.json $(ARGS)
 
 compatibility: $(STAMP) ## run every family and form, and write docs/compatibility.md (half an hour)
 	$(BIN)/python -m tests.compatibility docs/compatibility.md --workers $(TEST_WORKERS) $(ARGS)

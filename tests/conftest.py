@@ -1,14 +1,17 @@
 """What every test starts from: a fresh Dynamo and zeroed counts, and Triton's interpreter where there is no GPU.
 
-Tests marked ``slow`` run with ``--everything`` (``make test-all``), which also checks graphs after every pass in the
-end-to-end tests. Any other test fails if it takes more than ``LONGEST`` seconds of CPU time.
+Tests marked ``slow`` run with ``--everything`` (``make test-all``), which also checks graphs after every pass in all
+of them. Any other test fails if it takes more than ``LONGEST`` seconds of CPU time.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +25,8 @@ from radix_compile.passes import pipeline
 pipeline.ALWAYS_VERIFY = True
 pipeline.RAISE_MISTAKES = True
 LONGEST = 90.0  # with compilers started, and nothing in caches, on the slowest machine so far
-END_TO_END = ("end_to_end", "compatibility", "cli")
+WITHOUT_CHECKS = ("end_to_end", "compatibility", "cli", "inspection", "passes", "runtime")
+"""Folders of tests that check graphs after every pass with ``--everything`` only. The sweep and the fuzzer always do."""
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # or they spend their time waiting for each other
 
@@ -44,13 +48,42 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def verified_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the end-to-end tests it takes as long again as all that is tested there."""
-    if not request.config.getoption("everything") and request.path.parent.name in END_TO_END:
+    """In tests of whole models it takes as long again as all that is tested there."""
+    if not request.config.getoption("everything") and request.path.parent.name in WITHOUT_CHECKS:
         monkeypatch.setattr(pipeline, "ALWAYS_VERIFY", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--everything", action="store_true", help="run the tests marked slow, and check every pass in all")
+    parser.addoption("--record-durations", metavar="FILE", help="write the seconds that each test took to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--record-durations")
+    if file and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Durations(Path(file)))
+
+
+class Durations:
+    """Keeps the seconds of tests that take one at least, setting up and tearing down left out."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.duration >= 1:
+            self.seconds[report.nodeid] = round(report.duration, 1)
+
+    def pytest_sessionfinish(self) -> None:
+        self.file.write_text(json.dumps(self.seconds, indent=0, sort_keys=True) + "\n")
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported stays: looking for garbage in it, and often, takes a tenth of the time of all tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

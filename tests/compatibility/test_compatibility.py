@@ -42,6 +42,7 @@ def test_form(form: str) -> None:
     assert bool(cell.reason) == (form in DECLINED)
 
 
+@pytest.mark.slow  # tests/analysis/rules/test_flex.py folds and refuses flex_attention by default
 def test_flex_attention() -> None:
     """The graphs behind the break that its block mask makes take embeddings."""
     cell = run_cell("Qwen3", "flex_attention", "right padding")

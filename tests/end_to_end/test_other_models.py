@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import radix_compile
 from tests.models import VOCABULARY, assert_as_exact, build, in_float64, shared_batch
+from tests.tiers import slow_unless
 
 
 class NanoGPT(nn.Module):
@@ -148,8 +150,13 @@ def check(program: Any, ids: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "training"),
+    slow_unless(
+        lambda name, training: training == ("Llama" in name) and name != "nn.TransformerEncoder",
+        itertools.product(MODELS, [False, True]),
+    ),
+)
 def test_folds_every_layer(name: str, training: bool) -> None:
     torch.manual_seed(0)
     model = MODELS[name]().train(training)

@@ -309,7 +309,7 @@ def mistake() -> radix_compile.Explanation:
         raise KeyError("lost")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "PASSES", (broken,))
+        patch.setattr(pipeline, "ANALYSES", (broken,))
         patch.setattr(pipeline, "RAISE_MISTAKES", False)
         return explained(Block(nn.Identity()), shared_batch(4, 12, 8))
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import radix_compile
 from tests.models import VOCABULARY, build, shared_batch
+from tests.tiers import slow_unless
 
 Run = Callable[[Tensor], Tensor]
 INNERS = ["aot_eager", "inductor"]
@@ -74,7 +75,7 @@ class Small(nn.Module):
         return F.cross_entropy(self.head(rows.sin()).flatten(0, 1), ids.flatten())
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("inner", slow_unless(lambda inner: inner == "aot_eager", INNERS))
 def test_another_batch_before_the_second_time(inner: str) -> None:
     """Of other sizes, by the same program, and the first graph still stands; part of it is recomputed every time."""
     model = Small()

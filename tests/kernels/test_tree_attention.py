@@ -16,6 +16,7 @@ from radix_compile.plan import tiles as tree_tiles_module
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.tiles import ROWS, tree_tiles
 from tests.models import features_apart
+from tests.tiers import slow_unless
 
 radix = torch.ops.radix
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,7 +244,12 @@ def test_forward(code: str, batch: str, name: str) -> None:
         assert_near(ours, exact, ordinary)
 
 
-@pytest.mark.parametrize(("batch", "name"), CASES)
+def few_blocks(batch: str, name: str) -> bool:
+    """The interpreter takes seconds for many; each path through the kernels is taken with few, too."""
+    return batch not in ("long", "a chain") and (batch != "a long prefix" or name in ("plain", "all of it"))
+
+
+@pytest.mark.parametrize(("batch", "name"), slow_unless(few_blocks, CASES))
 @pytest.mark.parametrize("code", FORWARD)
 def test_gradients(code: str, batch: str, name: str) -> None:
     ids = BATCHES[batch]
@@ -285,7 +291,7 @@ def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["plain", "all of it"])
-@pytest.mark.parametrize("batch", ["levels", "a long prefix"])
+@pytest.mark.parametrize("batch", slow_unless(lambda batch: batch == "levels", ["levels", "a long prefix"]))
 def test_lists_that_are_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch, batch: str, name: str) -> None:
     monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", 64)
     ids, (options, score_options) = BATCHES[batch], split(CARRIED[name])
