@@ -1,4 +1,4 @@
-"""What the backend does to a model: compile it once, run it once, and say what happened."""
+"""Compile a model once, run it once, and say what the backend did to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from radix_compile.runtime.dispatch import Choice, Program
 
 @dataclass
 class Explanation:
-    """What :func:`explain` found. ``print`` it, or read the fields.
+    """The findings of :func:`explain`. ``print`` them, or read the fields.
 
     ``graphs``          the report of each captured graph, in the order of compilation.
     ``tokens``          rows (sequences times columns) of the folded calls of this one run.
@@ -185,7 +185,7 @@ def look_at(
     options: RadixOptions | None = None,
     measure: bool = False,
 ) -> Explanation:
-    """What :func:`explain` prints."""
+    """The explanation that :func:`explain` prints."""
     model = getattr(model, "_orig_mod", model)
     given = Options().updated(options)
     if measure:

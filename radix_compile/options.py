@@ -1,4 +1,4 @@
-"""What the user may set, checked when it is set."""
+"""The options of users, checked when they are set."""
 
 from __future__ import annotations
 

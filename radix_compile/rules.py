@@ -1,4 +1,4 @@
-"""What a rule for an op is written with, and how it is registered: docs/add-an-op.md shows it on an example."""
+"""Everything that a rule for an op is written with, and its registration: docs/add-an-op.md shows it on an example."""
 
 from radix_compile.analysis.arguments import argument, operand, source_of, tensor_inputs
 from radix_compile.analysis.op_info import Rule

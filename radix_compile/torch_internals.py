@@ -48,7 +48,7 @@ __all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload"]
 """Types of torch that other modules ask for, next to the functions here."""
 
 CAPTURE_ERRORS = (RuntimeError,)
-"""What tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation limits."""
+"""The errors that tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation."""
 
 RUNS_EAGERLY = (DynamicOutputShapeException, DataDependentOutputException)
 """Raised inside a backend, these make Dynamo run the frame eagerly without a word."""
@@ -64,7 +64,7 @@ if hasattr(torch._inductor.config.triton, "prefer_nd_tiling"):
     UNBACKED_SIZES["triton.prefer_nd_tiling"] = True
 
 LIKELY_NODES = 8192
-"""What inductor weighs fusions by: always the same, so that what it compiles depends on no batch."""
+"""The number of nodes that inductor weighs fusions by: always the same, so that no program depends on a batch."""
 
 
 def _weigh_hinted_sizes() -> None:
@@ -275,7 +275,7 @@ class _FakeRun(fx.Interpreter):
 
 
 def fake_results(gm: fx.GraphModule, plan_shapes: Mapping[str, Sequence[Any]]) -> dict[fx.Node, Any]:
-    """What each node returns, as fake tensors; of the last placeholders, the plan's, only the shapes are given.
+    """The fake result of each node; the last placeholders are the plan's, of which only the shapes are given.
 
     Placeholders before those have their ``val`` of the capture. No guard comes of it.
     """
@@ -365,7 +365,7 @@ def hints_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:
 
 
 def source_name(placeholder: fx.Node) -> str:
-    """What the user calls an input of the graph that Dynamo captured: ``L['ids']``, ``L['cache'].layers[0].keys``."""
+    """The user's name for an input of the graph that Dynamo captured: ``L['ids']``, ``L['cache'].layers[0].keys``."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return placeholder.name
@@ -589,14 +589,14 @@ def cache_unless(tagged: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def backward_compiled_ahead() -> contextlib.AbstractContextManager[Any]:
-    """What is compiled here raises if its backward pass cannot be: left to itself, AOTAutograd does when that runs."""
+    """Compile backward passes here, so that errors are raised here: AOTAutograd by itself does it when they run."""
     patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     return patch
 
 
 @contextlib.contextmanager
 def backward_may_run_again() -> Iterator[None]:
-    """What is compiled here may be asked for its gradients twice (``retain_graph=True``), as plain programs may.
+    """Let programs that are compiled here be asked for gradients twice (``retain_graph=True``), as plain ones may be.
 
     AOTAutograd lets a backward pass write to what was saved for it, which spares a copy of the logits. It does without
     if it compiles the pass when that first runs, and the graph is kept. A pass with symbols for sizes, as T', is

@@ -26,7 +26,7 @@ pipeline.ALWAYS_VERIFY = True
 pipeline.RAISE_MISTAKES = True
 LONGEST = 90.0  # with compilers started, and nothing in caches, on the slowest machine so far
 WITHOUT_CHECKS = ("end_to_end", "compatibility", "cli", "inspection", "passes", "runtime")
-"""Folders of tests that check graphs after every pass with ``--everything`` only. The sweep and the fuzzer always do."""
+"""Folders whose tests check graphs after every pass with ``--everything`` only. The sweep and the fuzzer always do."""
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # or they spend their time waiting for each other
 

@@ -1,4 +1,4 @@
-"""The default tests stay short: ``make durations`` writes down what each takes, ``make test`` fails where that is long."""
+"""The default tests stay short: ``make durations`` writes down what each takes, and here that is looked at."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""What is true of an op or a graph: rules, how far columns read, attention, masks, bounds, costs."""
+"""Facts about ops and graphs: rules, how far columns read, attention, masks, bounds, costs."""
 
 from radix_compile.analysis import op_table  # noqa: F401 - the rows, before anybody looks one up

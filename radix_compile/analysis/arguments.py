@@ -1,4 +1,4 @@
-"""What is read off a node: its arguments by name, and those that are tensors with what is known of them."""
+"""Read a node: its arguments by name, and its tensors with everything known of them."""
 
 from __future__ import annotations
 

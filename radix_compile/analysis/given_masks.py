@@ -30,7 +30,7 @@ def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
 
 
 def given_mask_value(node: fx.Node) -> Value:
-    """What is known of such an input if :func:`rows_seen` accepts it."""
+    """The value of such an input, if :func:`rows_seen` accepts it in every call."""
     tensor = val(node)
     visible = Given(node, -2, -1)
     is_bool = tensor.dtype == torch.bool

@@ -26,7 +26,7 @@ def reads_layout(node: fx.Node) -> bool:
 
 
 def root(node: fx.Node) -> fx.Node:
-    """What has the memory that a node's result is in."""
+    """The node whose memory a node's result is in."""
     while (source := _viewed(node)) is not None:
         node = source
     return node
@@ -74,7 +74,7 @@ def _is_dense(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> bool:
 
 
 def numbers(sizes: Sequence[int | torch.SymInt], hints: Mapping[sympy.Symbol, int]) -> list[int] | None:
-    """What sizes or strides are in the call that is compiled for; None if one is not known."""
+    """The sizes or strides in the call that is compiled for; None if one is not known."""
     found = [as_size(size).subs(hints) for size in sizes]
     return [int(size) for size in found] if all(size.is_Integer for size in found) else None
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from radix_compile.analysis.reach.column_reach import ReachRule
 
 Rule: TypeAlias = Callable[[fx.Node, Layout], Marks]
-"""What an op's result is to the tokens, given what its inputs are.
+"""The meaning of an op's result to the tokens, given that of its inputs.
 
 It says that the op is position-wise by returning a value with one ``BATCH`` and one ``SEQ`` atom (or a tuple of values
 for an op with several results), that it is causal by setting ``Value.full_only``, and that it is neither by raising
@@ -31,13 +31,13 @@ for an op with several results), that it is causal by setting ``Value.full_only`
 """
 
 FactRule: TypeAlias = Callable[[fx.Node], Fact | None]
-"""What is known of the entries of an elementwise op's result, given what is known of the operands' (``masks``)."""
+"""The fact about an elementwise op's result, given those about its operands (``masks``)."""
 
 BoundsRule: TypeAlias = "Callable[[fx.Node], Bounds | None]"
 """An interval in which all entries of the result lie; None if none is known (``bounds``)."""
 
 Op: TypeAlias = OpOverload | HigherOrderOperator | str | torch.Tag
-"""What a row is about.
+"""The key of a row.
 
 It is an op; the name of one that other packages register, ``library::op.overload``; or ``torch.Tag.pointwise``, which
 stands for all ops without a row that torch tags so.

@@ -15,7 +15,7 @@ from radix_compile.cli.inputs import UsageError, add_batch, add_model, natural
 from radix_compile.inspection.diff import GraphDiff
 
 ENDINGS = {"": "text", ".txt": "text", ".diff": "text", ".html": "html", ".json": "json"}
-"""What is written to a file of that name, unless ``--format`` says otherwise."""
+"""The format of a file by the ending of its name, unless ``--format`` names another."""
 
 STYLES = {"~": "green", "+": "yellow", "-": "red", "@": "bold"}
 

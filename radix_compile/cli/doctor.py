@@ -26,7 +26,7 @@ NATIVE = "radix-compile-native"
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, what was found, and whether it is as it should be; ``None`` where that is no question."""
+    """A look at one thing: its name, the finding, and whether that is right (``None`` if that is no question)."""
 
     name: str
     found: str
@@ -99,7 +99,7 @@ def _fold_and_scatter() -> Check:
 
 
 def _known_bad(device: str) -> Iterator[Check]:
-    """What is known not to go together, if it is here."""
+    """The combinations that are known not to work, if they are installed."""
     transformers = _version("transformers")
     if transformers != "not installed" and int(transformers.partition(".")[0]) < 5:
         yield Check("transformers", f"{transformers}: masks are made in other ways before 5, and are not tested", False)

@@ -33,7 +33,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Order:
-    """What one way to make batches gives: nodes per token, over all and by batch, and speedups by size of model."""
+    """The outcome of one way to make batches: nodes per token, over all and by batch, and speedups by size of model."""
 
     name: str
     batches: int

@@ -1,1 +1,1 @@
-"""What the passes did to a model, for people: views of graphs, their difference, and the pages that show it."""
+"""Views of graphs for people, their differences, and the pages that show them."""

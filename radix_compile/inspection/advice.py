@@ -1,4 +1,4 @@
-"""What would have to change for a refused op, or a graph, to fold."""
+"""Advice: the change that would let a refused op, or a graph, fold."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ ADVICE = {
 
 
 def advice_on(code: RefusalCode) -> str:
-    """What to do about a refusal; what there is to do about any, if nothing else is known."""
+    """Advice on a refusal, or the advice that fits any."""
     return ADVICE.get(
         code, "If equal prefixes do give equal values here, it is a rule that is missing: please report it."
     )
 
 
 def advice_on_graph(report: GraphReport) -> str:
-    """What to do about a graph that does not fold, where its refusals do not say it; empty if nothing is known."""
+    """Advice on a graph that does not fold, where its refusals have none; empty if there is none."""
     if report.code is None or any(refusal.code is report.code for refusal in report.refusals):
         return ""
     return ADVICE.get(report.code, "")

@@ -78,7 +78,7 @@ class GraphPair:
 
 @dataclass(frozen=True, repr=False)
 class GraphDiff:
-    """What the passes did to each captured graph of a model, as text, a page or data.
+    """The changes that the passes made to each captured graph of a model, as text, a page or data.
 
     In a notebook it shows itself. Where a graph was left alone, both sides are the same, and its report says why.
     """

@@ -127,7 +127,7 @@ def _with_layers(lines: Iterable[Line]) -> Iterator[tuple[tuple[str, int | None]
 
 
 def _says(lines: Sequence[Line]) -> list[tuple[object, ...]]:
-    """What is compared of layers: all but names and numbers of layers."""
+    """The part of a line by which layers are compared: all but names and numbers of layers."""
     return [(line.kind, _said(line.before), _said(line.after)) for line in lines]
 
 

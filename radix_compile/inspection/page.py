@@ -47,7 +47,7 @@ class _Strings:
 
 
 FIELDS = ("op", "arguments", "shape", "dtype", "form", "module", "source", "value", "rule", "reason", "origin")
-"""What is said of a node in words, in the order in which the page has it."""
+"""The fields of a node that are words, in the order in which the page has them."""
 
 
 def _data(diff: GraphDiff) -> dict[str, Any]:

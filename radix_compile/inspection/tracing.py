@@ -1,4 +1,4 @@
-"""What torch's own tools are told of a rewrite: TORCH_LOGS, depyf, tlparse, TORCH_COMPILE_DEBUG, the profiler."""
+"""Hand a rewrite on to torch's own tools: TORCH_LOGS, depyf, tlparse, TORCH_COMPILE_DEBUG, the profiler."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What passes say to each other: the meaning of dimensions, what is known of values, and verdicts."""
+"""The vocabulary of the passes: the meaning of dimensions, facts about values and graphs, and verdicts."""

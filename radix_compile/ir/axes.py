@@ -1,4 +1,4 @@
-"""What every dimension of a tensor means to the tokens of a batch.
+"""The meaning of every dimension of a tensor to the tokens of a batch.
 
 The meaning of a dimension is its axis; ``value`` says what is known of a node's result, and the rules in
 ``analysis.rules`` derive both.
@@ -74,7 +74,7 @@ class Longer(Token):
 
 
 class Kind(Enum):
-    """What an :class:`Arrangement` holds."""
+    """The kinds of numbers that an :class:`Arrangement` holds."""
 
     ORDER = "for each place in the order, the number of the entry that is there, floor-divided"
     PLACE = "for each entry, its place in the order"

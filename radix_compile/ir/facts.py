@@ -1,4 +1,4 @@
-"""What is known of a tensor's entries: indices, predicates over two columns, masked scores, attention weights.
+"""Facts about a tensor's entries: indices, predicates over two columns, masked scores, attention weights.
 
 Dimensions are counted from the right (``-1`` is the last) so that broadcasting leaves facts as they are. A predicate is
 about a tensor with two column dimensions, query and key: it is a small formula whose atoms compare the two columns or
@@ -61,7 +61,7 @@ class AtMost:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a mask says that the caller made: ``source[b, ..., column[query], column[key]]`` shows the key.
+    """The formula of a mask that the caller made: ``source[b, ..., column[query], column[key]]`` shows the key.
 
     Of its entries nothing is known when the graph is compiled. Each call checks that no row sees a later one, and that
     all see themselves (``given_masks``).
@@ -105,7 +105,7 @@ def disjunction(*formulas: Formula) -> Formula:
 
 
 def terms_of(formula: Formula) -> tuple[Formula, ...]:
-    """What all has to hold for the predicate to hold."""
+    """The terms that all have to hold for the predicate to hold."""
     return formula.terms if isinstance(formula, And) else (formula,)
 
 
@@ -259,7 +259,7 @@ class Filled:
 
 
 def stored(fact: Filled, dtype: torch.dtype) -> Filled | None:
-    """What is known of the tensor when its value is held in ``dtype``, which may round it to zero or wrap it around."""
+    """The fact that is left when the value is held in ``dtype``, which may round it to zero or wrap it around."""
     if dtype == torch.bool:
         return Filled(float(fact.value != 0))
     if dtype.is_complex:
@@ -319,7 +319,7 @@ class Ones:
 
 
 ORDINARY = 1e4
-"""What no query-key product is larger than. It is not proved: a floor of a mask may be as near as that of float16."""
+"""The bound on query-key products. It is not proved: a floor of a mask may be as near as that of float16."""
 
 FAR = 1e3
 """Entries that are lower than another by so much have no weight in a softmax with it: exp(-1000) is zero in float64."""

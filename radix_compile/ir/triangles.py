@@ -33,7 +33,7 @@ class Triangle:
         return filled.triu(1) if self.upper else filled.tril()
 
     def cast(self, dtype: torch.dtype) -> Triangle:
-        """What comes of it as that dtype."""
+        """The triangle after a cast to that dtype."""
         exact = torch.float64 if isinstance(self.number, float) else None
         return Triangle(self.upper, torch.tensor(self.number, dtype=exact).to(dtype).item())
 

@@ -1,4 +1,4 @@
-"""What is known of each node's result, node by node, and how the operands of a broadcasting op line up.
+"""Everything known of each node's result, node by node, and how the operands of a broadcasting op line up.
 
 A node's annotation is ``NodeFacts.marks``: :func:`mark` writes it, :func:`value_of` and :func:`values_of` read it.
 """
@@ -108,7 +108,7 @@ Uses: TypeAlias = tuple[tuple[fx.Node, int, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What is known of one node's result.
+    """Everything known of one node's result.
 
     ``axes``        the meaning of each dimension.
     ``mixed``       the refusal because of which the value is not prefix-determined; then nothing else holds.

@@ -88,7 +88,7 @@ _latest: tuple[tuple[weakref.ref[Tensor], ...], Listed] = ((), {})
 
 
 def _tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> list[Tile]:
-    """Those of the latest plan, if it is this one. Another thread may replace it meanwhile, but never change it."""
+    """The tiles of a plan, kept while it is the latest. Another thread may replace them, and never changes them."""
     global _latest
     arrays, (known, found) = plan[:4], _latest
     if len(known) != len(arrays) or any(ref() is not one for ref, one in zip(known, arrays, strict=True)):
@@ -141,7 +141,7 @@ def tree_attention(
 
 
 def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores of a tile, ``[m, L]`` or ``[H or 1, m, L]``, and which queries see no key."""
+    """The numbers added to the scores of a tile, ``[m, L]`` or ``[H or 1, m, L]``, and which queries see no key."""
     mask, fully_masked, device = tile.mask, tile.fully_masked, plan.fold.device
     if mask is None:
         return None, None
@@ -168,7 +168,7 @@ def _may_be_causal(fused: bool, score_options: ScoreOptions) -> bool:
 
 
 def _about(mask: Tensor | None, scale: float) -> dict[str, Any]:
-    """What torch's op is told, and its gradient's."""
+    """The options of torch's attention, and of its gradient."""
     with_batch_and_head = None if mask is None else mask[(None,) * (4 - mask.ndim)]
     return {"is_causal": mask is None, "attn_mask": with_batch_and_head, "scale": scale}
 

@@ -1,4 +1,4 @@
-"""What the code of ``tree_attention`` is given, by name."""
+"""The arguments of ``tree_attention``, by name."""
 
 from __future__ import annotations
 

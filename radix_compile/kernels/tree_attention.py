@@ -40,7 +40,7 @@ _SCHEMAS = (
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHARED_MEMORY = {256: 53 * 1024, 512: 101 * 1024}
-"""What a block of the Triton kernels needs at least, in bytes, by the width of a head's row, in bytes too."""
+"""The bytes of shared memory that a block of the Triton kernels needs at least, by the bytes of a head's row."""
 
 
 def lowering(query: Tensor, value: Tensor) -> str:

@@ -135,7 +135,7 @@ def _by_key_from(
     WINDOW: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    """What the queries from ``start`` on add to the gradients of keys and values: rows, of a node one for each head."""
+    """Add what the queries from ``start`` on give to the gradients of keys and values: rows, one for node and head."""
     row = start + tl.arange(0, N)
     there = row < behind
     i, member = row // GROUP, (row % GROUP).to(tl.int64)

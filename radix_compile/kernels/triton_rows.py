@@ -20,7 +20,7 @@ from radix_compile.kernels.row_layout import RowLayout, row_layout, rows_geometr
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 DTYPES = FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
-"""What is moved as it is. Anything else goes the way of the reference."""
+"""The dtypes whose entries are moved as they are. Others go the way of the reference."""
 
 TILE = 4096
 """Bytes that one program moves at a time."""
@@ -122,7 +122,7 @@ class Moved:
         return sum(-(-width // columns) for width in self.widths)
 
     def sources(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What the strides are those of: the tensors, as a rule."""
+        """The tensors whose strides these are, as a rule the ones that are moved."""
         moved = zip(tensors, self.layouts, self.axes, strict=True)
         return tuple([as_bytes(layout.applied(one, *at)) for one, layout, at in moved])
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of attention on the prefix tree share: where keys are, scores, and the sizes of tiles."""
+"""Shared by the Triton kernels of attention on the prefix tree: where keys are, scores, and the sizes of tiles."""
 
 from __future__ import annotations
 
@@ -166,12 +166,12 @@ def tile_of(query: Tensor, value: Tensor, score_options: ScoreOptions, kernel: s
 
 
 def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:
-    """What leads to the keys of a tile."""
+    """The arrays that lead to the keys of a tile."""
     return _all(plan.fold, plan.begin, plan.end, plan.stretches, plan.stretch_starts, plan.keys, plan.key_starts)
 
 
 def parts_of(plan: TreeArrays) -> tuple[Tensor, ...]:
-    """What leads to the descendants of a tile."""
+    """The arrays that lead to the descendants of a tile."""
     return _all(plan.parts, plan.divided)
 
 

@@ -84,7 +84,7 @@ def _viewed(node: fx.Node) -> fx.Node:
 
 
 def thin_source(node: fx.Node) -> fx.Node | None:
-    """What to scatter in place of a view's result: its source, if that is a row value and no wider."""
+    """The value to scatter in place of a view's result: its source, if that is a row value and no wider."""
     if not is_view(node):
         return None
     source = _viewed(node)

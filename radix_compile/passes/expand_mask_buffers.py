@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 CASTS = (aten._to_copy.default, aten.to.dtype)
 BY_LAYOUT = (aten.as_strided.default, aten.view.dtype)
-"""What they return depends on how their input lies in memory; a part of a buffer has gaps."""
+"""Ops whose result depends on how their input lies in memory; a part of a buffer has gaps."""
 
 
 def expand_mask_buffers(gm: fx.GraphModule) -> None:

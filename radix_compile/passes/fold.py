@@ -93,7 +93,7 @@ class Fold:
         return found if isinstance(found, TreeAttention) else None
 
     def biases(self, node: fx.Node) -> tuple[Bias, ...]:
-        """What an attention in compact form reads in full form."""
+        """The biases that an attention in compact form reads in full form."""
         found = self.tree_attention(node)
         return () if found is None else found.biases
 

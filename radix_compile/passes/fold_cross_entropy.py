@@ -159,7 +159,7 @@ def _token_nll(logits: fx.Node, target: fx.Node, scattered: fx.Node) -> fx.Node:
 
 
 def _wider(logits: fx.Node) -> fx.Node:
-    """What they were cast from, if that makes no difference."""
+    """The logits before a cast, if the cast makes no difference."""
     return source_of(logits) if _is_to_float32(logits) else logits
 
 

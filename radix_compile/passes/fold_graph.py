@@ -99,7 +99,7 @@ def what_is_wanted(fold: Fold) -> Wanted:
 
 
 def read_by_compact(node: fx.Node, fold: Fold) -> list[fx.Node]:
-    """What the op reads in compact form: attention on the tree no mask."""
+    """The inputs of the op in compact form: attention on the tree reads no mask."""
     attention = fold.tree_attention(node)
     return node.all_input_nodes if attention is None else attention.inputs
 
@@ -235,7 +235,7 @@ class _Rewriter:
         return self._tagged(result, node, Form.COMPACT)
 
     def _bias(self, biases: tuple[Bias, ...]) -> fx.Node | None:
-        """What is added to scores, ``[B or 1, H or 1, S or 1, S]``; bool if it only shows keys."""
+        """The sum of the biases, ``[B or 1, H or 1, S or 1, S]``; bool if they only show keys."""
         if not biases:
             return None
         said = tuple((bias.node, bias.factor, bias.hides, bias.shape(), bias.dtype) for bias in biases)
@@ -433,7 +433,7 @@ def parts_of_plan(fold: Fold) -> set[Part]:
 
 
 def shown_keys(fold: Fold) -> tuple[tuple[fx.Node, bool], ...] | None:
-    """What attention on the tree hides keys by (see ``attention.Visible``); None if there is none on the tree."""
+    """The rows by which attention on the tree hides keys (see ``Visible``); None if no attention runs there."""
     return next((one.visible.shown for one in fold.attentions_on_tree()), None)
 
 

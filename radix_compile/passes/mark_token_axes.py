@@ -200,7 +200,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _constant(node: fx.Node) -> Marks:
-    """Whatever the op does, it does it to constants of the call."""
+    """The value of any op on constants of the call."""
     outputs = val(node)
     if isinstance(outputs, tuple | list):
         return tuple(

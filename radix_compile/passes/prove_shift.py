@@ -128,7 +128,7 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
 
 
 def _looked_up(graph: fx.Graph, sequence_ids: fx.Node | None) -> set[fx.Node]:
-    """What leads to the rows that masks look up, which the plan does where attention runs on the tree."""
+    """The nodes that lead to the rows that masks look up, as the plan does where attention runs on the tree."""
     sources = [getattr(atom, "source", None) for seen in attentions(graph) for atom in atoms_of(seen.visible)]
     return set(ancestors(*(source for source in sources if source is not None and source is not sequence_ids)))
 

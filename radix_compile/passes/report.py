@@ -1,4 +1,4 @@
-"""What was folded, what was not and why, of one graph."""
+"""The report of one graph: what was folded, what was not and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of a graph after every pass. A pass that breaks it has a bug: better an error than a wrong number."""
+"""Invariants of a graph after every pass. A pass that breaks one has a bug: better an error than a wrong number."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
 
 
 def _shape(value: Value, captured: torch.Tensor, form: Form | None, layout: Layout) -> list[sympy.Expr] | None:
-    """What the captured value's shape is in that form; None where nothing is said of it."""
+    """The shape of the captured value in that form; None where it is not known."""
     if form is not Form.COMPACT:
         return [as_size(size) for size in captured.shape]
     if value.mixed is not None or value.arrangement is not None:

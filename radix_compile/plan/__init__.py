@@ -1,1 +1,1 @@
-"""What a batch shares: the prefix tree of its rows, and the arrays that folded programs read."""
+"""The prefix tree of a batch, and the arrays about it that folded programs read."""

@@ -1,1 +1,1 @@
-"""What happens in every call: its plan, the checks of what was taken for granted, and which program runs."""
+"""Everything that happens in every call: its plan, the checks of assumptions, the choice of a program."""

@@ -59,7 +59,7 @@ def _device(device: torch.device) -> str:
 
 
 class Measurements:
-    """Those of one graph, in a file that it shares with others, or nowhere if that is None.
+    """The measurements of one graph, in a file that it shares with others, or nowhere if that is None.
 
     No call fails because of the file. One that cannot be read or written is left alone. What is of another form than
     it should be counts as not there, and is gone after the next save. Either is a warning, once.

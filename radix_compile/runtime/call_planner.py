@@ -54,7 +54,7 @@ class RowProgram:
     is_constant: bool = False
     """Is it the same for all sequences?"""
     last: dict[tuple[int, ...], NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
-    """What it was for the sizes of the call before, if it depends on no tensor: most often, position ids do not."""
+    """The result for the sizes of the previous call, if it depends on no tensor: most often, position ids do not."""
 
     def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
         given = [args[i] for i in self.inputs]
@@ -79,7 +79,7 @@ class RowProgram:
 
 @dataclass(frozen=True)
 class BlockCheck:
-    """That tables of blocks show and hide what a mask does: see ``agree_with_mask``."""
+    """Checks that tables of blocks show and hide the keys that a mask does: see ``agree_with_mask``."""
 
     tables: BlockTables
     window: int | None
@@ -206,7 +206,7 @@ class PlanInputs:
         return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
 
     def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
-        """What the folded program takes of the plan, on its device, in one copy."""
+        """The arrays of the plan that the folded program takes, moved to its device in one copy."""
         made: dict[str, Int64] = {"fold": plan.fold, "scatter": plan.scatter}
         if self.tree is not None:
             shape = args[self.keys[0]].shape[:2]
@@ -282,7 +282,7 @@ def numbers_in_paths(numbers: NDArray[Any], come_back: BoolArray) -> list[NDArra
 
 
 def plan_inputs(fold: Fold) -> PlanInputs:
-    """What the plan of a call needs, from a folded form of a graph.
+    """How the calls of a folded program are planned, read off its fold.
 
     Raises ``CannotFold`` if no call can share anything.
     """
@@ -355,7 +355,7 @@ def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
 
 
 def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
-    """What a caller with left padding, as in ``args``, could do if rows depend on their column."""
+    """Advice for a caller with left padding, as in ``args``, if rows depend on their column; None if there is none."""
     captured, column = fold.captured, fold.column
     padding = hidden_padding(captured)
     if column is None or padding is None:

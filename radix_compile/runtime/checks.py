@@ -1,4 +1,4 @@
-"""What was taken for granted when a graph was compiled, checked by value in every call."""
+"""Checks, by value and in every call, of what was assumed when a graph was compiled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_seen(mask: Tensor) -> NDArray[np.int64] | None:
 
 @dataclass(frozen=True)
 class TriangleCheck:
-    """That the inputs at these places still hold what they did, as far as sequences go. It waits for a GPU once."""
+    """Checks that inputs still hold the triangles that they did, as far as sequences go. It waits for a GPU once."""
 
     triangles: tuple[tuple[int, Triangle], ...]
     whole: bool

@@ -1,4 +1,4 @@
-"""What each program would take for a call: predicted from what the plan counts, and from a few runs that were timed.
+"""Predict the seconds that each program would take for a call, from the counts of its plan and a few timed runs.
 
 Work is counted in FLOPs, but how long a FLOP takes depends on the device, the model, the compiler and the size of the
 call. So the programs themselves are timed, on the inputs of an ordinary call: the plain one, and each folded one twice,
@@ -31,7 +31,7 @@ DOUBT = 1.35
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a plan says of a call: ``pairs`` of a query and a key of its sequence, ``tree_pairs`` of a node and an
+    """The counts of a plan: ``pairs`` of a query and a key of its sequence, ``tree_pairs`` of a node and an
     ancestor of it, or itself.
     """
 

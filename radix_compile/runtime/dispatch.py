@@ -1,4 +1,4 @@
-"""What happens in every call: plan it, choose a program, run it."""
+"""Plan a call, choose a program for it, and run that."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_NODES = {"auto": 0.95, "always": 1.0}
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What was decided about a call: the name of its program, what was predicted (seconds by name), and for what.
+    """A decision about a call: the name of its program, the predicted seconds by name, and the plan it was made for.
 
     ``ids`` are the token ids, or what else is the first of the rows' keys.
     """

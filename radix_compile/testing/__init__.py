@@ -125,7 +125,7 @@ def _expect(holds: bool, otherwise: str) -> None:
 
 
 def check_verdict(node: fx.Node, sample: Sample) -> None:
-    """What the rule said of an annotated node is the sample's verdict, and its axes multiply to the shape."""
+    """Raises unless the rule came to the sample's verdict, and the axes it gave multiply to the shape."""
     graph = node.graph.owning_module
     assert graph is not None
     for value in values_of(node):

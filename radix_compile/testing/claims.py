@@ -52,7 +52,7 @@ from radix_compile.runtime.row_contents import row_numbers
 from radix_compile.torch_internals import val
 
 ROUNDING = 1e-9
-"""What entries that are equal may differ by, as a share of the largest: all is computed in float64."""
+"""The difference allowed between equal entries, as a share of the largest: all is computed in float64."""
 
 
 LEFT_OUT = 1e-2
@@ -119,7 +119,7 @@ class _Claims:
         return ours, [None] * len(ours) if other is None else other
 
     def _wrong(self, node: fx.Node, value: Value, tensor: Tensor, other: Tensor | None) -> str:
-        """What is claimed and does not hold; empty if all does."""
+        """The claim that does not hold; empty if all do."""
         if any(isinstance(atom, Sorted) for axis in value.axes for atom in axis):
             return ""
         if self._wraps(value.fact):
@@ -307,7 +307,7 @@ class _Frame:
         return torch.arange(size).view(shape)
 
     def entries(self, source: fx.Node, dim: int) -> Tensor | None:
-        """Those of a source along ``dim``, where the tensor's batch is a dimension of its own; None where it is not."""
+        """The entries of a source along ``dim``, where the tensor's batch is a dimension of its own, else None."""
         rows = self.claims._entries(source)[:, : self.keys_only(self.tensor).shape[dim]]
         shape = [1] * self.rank
         shape[dim] = rows.shape[1]

@@ -62,7 +62,7 @@ def shuffle_later(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
 
 
 class Variant(Enum):
-    """What samples are built of besides what they say: the same shapes, of which other things are true."""
+    """Other inputs that samples are built of: the same shapes, of which other things are true."""
 
     AS_WRITTEN = "weights and tables of random numbers, masks of int64 columns with floors of float64"
     UNIFORM = "weights and tables of equal numbers; everything first in a region without gradients"
@@ -104,7 +104,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:
-        """What is recorded here has none; what samples start from was there before."""
+        """Record no gradients for the ops that are recorded here. The inputs of samples were there before."""
         _ = self.x, self.heads, self.scores
         self.graph.call_function(SET_GRAD_ENABLED, (False,))
         yield

@@ -1,4 +1,4 @@
-"""What is added to scores: tables by position, and masks of which nothing simpler can be said."""
+"""Numbers that are added to scores: tables by position, and masks that nothing simpler describes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from radix_compile.torch_internals import val
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """What is added to scores, ``factor`` times: read where it is, ``[..., S or 1, S]`` in full form.
+    """Numbers added to scores, ``factor`` times: read where they are, ``[..., S or 1, S]`` in full form.
 
     Or a predicate, and keys are hidden where it is what ``hides`` says. ``scores`` has the dimensions in front of the
     last two that it is broadcast to.

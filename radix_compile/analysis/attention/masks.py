@@ -1,4 +1,4 @@
-"""What a causal mask says, in words that the prefix tree knows."""
+"""Read a causal mask in terms that the prefix tree knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from radix_compile.ir.facts import AtMost, Diff, Formula, Given, Or, RowTrue, Sa
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """What a mask says, besides that no key is later than its query.
+    """The content of a mask, besides that no key is later than its query.
 
     ``window``  how many of the last columns a row sees, its own included.
     ``shown``   rows ``[B, S]`` whose entry tells of a key whether it can be seen: if it is not zero (or if it is).
@@ -25,7 +25,7 @@ class Visible:
 
 
 def read_mask(attends: Weights) -> Visible:
-    """What a causal mask says, term by term. Raises :class:`NotOnTree` at a term of another kind."""
+    """Read a causal mask, term by term. Raises :class:`NotOnTree` at a term of another kind."""
     query, key = attends.query, attends.key
     window: int | None = None
     shown: dict[tuple[fx.Node, bool], None] = {}

@@ -1,4 +1,4 @@
-"""What an attention is made of, and what the op ``radix::tree_attention`` carries over of it."""
+"""The parts of an attention, and those that the op ``radix::tree_attention`` carries over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from radix_compile.torch_internals import val
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an attention is made of.
+    """The parts of an attention.
 
     ``softcap``  the scores are ``softcap * tanh(scale * product / softcap)``.
     ``sinks``    one more score for each head, ``[H]``.

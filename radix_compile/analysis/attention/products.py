@@ -22,7 +22,7 @@ def is_product_of_scores(node: fx.Node) -> bool:
 
 
 def queries_and_keys(node: fx.Node) -> tuple[Rows, Rows]:
-    """What a product ``[..., queries, keys]`` is of. Raises :class:`NotOnTree`."""
+    """The queries and keys of a product ``[..., queries, keys]``. Raises :class:`NotOnTree`."""
     if node.target is aten.einsum.default:
         (one, other), (first, second), result = _equation(node)
         if result[-2] not in first:
@@ -40,7 +40,7 @@ def queries_and_keys(node: fx.Node) -> tuple[Rows, Rows]:
 
 
 def weights_and_values(node: fx.Node) -> tuple[fx.Node, Rows, Order]:
-    """What the last product is of, and how its result becomes ``[..., queries, features]``. Raises ``NotOnTree``.
+    """The factors of the last product, and its result's order as ``[..., queries, features]``. Raises ``NotOnTree``.
 
     Of an equation the weights come first, ``[..., queries, keys]``.
     """

@@ -1,1 +1,1 @@
-"""What ops do to the columns that entries read (``column_reach``)."""
+"""Rules of ops for the columns that entries read (``column_reach``)."""

@@ -68,7 +68,7 @@ Place = tuple[int, int]
 """Which input, and which dimension of it."""
 
 ReachRule = Callable[[fx.Node, "Reaches"], "Reach | tuple[Reach, ...]"]
-"""What an op does to the columns that entries read. Raises :class:`OutOfReach`."""
+"""A rule of an op for the columns that entries read. Raises :class:`OutOfReach`."""
 
 
 class Reaches:
@@ -101,7 +101,7 @@ class Reaches:
         return result
 
     def _kept(self, found: Reach) -> Reach:
-        """What reads all columns everywhere takes no room: nothing much will come of it."""
+        """The reach of a tensor that reads all columns everywhere; it takes no room."""
         if found.last.size and found.last.min() >= self.columns - 1:
             return reach(np.full((1,) * found.rank, self.columns - 1), batch=found.batch)
         if found.last.size > LARGEST:

@@ -1,4 +1,4 @@
-"""What several rules about the columns that entries read need: operands lined up, products with zeros."""
+"""Helpers of the rules for columns: operands lined up, products with zeros."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def latest(arrays: Sequence[Array]) -> Array:
 
 
 def zero_products(operands: Sequence[Reach]) -> Array:
-    """What is known of products: zero where a factor is."""
+    """The entries of products that are known: zero where a factor is."""
     zero = operands[0].known == 0
     for one in operands[1:]:
         zero = zero | (one.known == 0)

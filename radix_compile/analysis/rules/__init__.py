@@ -1,1 +1,1 @@
-"""What ops do to the meaning of dimensions: the rules that the rows of the table (``op_table``) name."""
+"""The meaning of dimensions through ops: the rules that the rows of the table (``op_table``) name."""

@@ -110,7 +110,7 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
 
 
 def _visible(node: fx.Node, layout: Layout) -> Formula:
-    """What ``mask_mod`` shows, if ``score_mod`` makes scores out of scores."""
+    """The keys that ``mask_mod`` shows, if ``score_mod`` makes scores out of scores."""
     mask_node, scores_node = inlined(node)
     mask, scores = value_of(mask_node), value_of(scores_node)
     for what, value in (("mask_mod", mask), ("score_mod", scores)):
@@ -126,7 +126,7 @@ def _visible(node: fx.Node, layout: Layout) -> Formula:
 
 
 def mask_of(node: fx.Node) -> Formula:
-    """What the ``mask_mod`` of a flex_attention shows."""
+    """The keys that the ``mask_mod`` of a flex_attention shows."""
     return as_formula(value_of(inlined(node)[0]))
 
 

@@ -1,4 +1,4 @@
-"""What elementwise ops do to facts: comparisons of indices become predicates, predicates become masks."""
+"""Facts through elementwise ops: comparisons of indices become predicates, predicates become masks."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ from radix_compile.torch_internals import val
 aten = torch.ops.aten
 
 LONGEST = 2**30
-"""What no sequence is longer than whose length is a symbol: a mask of its columns would have 2**60 entries."""
+"""The longest sequence whose length may be a symbol: a mask of its columns would have 2**60 entries."""
 
 LARGEST_OFFSET = 2**30
-"""What may be added to an integer of a row in all, so that none wraps around that ``PlanInputs.orders`` lets pass."""
+"""The most that may be added to an integer of a row, so that none wraps around that ``PlanInputs.orders`` lets pass."""
 
 
 def elementwise_fact(node: fx.Node) -> Fact | None:
@@ -88,7 +88,7 @@ def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
 
 
 def size_of(value: Any) -> float:
-    """What no entry of a tensor or number is larger than, of either sign; infinite if that is not known."""
+    """The largest magnitude that an entry of a tensor, or a number, can have; infinite if that is not known."""
     fact = fact_of(value)
     if isinstance(fact, Score):
         return fact.size

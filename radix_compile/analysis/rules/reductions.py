@@ -91,7 +91,7 @@ def softmax(node: fx.Node, layout: Layout) -> Value:
 
 
 def _weights(value: Value, dim: int) -> Weights:
-    """What a softmax over the keys in ``dim`` makes of causally masked scores."""
+    """The result of a softmax of causally masked scores over the keys in ``dim``."""
     rank, axis = len(value.axes), value.axes[dim]
     if not value.is_pair or not (axis == (SEQ,) or is_longer(axis)):
         feature(axis, "normalises over")
