@@ -47,8 +47,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload"]
 """Types of torch that other modules ask for, next to the functions here."""
 
-CAPTURE_ERRORS = (RuntimeError,)
-"""The errors that tracing a legal program may end with: unsupported ops, data-dependent shapes, functionalisation."""
+CAPTURE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""The errors that lowering a legal program may end with: unsupported ops, data-dependent shapes, functionalisation.
+
+Torch asserts much of what it does not support (``Tensor.set_``), and the plain program may run all the same.
+"""
 
 RUNS_EAGERLY = (DynamicOutputShapeException, DataDependentOutputException)
 """Raised inside a backend, these make Dynamo run the frame eagerly without a word."""

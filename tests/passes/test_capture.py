@@ -304,3 +304,19 @@ def test_a_model_with_gradients_on_matches() -> None:
     model(ids, use_cache=False).logits.square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, msg=name)
+
+
+def test_what_torch_asserts_when_lowering_runs_plain() -> None:
+    """It raises an AssertionError of ``set_``, which plain programs may call."""
+    embedding, head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
+
+    def program(ids: Tensor) -> Tensor:
+        x = embedding(ids)
+        with torch.no_grad():
+            same = torch.ones_like(x).set_(x.detach())
+        return head(x) + same
+
+    ids = shared_batch(4, 12, 8)
+    compiled = torch.compile(program, backend="radix", options={"inner_backend": "aot_eager"})
+    with pytest.warns(UserWarning, match="lowering to ATen failed: AssertionError"):
+        torch.testing.assert_close(compiled(ids), program(ids))
