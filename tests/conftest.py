@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 import radix_compile
 from radix_compile.passes import pipeline
 
+gc.set_threshold(50_000, 20, 100)  # compilers make objects by the million: looking for garbage took a tenth of the time
 pipeline.ALWAYS_VERIFY = True
 pipeline.RAISE_MISTAKES = True
 LONGEST = 90.0  # with compilers started, and nothing in caches, on the slowest machine so far
@@ -77,13 +78,6 @@ class Durations:
 
     def pytest_sessionfinish(self) -> None:
         self.file.write_text(json.dumps(self.seconds, indent=0, sort_keys=True) + "\n")
-
-
-def pytest_collection_finish() -> None:
-    """All that was imported stays: looking for garbage in it, and often, takes a tenth of the time of all tests."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
