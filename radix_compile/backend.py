@@ -39,7 +39,7 @@ LEAST_SHARE = 0.25
 """Fold only if at least this share of a graph's arithmetic can run compact: the index ops and the plan cost too."""
 
 PLAN_SIZES = 64
-"""For CUDA graphs, numbers of nodes are multiples of the rows by about this many, if the user does not say of what."""
+"""For CUDA graphs, plans have about this many different numbers of nodes, unless ``pad_multiple_of`` is set."""
 
 
 class Listener(Protocol):
@@ -122,7 +122,7 @@ class RadixBackend:
                 log.error("a mistake in radix_compile: please report it", exc_info=refusal)
             trace_report(report)
             self._report(report)
-            self._say_so(report, options, refusal)
+            self._warn_or_raise(report, options, refusal)
             return _compile_plain(gm, example_inputs, options)
         self._report(report)
         plain = _compile_plain(gm, example_inputs, options)
@@ -138,7 +138,9 @@ class RadixBackend:
         if self.listener is not None:
             self.listener.on_report(report)
 
-    def _say_so(self, report: GraphReport, options: Options, verdict: CaptureError | CannotFold | PassFailed) -> None:
+    def _warn_or_raise(
+        self, report: GraphReport, options: Options, verdict: CaptureError | CannotFold | PassFailed
+    ) -> None:
         details = "".join(f"\n  {refusal}" for refusal in report.refusals)
         log.info("not folded: %s%s", report.reason, details)
         if isinstance(verdict, CannotFold) and verdict.expected:
@@ -213,7 +215,7 @@ def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
 
 
 def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | None:
-    """Of the graph's programs; None if they cannot be timed one by one, as other processes take part in them."""
+    """The measurements of the graph's programs; None if other processes take part in them, so that none can be timed."""
     nodes = captured.graph.nodes
     if any(getattr(node.target, "namespace", "").endswith(("c10d", "c10d_functional")) for node in nodes):
         return None
@@ -229,7 +231,7 @@ def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | 
 
 
 def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Options:
-    """CUDA graphs are recorded for sizes, of which hardly any would come again if plans had all that there are."""
+    """Round plan sizes up so that recorded CUDA graphs are reused."""
     ids = val(tokens_of(captured).keys[0])
     graphs = internals.records_cuda_graphs(options.inner_backend, options.mode, options.inner_options)
     if options.pad_multiple_of is not None or ids.device.type != "cuda" or not graphs:

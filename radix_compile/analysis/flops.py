@@ -27,7 +27,7 @@ def flops(node: fx.Node) -> int:
 
 
 def product(weight: str, contracted: int) -> Callable[[fx.Node], int]:
-    """Of a product with the argument ``weight``, summed over that dimension of it."""
+    """FLOPs of a product with the argument ``weight``, summed over that dimension of it."""
 
     def count(node: fx.Node) -> int:
         return _product(node, argument(node, weight), contracted)
@@ -36,7 +36,7 @@ def product(weight: str, contracted: int) -> Callable[[fx.Node], int]:
 
 
 def grouped_product(node: fx.Node) -> int:
-    """Of ``(rows [N, K], weights [E, K, M], ...)``, where each row meets one of the weights."""
+    """FLOPs of ``(rows [N, K], weights [E, K, M], ...)``, where each row meets one of the weights."""
     return _product(node, node.args[1], -2)  # type: ignore[arg-type]
 
 

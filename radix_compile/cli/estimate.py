@@ -28,7 +28,7 @@ SIZES = {
     "4B": {"hidden": 2560, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 9728},
     "8B": {"hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 12288},
 }
-"""Of a layer, from the published configurations of Qwen3."""
+"""Sizes of a layer, from the published configurations of Qwen3."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _flops(size: str, tokens: int, pairs: int) -> int:
 
 
 def _tree(rows: Sequence[list[int]]) -> dict[str, Any]:
-    """Of all sequences together."""
+    """The sum over all sequences."""
     ordered = sorted(rows)
     shared = [0, *(_common(one, other) for one, other in pairwise(ordered))][: len(ordered)]
     tokens = sum(map(len, rows))

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def explained(options: argparse.Namespace, measure: bool = False) -> Explanation:
-    """Of the model and the batch that the command line names."""
+    """The explanation of the model and the batch that the command line names."""
     model = load_model(options)
     args, kwargs = arguments_of(model, load_batch(options, model))
     with torch.no_grad():

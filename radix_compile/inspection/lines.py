@@ -90,7 +90,7 @@ class Block:
 
     @property
     def lines(self) -> tuple[Line, ...]:
-        """Of the first."""
+        """The lines of the first layer."""
         return self.layers[0]
 
     @property

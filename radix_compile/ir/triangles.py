@@ -28,7 +28,7 @@ class Triangle:
     number: float | int | bool
 
     def of(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of that shape."""
+        """The triangle as a tensor of that shape."""
         filled = torch.full(shape, self.number, dtype=dtype, device=device)
         return filled.triu(1) if self.upper else filled.tril()
 

@@ -72,7 +72,7 @@ def bias_of(bias, at, visible):
 
 @triton.jit
 def depths_of(fold, begin, i, inside, window, WINDOW: tl.constexpr):
-    """Of queries, and of the first key that the least deep one sees; neither is needed without a window."""
+    """The depths of queries, and of the first key that the least deep one sees; neither is needed without a window."""
     depth, nearest = i, 0
     if WINDOW:
         depth = depths(fold, begin, i, inside)

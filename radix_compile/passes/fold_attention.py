@@ -130,7 +130,7 @@ def _result(node: fx.Node) -> torch.Tensor:
 
 
 def _is_fully_masked(attends: Weights, rows: FullyMasked) -> bool:
-    """Do the rows that see no key somewhere see none here either?"""
+    """Is every row that is fully masked in ``rows`` fully masked in this attention too?"""
     try:
         own = fully_masked_rows(attends.visible, attends.query, attends.key)
     except Mixes:  # flex_attention need not tell: such rows are zero there
@@ -142,7 +142,7 @@ def _is_fully_masked(attends: Weights, rows: FullyMasked) -> bool:
 
 
 def _parts(node: fx.Node) -> Parts:
-    """Of attention as one op."""
+    """The parts of attention as one op."""
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
     scale, mask, strict = argument(node, "scale"), argument(node, "attn_mask"), True
     masks: tuple[Bias, ...] = ()

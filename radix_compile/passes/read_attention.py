@@ -68,7 +68,7 @@ def _parts(node: fx.Node) -> Parts:
 
 
 def _flex_parts(node: fx.Node) -> Parts:
-    """Of flex_attention, whose functions ``inline_flex_functions`` has written out on products of queries."""
+    """The parts of flex_attention, whose functions ``inline_flex_functions`` has written out on products of queries."""
     if any(user.args[1] != 0 for user in node.users):
         raise NotOnTree("the sums of its weights are read")
     found = arguments_of(node)
@@ -216,7 +216,7 @@ class _Scores:
 
 
 def _other(one: Any, other: Any, is_ours: Any, what: str) -> fx.Node:
-    """Of two operands that one which is not about the mask."""
+    """The one of two operands that is not about the mask."""
     for mask, scores in ((one, other), (other, one)):
         if is_ours(mask) and isinstance(scores, fx.Node):
             return scores

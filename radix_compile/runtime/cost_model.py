@@ -46,7 +46,7 @@ class Counts:
 
     @property
     def unshared(self) -> Counts:
-        """Of the plain program."""
+        """The work of the plain program."""
         return Counts(self.rows, self.rows, self.pairs, self.pairs)
 
 
@@ -120,7 +120,7 @@ def fastest(seconds: Mapping[str, float]) -> str:
 
 
 class CostModel:
-    """Of a graph: ``work``, the FLOPs of its folded programs by name, and ``timed``, the calls that were timed."""
+    """Of one graph: ``work`` are the FLOPs of its folded programs by name, ``timed`` the calls that were timed."""
 
     def __init__(self, work: Mapping[str, Work], timed: list[Timed]) -> None:
         self.work = dict(work)

@@ -32,7 +32,7 @@ if sys.platform != "win32":
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Of the file's form. The first one had no version in it."""
+"""The version of the file's form. The first one had no version in it."""
 MOST_BYTES = 1 << 24
 """A larger file is left alone: it will be another by mistake, as a graph has some hundred bytes."""
 SMALLEST, LARGEST = 1e-30, 1e30

@@ -56,7 +56,7 @@ ROUNDING = 1e-9
 
 
 LEFT_OUT = 1e-2
-"""Of bounds, sizes and floors, which leave out roundings, of float16 too: what they are held against is far away."""
+"""The difference allowed for bounds, sizes and floors, which leave out roundings, those of float16 too."""
 
 
 class ClaimError(AssertionError):

@@ -317,7 +317,7 @@ def _held(mask: Masked, dtype: torch.dtype) -> Masked:
 
 
 def in_other_dtype(fact: Fact | None, dtype: torch.dtype) -> Fact | None:
-    """Of a floating point tensor, in another such dtype. A floor stays where it is: in a wider dtype it is none."""
+    """The fact of a floating point tensor cast to another such dtype. A floor stays, and is none in a wider dtype."""
     if isinstance(fact, Masked):
         return _held(fact, dtype)
     return _score(fact.size, dtype) if isinstance(fact, Score) else fact
