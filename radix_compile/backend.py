@@ -215,7 +215,7 @@ def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
 
 
 def _measurements(captured: fx.GraphModule, options: Options) -> Measurements | None:
-    """The measurements of the graph's programs; None if other processes take part in them, so that none can be timed."""
+    """The measurements of the graph's programs; None if other processes take part in them: none can be timed then."""
     nodes = captured.graph.nodes
     if any(getattr(node.target, "namespace", "").endswith(("c10d", "c10d_functional")) for node in nodes):
         return None

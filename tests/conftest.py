@@ -26,8 +26,8 @@ gc.set_threshold(50_000, 20, 100)  # compilers make objects by the million: look
 pipeline.ALWAYS_VERIFY = True
 pipeline.RAISE_MISTAKES = True
 LONGEST = 90.0  # with compilers started, and nothing in caches, on the slowest machine so far
-WITHOUT_CHECKS = ("end_to_end", "compatibility", "cli", "inspection", "passes", "runtime")
-"""Folders whose tests check graphs after every pass with ``--everything`` only. The sweep and the fuzzer always do."""
+CHECKED = ("fuzz", "test_verify.py")
+"""Folders and files whose tests check graphs after every pass by default. With ``--everything`` all do."""
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # or they spend their time waiting for each other
 
@@ -49,8 +49,8 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def verified_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tests of whole models it takes as long again as all that is tested there."""
-    if not request.config.getoption("everything") and request.path.parent.name in WITHOUT_CHECKS:
+    """The checks take as long again as most of what is tested."""
+    if not request.config.getoption("everything") and not {request.path.name, request.path.parent.name} & {*CHECKED}:
         monkeypatch.setattr(pipeline, "ALWAYS_VERIFY", False)
 
 

@@ -107,6 +107,7 @@ def test_gradients() -> None:
     assert radix_compile.stats().folded_calls == 1
 
 
+@pytest.mark.slow
 def test_of_any_length_with_a_cast_behind_the_cut() -> None:
     model = Model(*FORMS["bytes"]).eval()
     with torch.no_grad():

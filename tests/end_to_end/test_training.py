@@ -79,7 +79,7 @@ BATCHES: dict[str, Callable[[], dict[str, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", slow_unless(lambda kind: kind != "Llama", ["Qwen3", "Llama", "GPT2"]))
+@pytest.mark.parametrize("kind", slow_unless(lambda kind: kind == "GPT2", ["Qwen3", "Llama", "GPT2"]))
 def test_steps_are_those_of_the_plain_model(kind: str) -> None:
     """Every batch: the loss and the gradients, an update, and both again. In float64, where they agree to rounding."""
     dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if kind == "GPT2" else {}

@@ -44,6 +44,7 @@ def test_torch_logs(tmp_path: Path) -> None:
     assert "radix before" not in run(tmp_path)
 
 
+@pytest.mark.slow  # a process of its own, as the test of TORCH_LOGS
 def test_tlparse(tmp_path: Path) -> None:
     run(tmp_path, TORCH_TRACE=str(tmp_path / "trace"))
     (trace,) = (tmp_path / "trace").glob("*.log")

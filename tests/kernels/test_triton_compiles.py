@@ -131,6 +131,7 @@ print(sorted(set(compiled)))
 '''
 
 
+@pytest.mark.slow  # the interpreter runs the same kernels by default; this compiles them for a GPU, in 20 s
 def test_every_kernel_compiles() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
