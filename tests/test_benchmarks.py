@@ -15,6 +15,7 @@ from tests.models import build
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_index_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_index_kernels.main(["--device", "cpu", "--rows", "256", "--runs", "1"]) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -245,6 +245,7 @@ def test_errors_are_one_line(
     assert said in line
 
 
+@pytest.mark.slow  # tests/test_packaging.py installs it; the others call its main
 def test_it_is_installed() -> None:
     tool = Path(sys.executable).with_name("radix-compile")
     for command in ([str(tool)], [sys.executable, "-m", "radix_compile"]):

@@ -290,7 +290,7 @@ def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
         test_gradients("triton", batch, name)
 
 
-@pytest.mark.parametrize("name", ["plain", "all of it"])
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "all of it", ["plain", "all of it"]))
 @pytest.mark.parametrize("batch", slow_unless(lambda batch: batch == "levels", ["levels", "a long prefix"]))
 def test_lists_that_are_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch, batch: str, name: str) -> None:
     monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", 64)
