@@ -21,10 +21,11 @@ from torch import nn
 import radix_compile
 from radix_compile import backend
 from radix_compile.runtime import calibration, measurements_file
-from radix_compile.runtime.calibration import Measurements, calibration_file, time_programs
+from radix_compile.runtime.calibration import Measurements, calibration_file, fingerprint, time_programs
 from radix_compile.runtime.cost_model import Timed
 from radix_compile.runtime.measurements_file import VERSION
-from tests.models import shared_batch
+from tests.graphs import captured
+from tests.models import VOCABULARY, shared_batch
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -387,3 +388,16 @@ def test_no_gradient_is_kept() -> None:
     results: list[torch.Tensor] = []
     time_programs({"a": lambda: results.append(weight * 2)}, CPU)
     assert not any(result.requires_grad for result in results)
+
+
+def test_graphs_with_other_weights_are_measured_apart() -> None:
+    """The ops are the same; half the width, or half the bits, is another time."""
+
+    def name_of(width: int, dtype: torch.dtype) -> str:
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Embedding(VOCABULARY, width), nn.Linear(width, width)).to(dtype)
+        return fingerprint(captured(model, shared_batch(4, 12, 8)), torch.device("cpu"), ("inductor",))
+
+    names = [name_of(16, torch.float32), name_of(32, torch.float32), name_of(16, torch.bfloat16)]
+    assert len(set(names)) == 3
+    assert name_of(16, torch.float32) == names[0]
