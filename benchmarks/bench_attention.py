@@ -28,8 +28,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks import workloads
 from benchmarks.demo import UsageError, check_toolchain, machine, pick_device, positive
 from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
-from radix_compile.kernels import tree_attention  # noqa: F401 - importing it registers the op
-from radix_compile.plan.tiles import tree_tiles
+from radix_compile.kernels.tree_arguments import TreeArrays
+from radix_compile.kernels.tree_attention import code_for
+from radix_compile.plan.torch_tiles import torch_tiles
+from radix_compile.plan.triton_tiles import triton_tiles
 
 SHAPES = {"0.6B": (16, 8, 128), "4B": (32, 8, 128), "8B": (32, 8, 128)}
 """Heads, key heads and head size of Qwen3."""
@@ -58,16 +60,19 @@ class Tensors:
             return torch.randn(1, nodes, count, size, device=device, dtype=dtype)
 
         compact = random(heads), random(groups), random(groups)
-        self.arrays = [torch.from_numpy(one).to(device) for one in (self.plan.fold, self.plan.scatter)]
-        tree = self.plan.tree()
-        self.tree = [torch.from_numpy(one).to(device) for one in tree]
-        self.tiles = [torch.from_numpy(one).to(device) for one in tree_tiles(self.plan, *tree).by_name().values()]
-        rows = self.arrays[1].clamp(min=0)
+        begin, end = self.plan.tree()
+        arrays = {"fold": self.plan.fold, "scatter": self.plan.scatter, "begin": begin, "end": end}
+        if code_for(compact[0], compact[2]) == "triton":
+            arrays |= triton_tiles(self.plan, begin, end).by_name()
+        else:
+            arrays |= torch_tiles(self.plan, begin, end, [None]).by_name()
+        self.tree = TreeArrays(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+        rows = self.tree.scatter.clamp(min=0)
         batch, columns = case.ids.shape
         full = [one[0, rows].view(batch, columns, -1, size) for one in compact]
         self.compact = [self._leaf(one.transpose(1, 2)) for one in compact]
         self.full = [self._leaf(one.transpose(1, 2)) for one in full]
-        kept = self.arrays[1] >= 0
+        kept = self.tree.scatter >= 0
         self.packed = [self._leaf(one.flatten(0, 1)[kept]) for one in full]
         self.nodes = [self._leaf(one[0].clone()) for one in compact]
         self.pairs = self.plan.pairs
@@ -95,7 +100,7 @@ def ways(given: Tensors) -> Iterator[tuple[str, list[Tensor], Callable[[], Tenso
         yield "varlen", given.nodes, _varlen_of_nodes(given)
     yield "flex", given.compact, _flex(given)
     a, b, c = given.compact
-    plan, scale = (*given.arrays, *given.tree, *given.tiles), q.shape[3] ** -0.5
+    plan, scale = given.tree, q.shape[3] ** -0.5
     yield (
         "tree",
         given.compact,
@@ -131,14 +136,14 @@ def _varlen_of_nodes(given: Tensors) -> Callable[[], Tensor]:
     starts_q, starts_k = _starts(new, given.device), _starts(whole, given.device)
     columns = given.case.ids.shape[1]
     rows = torch.cat([order[i] * columns + torch.arange(int(whole[i])) for i in range(len(order))]).to(given.device)
-    path = given.arrays[1][rows]
+    path = given.tree.scatter[rows]
     longest = int(new.max()), int(whole.max())
     q, k, v = given.nodes
     return lambda: _varlen(q, k.index_select(0, path), v.index_select(0, path), starts_q, starts_k, longest)
 
 
 def _flex(given: Tensors) -> Callable[[], Tensor]:
-    begin, end = given.tree
+    begin, end = given.tree.begin, given.tree.end
     nodes, block = len(begin), BLOCK
     count = -(-nodes // block)
     first = torch.arange(count, device=given.device) * block

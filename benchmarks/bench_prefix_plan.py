@@ -38,7 +38,7 @@ from benchmarks.prefix_batches import one_prefix, rerank
 from radix_compile.plan import fold_and_scatter
 from radix_compile.plan.fold_and_scatter import compute_fold_and_scatter
 from radix_compile.plan.prefix_plan import PrefixPlan
-from radix_compile.plan.tiles import tree_tiles
+from radix_compile.plan.triton_tiles import triton_tiles
 
 VOCABULARY = 50_000
 EQUAL = [(8, 1), (8, 4), (8, 16), (8, 64), (8, 512), (32, 16), (32, 128), (32, 2304), (128, 4), (128, 32), (128, 512)]
@@ -138,7 +138,7 @@ def main() -> int:
         parts: list[Callable[[], object]] = [
             partial(PrefixPlan.from_rows, call.ids),
             plan.tree,
-            partial(tree_tiles, plan, *plan.tree()),
+            partial(triton_tiles, plan, *plan.tree()),
             plan.row_lists,
         ]
         show(f"{call.name:<22}{''.join(f'{ms:10.4f}' for ms in medians(parts, budget_s))}")

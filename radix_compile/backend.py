@@ -197,7 +197,7 @@ def expect_enough(report: GraphReport) -> None:
 
 def _other_variant(inputs: PlanInputs, options: Options) -> FoldVariant | None:
     """The second folded program of a graph, given how calls of the first are planned; None if it needs none."""
-    if inputs.tiles and options.fold == "auto":
+    if "triton" in inputs.parts and options.fold == "auto":
         # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
         return POSITION_WISE_FOLD
     return FOLD_OFF_THE_TREE if inputs.may_leave_the_tree else None
@@ -251,8 +251,8 @@ def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Seq
     bound = internals.upper_bound(rows)
     multiple = min(as_multiple(options.pad_multiple_of), bound)
     most = -(-bound // multiple) * multiple
-    shapes = [array.shape for array in plan_arrays(plan.parts)]
-    arrays = internals.unbacked_plan_inputs(shapes, rows, most, ids.device)
+    specs = [(array.shape, array.dtype) for array in plan_arrays(plan.parts)]
+    arrays = internals.unbacked_plan_inputs(specs, rows, most, ids.device)
     inputs = [*internals.flatten_subclasses(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)
     try:

@@ -231,9 +231,12 @@ def export_functional(interpreter: fx.Interpreter, example_inputs: Sequence[Any]
 
 
 def unbacked_plan_inputs(
-    shapes: Sequence[tuple[str | int, ...]], rows: int | torch.SymInt, most: int, device: torch.device
+    specs: Sequence[tuple[tuple[str | int, ...], torch.dtype]],
+    rows: int | torch.SymInt,
+    most: int,
+    device: torch.device,
 ) -> list[torch.Tensor]:
-    """Fake int64 arrays of these shapes (see ``ir.plan_arrays``): ``nodes``, T', is a size no guard can be made about.
+    """Fake arrays of these shapes and dtypes (see ``ir.plan_arrays``). ``nodes``, T', is a size without guards.
 
     All that is known of it is that it is at most ``most``: inductor computes with 32-bit offsets where that is enough
     of a reason to. It has a likely value as well, which no guard is made about and no result depends on: what shares
@@ -259,7 +262,7 @@ def unbacked_plan_inputs(
                 torch._check(sizes[size] >= 0)
             return sizes[size]
 
-        arrays = [torch.empty([*map(sized, shape)], dtype=torch.int64, device=device) for shape in shapes]
+        arrays = [torch.empty([*map(sized, shape)], dtype=dtype, device=device) for shape, dtype in specs]
     shape_env.pending_fresh_unbacked_symbols.clear()
     return arrays
 

@@ -20,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import radix_compile
 from radix_compile import torch_internals as internals
-from radix_compile.ir.plan_arrays import PLAN_ARRAYS, plan_arrays
+from radix_compile.ir.plan_arrays import BY_NAME, PLAN_ARRAYS, plan_arrays
 from tests.models import shared_batch
 
 
@@ -62,7 +62,8 @@ def test_fake_inputs_are_those_of_the_guards() -> None:
 def test_the_number_of_nodes_is_unbacked() -> None:
     def check(gm: fx.GraphModule, inputs: list[Any]) -> None:
         cpu = torch.device("cpu")
-        fold, scatter = internals.unbacked_plan_inputs([one.shape for one in plan_arrays(())], 24, 32, cpu)
+        always = [(array.shape, array.dtype) for array in plan_arrays(())]
+        fold, scatter = internals.unbacked_plan_inputs(always, 24, 32, cpu)
         assert fold.shape[0].node.hint is None or not fold.shape[0].node.has_hint()
         # Its likely value is none that inductor takes for a bound of offsets, which 32 bits would then be enough for.
         shape_env = internals.fake_mode().shape_env
@@ -71,9 +72,11 @@ def test_the_number_of_nodes_is_unbacked() -> None:
         assert scatter.shape == (24,)
         assert statically_known_true(fold.shape[0] <= 32)
         assert not statically_known_true(fold.shape[0] <= 31)
-        plan = internals.unbacked_plan_inputs([one.shape for one in PLAN_ARRAYS], 24, 32, cpu)
-        fold, scatter, begin, end, runs, *_, rows, starts, pieces = plan
-        assert runs.shape[1] == 3
+        specs = [(array.shape, array.dtype) for array in PLAN_ARRAYS]
+        plan = dict(zip(BY_NAME, internals.unbacked_plan_inputs(specs, 24, 32, cpu), strict=True))
+        fold, scatter, begin, end, *_, rows, starts, pieces = plan.values()
+        assert plan["stretches"].shape[1] == 3
+        assert plan["tile_masks"].dtype == torch.float32
         assert pieces.shape[0].node.hint is None or not pieces.shape[0].node.has_hint()
         assert scatter.shape == rows.shape == (24,)
         assert str(starts.shape[0] - 1) == str(fold.shape[0]) == str(begin.shape[0]) == str(end.shape[0])

@@ -1,7 +1,7 @@
 """The index arrays of a call's plan, as a folded program takes them: described here once.
 
 Placeholders, fake inputs, the shapes that ``verify`` computes with, the schemas of our ops and the arrays of each call
-all follow :data:`PLAN_ARRAYS`. All are int64, so that nothing but a name tells one from another.
+all follow :data:`PLAN_ARRAYS`. Most are int64, so that nothing but a name tells one from another.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-Part = Literal["always", "tree", "tiles", "lists"]
-"""The arrays that are passed together: always, for attention on the tree, for its Triton kernels, for gradients."""
+import torch
+
+Code = Literal["torch", "triton"]
+"""The code that runs attention on the tree: ``kernels.torch_attention`` or ``kernels.triton_attention``."""
+
+Part = Literal["always", "tree", "lists"] | Code
+"""The arrays that are passed together: always, for attention on the tree, for gradients, for the code of attention."""
 
 Size = TypeVar("Size")
 
@@ -26,6 +31,7 @@ class PlanArray:
     name: str
     shape: tuple[str | int, ...]
     part: Part
+    dtype: torch.dtype = torch.int64
 
     @property
     def placeholder(self) -> str:
@@ -42,12 +48,17 @@ PLAN_ARRAYS = (
     PlanArray("scatter", ("rows",), "always"),
     PlanArray("begin", ("nodes",), "tree"),  # PrefixPlan.tree
     PlanArray("end", ("nodes",), "tree"),
-    PlanArray("stretches", ("stretches", 3), "tiles"),  # plan.tiles.TreeTiles
-    PlanArray("stretch_starts", ("tiles + 1",), "tiles"),
-    PlanArray("keys", ("keys",), "tiles"),
-    PlanArray("key_starts", ("tiles + 1",), "tiles"),
-    PlanArray("parts", ("parts", 4), "tiles"),
-    PlanArray("divided", ("divided", 3), "tiles"),
+    PlanArray("windows", ("windows",), "torch"),  # plan.torch_tiles.TorchTiles
+    PlanArray("window_starts", ("windows + 1",), "torch"),
+    PlanArray("tiles", ("torch tiles", 6), "torch"),
+    PlanArray("tile_keys", ("tile keys",), "torch"),
+    PlanArray("tile_masks", ("pairs",), "torch", torch.float32),
+    PlanArray("stretches", ("stretches", 3), "triton"),  # plan.triton_tiles.TritonTiles
+    PlanArray("stretch_starts", ("tiles + 1",), "triton"),
+    PlanArray("keys", ("keys",), "triton"),
+    PlanArray("key_starts", ("tiles + 1",), "triton"),
+    PlanArray("parts", ("parts", 4), "triton"),
+    PlanArray("divided", ("divided", 3), "triton"),
     PlanArray("rows", ("rows",), "lists"),  # PrefixPlan.row_lists
     PlanArray("starts", ("nodes + 1",), "lists"),
     PlanArray("pieces", ("pieces",), "lists"),

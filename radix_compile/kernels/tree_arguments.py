@@ -7,23 +7,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from radix_compile.ir.plan_arrays import Code
+
 
 class TreeArrays(NamedTuple):
-    """The plan: int64, see ``PrefixPlan`` and its ``tree``, and ``TreeTiles`` for the last six.
+    """The plan: see ``PrefixPlan`` and its ``tree``. ``end`` is 0 at keys that are hidden.
 
-    ``end`` is 0 at keys that are hidden.
+    The rest are ``TorchTiles`` or ``TritonTiles``: the code that an attention is given tiles for runs it.
     """
 
     fold: Tensor
     scatter: Tensor
     begin: Tensor
     end: Tensor
+    windows: Tensor | None = None
+    window_starts: Tensor | None = None
+    tiles: Tensor | None = None
+    tile_keys: Tensor | None = None
+    tile_masks: Tensor | None = None
     stretches: Tensor | None = None
     stretch_starts: Tensor | None = None
     keys: Tensor | None = None
     key_starts: Tensor | None = None
     parts: Tensor | None = None
     divided: Tensor | None = None
+
+    @property
+    def code(self) -> Code:
+        """The code that these arrays are for."""
+        return "torch" if self.stretches is None else "triton"
+
+    def given(self, *names: str) -> list[Tensor]:
+        """The arrays of these names. Raises ``RuntimeError`` if one is missing: the plan has no tiles for this code."""
+        arrays = {name: getattr(self, name) for name in names}
+        if missing := [name for name, array in arrays.items() if array is None]:
+            raise RuntimeError(f"tree_attention was not given these arrays of the plan: {', '.join(missing)}")
+        return list(arrays.values())
 
 
 class ScoreOptions(NamedTuple):

@@ -1,9 +1,9 @@
 """Causal attention in compact form: each node of the prefix tree attends to its ancestors and itself.
 
-The schema, shapes and gradient of the op, and which code runs it (:func:`lowering`).
+The schema, shapes and gradient of the op, and which code is to run it (:func:`code_for`).
 
     query ``[1, H, T', E]``, key ``[1, Hkv, T', E]``, value ``[1, Hkv, T', V]``; ``H`` is a multiple of ``Hkv``
-    the plan: ``TreeArrays``, of which the lists are for "triton"; what else is carried over: ``ScoreOptions``
+    the plan: ``TreeArrays``, with the tiles of one code; what else is carried over: ``ScoreOptions``
 
 The results are ``[1, H, T', V]`` and the logarithm of the sum of exponentials of each node's scores, ``[H, T']`` in
 float32 (float64 for float64). A node that sees no key is zero, and its sum infinite.
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from radix_compile import torch_internals as internals
 from radix_compile.ir.calls import parameters
-from radix_compile.ir.plan_arrays import schema
-from radix_compile.kernels import attention_tiles
+from radix_compile.ir.plan_arrays import Code, schema
+from radix_compile.kernels import torch_attention
 from radix_compile.kernels.index_ops import has_triton
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, heads_inside, row_bytes
 
 radix = torch.ops.radix
 
-_PLAN = schema(TreeArrays._fields, optional=["tiles"])
+_PLAN = schema(TreeArrays._fields, optional=["torch", "triton"])
 _CARRIED = "Tensor? sinks, Tensor? bias, float scale, int? window, float? softcap"
 _SCHEMAS = (
     f"tree_attention(Tensor query, Tensor key, Tensor value, {_PLAN}, {_CARRIED}) -> (Tensor, Tensor)",
@@ -43,12 +43,12 @@ SHARED_MEMORY = {256: 53 * 1024, 512: 101 * 1024}
 """The bytes of shared memory that a block of the Triton kernels needs at least, by the bytes of a head's row."""
 
 
-def lowering(query: Tensor, value: Tensor) -> str:
-    """The code that runs the op: "triton", kernels that read keys where they are, or "tiles", in torch."""
-    return "triton" if why_tiles(query, value) is None else "tiles"
+def code_for(query: Tensor, value: Tensor) -> Code:
+    """The code that is to run attention of these tensors. The op runs the code whose tiles it is given."""
+    return "triton" if why_not_triton(query, value) is None else "torch"
 
 
-def why_tiles(query: Tensor, value: Tensor) -> str | None:
+def why_not_triton(query: Tensor, value: Tensor) -> str | None:
     """Why the Triton kernels cannot run the op; None if they can."""
     if query.device.type != "cuda":
         return f"on a {query.device.type.upper()}"
@@ -72,24 +72,24 @@ def _split(given: dict[str, Any]) -> tuple[dict[str, Any], TreeArrays, ScoreOpti
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     tensors, plan, options = _split(dict(zip(_NAMES["tree_attention"], args, strict=True)))
-    if lowering(tensors["query"], tensors["value"]) == "triton":
+    if plan.code == "triton":
         from radix_compile.kernels import triton_attention
 
         with torch.cuda.device_of(tensors["query"]):
             return triton_attention.tree_attention(**tensors, plan=plan, score_options=options)
     with torch.autocast(tensors["query"].device.type, enabled=False):
-        return attention_tiles.tree_attention(**tensors, plan=plan, score_options=options)
+        return torch_attention.tree_attention(**tensors, plan=plan, score_options=options)
 
 
 def _gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, plan, options = _split(dict(zip(_NAMES["tree_attention_backward"], args, strict=True)))
-    if lowering(tensors["query"], tensors["value"]) == "triton":
+    if plan.code == "triton":
         from radix_compile.kernels import triton_attention_backward
 
         with torch.cuda.device_of(tensors["query"]):
             return triton_attention_backward.tree_attention_backward(**tensors, plan=plan, score_options=options)
     with torch.autocast(tensors["query"].device.type, enabled=False):
-        return attention_tiles.tree_attention_backward(**tensors, plan=plan, score_options=options)
+        return torch_attention.tree_attention_backward(**tensors, plan=plan, score_options=options)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 After FlashAttention-2 (Dao, arXiv 2307.08691): online softmax, and a backward pass that computes the weights again from
 the sums. What is new is where the keys are. Forward and for the gradient of queries, they are the ancestors of the
-tile's first node, in stretches that need no mask where they can be (``TreeTiles``), and the tile itself. For the
+tile's first node, in stretches that need no mask where they can be (``TritonTiles``), and the tile itself. For the
 gradients of keys, the queries are the descendants of the tile: one stretch of nodes, up to the largest ``end``. Nothing
 is repeated for the heads of a group, and no result depends on the order in which programs run.
 """

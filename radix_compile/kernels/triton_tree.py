@@ -14,7 +14,7 @@ from torch import Tensor
 
 from radix_compile import torch_internals as internals
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, row_bytes
-from radix_compile.plan.tiles import KEYS, ROWS
+from radix_compile.plan.triton_tiles import KEYS, ROWS
 
 LOG2E = math.log2(math.e)
 
@@ -165,20 +165,14 @@ def tile_of(query: Tensor, value: Tensor, score_options: ScoreOptions, kernel: s
     return {"ROWS": KEYS if kernel == "key" else ROWS, **size}
 
 
-def lists_of(plan: TreeArrays) -> tuple[Tensor, ...]:
+def lists_of(plan: TreeArrays) -> list[Tensor]:
     """The arrays that lead to the keys of a tile."""
-    return _all(plan.fold, plan.begin, plan.end, plan.stretches, plan.stretch_starts, plan.keys, plan.key_starts)
+    return plan.given("fold", "begin", "end", "stretches", "stretch_starts", "keys", "key_starts")
 
 
-def parts_of(plan: TreeArrays) -> tuple[Tensor, ...]:
+def parts_of(plan: TreeArrays) -> list[Tensor]:
     """The arrays that lead to the descendants of a tile."""
-    return _all(plan.parts, plan.divided)
-
-
-def _all(*arrays: Tensor | None) -> tuple[Tensor, ...]:
-    if any(one is None for one in arrays):
-        raise RuntimeError("on this device tree_attention needs the arrays of TreeTiles")
-    return arrays  # type: ignore[return-value]
+    return plan.given("parts", "divided")
 
 
 def numbers_of(score_options: ScoreOptions) -> tuple[float, ...]:

@@ -30,12 +30,12 @@ from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Sorted, T
 from radix_compile.ir.calls import call
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
 from radix_compile.ir.graph import Form, facts, graph_facts, set_facts, set_graph_facts, tokens_of
-from radix_compile.ir.plan_arrays import Part, plan_arrays
+from radix_compile.ir.plan_arrays import Code, Part, plan_arrays
 from radix_compile.ir.source import trace_back
 from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.kernels import index_ops
 from radix_compile.kernels.tree_arguments import TreeArrays
-from radix_compile.kernels.tree_attention import lowering
+from radix_compile.kernels.tree_attention import code_for
 from radix_compile.passes.choose_cuts import has_compact_form, thin_source
 from radix_compile.passes.fold import Fold, Wanted
 from radix_compile.torch_internals import forget_value, hints_of, keep_recompute_tag, val
@@ -143,7 +143,7 @@ class _Rewriter:
         arrays = plan_arrays(parts_of_plan(self.decided))
         plan: dict[str, fx.Node | None] = {one.name: self.graph.placeholder(one.placeholder) for one in arrays}
         self.fold_and_scatter = {name: plan[name] for name in ("fold", "scatter")}
-        self.tree = {name: plan.get(name) for name in TreeArrays._fields}
+        self.plan = plan
         lists = plan if self.known.is_differentiable else {}
         self.scatter_and_lists = {"scatter": plan["scatter"]} | {name: lists.get(name) for name in index_ops.LISTS}
         ids = self.full[self.tokens.keys[0]]
@@ -223,7 +223,8 @@ class _Rewriter:
         if bias is not None and self.known.is_differentiable:  # it has no gradient, and the op has none for it
             bias = self.graph.call_function(aten.detach.default, (bias,))
         options = {"scale": parts.scale, "window": visible.window, "softcap": parts.softcap}
-        made = call(self.graph, radix.tree_attention.default, **rows, **self.tree, sinks=sinks, bias=bias, **options)
+        tree = self._tree(code_for(*attention.operands))
+        made = call(self.graph, radix.tree_attention.default, **rows, **tree, sinks=sinks, bias=bias, **options)
         keep_recompute_tag(made, node)
         result = self.graph.call_function(operator.getitem, (made, 0))
         own = Rows(node, parts.order)
@@ -233,6 +234,11 @@ class _Rewriter:
             back = [parts.order.index(dim) for dim in range(len(parts.order))]
             result = self.graph.call_function(aten.permute.default, (result, back))
         return self._tagged(result, node, Form.COMPACT)
+
+    def _tree(self, code: Code) -> dict[str, fx.Node | None]:
+        """The plan of an attention on the tree that this code runs."""
+        arrays = plan_arrays({"tree", code})
+        return dict.fromkeys(TreeArrays._fields) | {array.name: self.plan[array.name] for array in arrays}
 
     def _bias(self, biases: tuple[Bias, ...]) -> fx.Node | None:
         """The sum of the biases, ``[B or 1, H or 1, S or 1, S]``; bool if they only show keys."""
@@ -422,11 +428,9 @@ class _Rewriter:
 
 def parts_of_plan(fold: Fold) -> set[Part]:
     """The parts of a plan that the folded program takes."""
-    parts: set[Part] = set()
-    if shown_keys(fold) is not None:
+    parts: set[Part] = {code_for(*attention.operands) for attention in fold.attentions_on_tree()}
+    if parts:
         parts.add("tree")
-        if needs_tiles(fold):
-            parts.add("tiles")
     if graph_facts(fold.captured).is_differentiable:
         parts.add("lists")
     return parts
@@ -437,9 +441,10 @@ def shown_keys(fold: Fold) -> tuple[tuple[fx.Node, bool], ...] | None:
     return next((one.visible.shown for one in fold.attentions_on_tree()), None)
 
 
-def needs_tiles(fold: Fold) -> bool:
-    """Does the code that will run attention on the tree read lists of keys?"""
-    return any(lowering(*one.operands) == "triton" for one in fold.attentions_on_tree())
+def torch_windows(fold: Fold) -> tuple[int | None, ...]:
+    """The windows of the attentions on the tree that run in torch; None stands for an attention without a window."""
+    attentions = (one for one in fold.attentions_on_tree() if code_for(*one.operands) == "torch")
+    return tuple(dict.fromkeys(attention.visible.window for attention in attentions))
 
 
 def relies_on_visible_keys(fold: Fold) -> bool:

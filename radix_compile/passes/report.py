@@ -17,7 +17,7 @@ from radix_compile.ir.errors import Declined, RefusalCode
 from radix_compile.ir.facts import RowMax
 from radix_compile.ir.graph import Form, graph_facts, tokens_of
 from radix_compile.ir.value import Refusal, module_of, source_line, values_of
-from radix_compile.kernels.tree_attention import why_tiles
+from radix_compile.kernels.tree_attention import why_not_triton
 from radix_compile.passes.fold import Fold, Wanted
 from radix_compile.torch_internals import size_hint, val
 
@@ -153,7 +153,7 @@ def _attention(node: fx.Node, fold: Fold, on_tree: bool) -> Attention | None:
 
 def _lowering(found: TreeAttention | None) -> str:
     assert found is not None
-    why = why_tiles(*found.operands)
+    why = why_not_triton(*found.operands)
     return ", by Triton kernels" if why is None else f", in tiles ({why})"
 
 

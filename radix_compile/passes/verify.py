@@ -22,9 +22,10 @@ NODES = 1_000_003
 """The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""
 
 SIZES = {
-    "nodes": NODES,
-    "nodes + 1": NODES + 1,
-    **{"stretches": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2, "pieces": 7},
+    **{"nodes": NODES, "nodes + 1": NODES + 1},
+    **{"windows": 2, "windows + 1": 3, "torch tiles": 4, "tile keys": 13, "pairs": 17},
+    **{"stretches": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2},
+    "pieces": 7,
 }
 """The sizes of the plan's arrays to compute shapes with."""
 

@@ -24,15 +24,16 @@ from radix_compile.ir.value import source_line, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import (
     assumed_sequence_ids,
-    needs_tiles,
+    parts_of_plan,
     relies_on_visible_keys,
     shown_keys,
+    torch_windows,
     with_blocks,
 )
 from radix_compile.passes.prove_shift import attentions, hidden_padding
-from radix_compile.plan.arrays import Int64
 from radix_compile.plan.prefix_plan import PrefixPlan
-from radix_compile.plan.tiles import tree_tiles
+from radix_compile.plan.torch_tiles import torch_tiles
+from radix_compile.plan.triton_tiles import triton_tiles
 from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
 from radix_compile.runtime.checks import TriangleCheck, rows_seen
 from radix_compile.runtime.row_contents import row_numbers
@@ -104,8 +105,8 @@ class PlanInputs:
     ``fully_masked``  programs for the rows that see no key: source, window and truth of ``ir.facts.FullyMasked``.
     ``skip``          program for the rows that stay, if the others are left out.
     ``tree``          if attention runs on the tree, programs for the keys that are shown.
-    ``tiles``         the folded program takes the tiles of the tree.
-    ``lists``         the folded program takes the rows of each node, for gradients.
+    ``parts``         the parts of a plan that the folded program takes.
+    ``windows``       the windows of attentions on the tree that run in torch.
     ``left_padding``  program for the rows that are no padding, if padding in front of them is in no path.
     ``masks``         positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``sequence_ids``  program for the ids of sequences that are packed in a row.
@@ -125,8 +126,8 @@ class PlanInputs:
     fully_masked: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
     tree: tuple[tuple[RowProgram, bool], ...] | None = None
-    tiles: bool = False
-    lists: bool = False
+    parts: frozenset[Part] = frozenset()
+    windows: tuple[int | None, ...] = ()
     left_padding: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
     sequence_ids: RowProgram | None = None
@@ -139,12 +140,6 @@ class PlanInputs:
     orders: tuple[RowProgram, ...] = ()
     triangles: TriangleCheck | None = None
     filled_up: bool = False
-
-    @property
-    def parts(self) -> set[Part]:
-        """The parts of a plan that the folded program takes."""
-        taken: dict[Part, bool] = {"tree": self.tree is not None, "tiles": self.tiles, "lists": self.lists}
-        return {part for part, is_taken in taken.items() if is_taken}
 
     @property
     def may_leave_the_tree(self) -> bool:
@@ -207,27 +202,33 @@ class PlanInputs:
 
     def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         """The arrays of the plan that the folded program takes, moved to its device in one copy."""
-        made: dict[str, Int64] = {"fold": plan.fold, "scatter": plan.scatter}
+        made: dict[str, NDArray[Any]] = {"fold": plan.fold, "scatter": plan.scatter}
         if self.tree is not None:
             shape = args[self.keys[0]].shape[:2]
             shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
             made["begin"], made["end"] = plan.tree(np.logical_and.reduce(shown) if shown else None)
-            if self.tiles:
-                tiles = tree_tiles(plan, made["begin"], made["end"])
+            if "torch" in self.parts:
+                made |= torch_tiles(plan, made["begin"], made["end"], self.windows).by_name()
+            if "triton" in self.parts:
+                tiles = triton_tiles(plan, made["begin"], made["end"])
                 made |= (tiles.filled_up() if self.filled_up else tiles).by_name()
-        if self.lists:
+        if "lists" in self.parts:
             made["rows"], made["starts"], made["pieces"] = plan.row_lists(self.filled_up)
-        arrays = [made[array.name] for array in plan_arrays(self.parts)]
+        specs = plan_arrays(self.parts)
+        arrays = [made[spec.name] for spec in specs]
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         # Each starts at a multiple of 128 bytes, as an allocation of its own would, or it is copied before its use.
-        *starts, size = accumulate((-(-array.size // 16) * 16 for array in arrays), initial=0)
-        host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        filled = host.numpy()
+        *starts, size = accumulate((-(-array.nbytes // 128) * 128 for array in arrays), initial=0)
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        bytes_on_host = host.numpy()
         for array, start in zip(arrays, starts, strict=True):
-            filled[start : start + array.size] = array.ravel()
-        there = host.to(device, non_blocking=True)
-        return [there.narrow(0, at, one.size).view(one.shape) for one, at in zip(arrays, starts, strict=True)]
+            bytes_on_host[start : start + array.nbytes] = np.ascontiguousarray(array).ravel().view(np.uint8)
+        moved = host.to(device, non_blocking=True)
+        return [
+            moved.narrow(0, start, array.nbytes).view(spec.dtype).view(array.shape)
+            for spec, array, start in zip(specs, arrays, starts, strict=True)
+        ]
 
 
 def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
@@ -287,7 +288,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     Raises ``CannotFold`` if no call can share anything.
     """
     captured, wanted, starts = fold.captured, fold.wanted, fold.starts
-    tokens, is_differentiable = tokens_of(captured), graph_facts(captured).is_differentiable
+    tokens = tokens_of(captured)
     folded = [node for node in wanted.forms if wanted.is_compact(node)]
     fully_masked = dict.fromkeys(
         b for node in folded for value in values_of(node) for b in sorted(value.fully_masked, key=str)
@@ -324,8 +325,8 @@ def plan_inputs(fold: Fold) -> PlanInputs:
         programs,
         skip,
         tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
-        tiles=shown is not None and needs_tiles(fold),
-        lists=is_differentiable,
+        parts=frozenset(parts_of_plan(fold)),
+        windows=torch_windows(fold),
         left_padding=left_padding,
         masks=masks,
         sequence_ids=sequence_ids,

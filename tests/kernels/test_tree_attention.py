@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radix_compile.kernels import attention_reference, attention_tiles, tree_attention
+from radix_compile.ir.plan_arrays import Code, plan_arrays
+from radix_compile.kernels import attention_reference, torch_attention, tree_attention
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays
-from radix_compile.plan import tiles as tree_tiles_module
+from radix_compile.plan import triton_tiles as triton_tiles_module
 from radix_compile.plan.prefix_plan import PrefixPlan
-from radix_compile.plan.tiles import ROWS, tree_tiles
+from radix_compile.plan.torch_tiles import torch_tiles
+from radix_compile.plan.triton_tiles import ROWS, triton_tiles
 from tests.models import features_apart
 from tests.tiers import slow_unless
 
@@ -69,10 +71,16 @@ def tree_of(ids: Tensor, shown: Tensor | None = None, filled_up: bool = False, *
     """The tree of a batch; keys that are not ``shown`` ``[B, S]`` are hidden."""
     plan = PrefixPlan.from_rows(*((ids,) if shown is None else (ids, shown)), **options)
     begin, end = plan.tree(None if shown is None else shown.flatten().numpy() != 0)
-    tiles = tree_tiles(plan, begin, end)
-    lists = (tiles.filled_up() if filled_up else tiles).by_name()
+    tiles = triton_tiles(plan, begin, end)
+    lists = torch_tiles(plan, begin, end, WINDOWS).by_name() | (tiles.filled_up() if filled_up else tiles).by_name()
     arrays = {"fold": plan.fold, "scatter": plan.scatter, "begin": begin, "end": end, **lists}
-    return TreeArrays(**{name: torch.from_numpy(one).to(DEVICE) for name, one in arrays.items()})
+    return TreeArrays(**{name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()})
+
+
+def for_code(code: Code, tree: TreeArrays) -> TreeArrays:
+    """The tree with the tiles for that code alone, as the op takes it."""
+    names = {array.name for array in plan_arrays({"tree", code})}
+    return TreeArrays(**{name: array for name, array in tree._asdict().items() if name in names})
 
 
 class Inputs(NamedTuple):
@@ -125,6 +133,10 @@ CARRIED: dict[str, dict[str, Any]] = {
     "no scale": {"scale": 0.0},
     "all of it": {"sinks": True, "softcap": 3.0, "window": 9, "sizes": (24, 8), "bias": "1HSS"},
 }
+
+
+WINDOWS = (None, 1, 3, 7, 9)
+"""All windows of the tests here."""
 
 
 def run(code: Any, tree: TreeArrays, given: Inputs, scale: float = 0.3, **score_options: Any) -> Any:
@@ -210,9 +222,9 @@ def test_hidden_keys_are_seen_by_nobody_and_blind_nodes_are_zero() -> None:
 triton_attention = pytest.importorskip("radix_compile.kernels.triton_attention", reason="needs Triton")
 triton_attention_backward = pytest.importorskip("radix_compile.kernels.triton_attention_backward")
 triton_tree = pytest.importorskip("radix_compile.kernels.triton_tree")
-FORWARD = {"tiles": attention_tiles.tree_attention, "triton": triton_attention.tree_attention}
+FORWARD = {"tiles": torch_attention.tree_attention, "triton": triton_attention.tree_attention}
 BACKWARD = {
-    "tiles": attention_tiles.tree_attention_backward,
+    "tiles": torch_attention.tree_attention_backward,
     "triton": triton_attention_backward.tree_attention_backward,
 }
 
@@ -282,7 +294,7 @@ def test_steps_of_other_sizes(monkeypatch: pytest.MonkeyPatch, name: str, step: 
 @pytest.mark.parametrize("name", ["plain", "all of it", "one head for each key"])
 def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The gradients of a tile's keys are sums over the parts of its descendants."""
-    monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", 64)
+    monkeypatch.setattr(triton_tiles_module, "MIN_PART_KEYS", 64)
     for batch in ("levels", "one-row suffixes"):
         divided = tree_of(BATCHES[batch]).divided
         assert divided is not None
@@ -293,7 +305,7 @@ def test_descendants_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 @pytest.mark.parametrize("name", slow_unless(lambda name: name == "all of it", ["plain", "all of it"]))
 @pytest.mark.parametrize("batch", slow_unless(lambda batch: batch == "levels", ["levels", "a long prefix"]))
 def test_lists_that_are_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch, batch: str, name: str) -> None:
-    monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", 64)
+    monkeypatch.setattr(triton_tiles_module, "MIN_PART_KEYS", 64)
     ids, (options, score_options) = BATCHES[batch], split(CARRIED[name])
     tree, longer = tree_of(ids), tree_of(ids, filled_up=True)
     sizes = [(len(one), len(other)) for one, other in zip(tree, longer, strict=True) if one is not None is not other]
@@ -313,6 +325,7 @@ def test_schema_shapes_and_gradient_of_the_op(name: str) -> None:
     tree, (about, score_options) = tree_of(few(3, 4)), split(CARRIED[name])
     *given, bias = inputs(tree, ids=few(3, 4), **about)
     given = [None if one is None else one.requires_grad_() for one in given]
+    tree = for_code("torch", tree)
     arguments = *given[:3], *tree, given[3], bias, 0.3, score_options.get("window"), score_options.get("softcap")
     torch.library.opcheck(radix.tree_attention.default, arguments)
     result, total = (one.detach() for one in radix.tree_attention(*arguments))
@@ -330,9 +343,8 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
         made_current.append(tensor.device)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(tree_attention, "lowering", lambda query, value: "triton")
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    tree = tree_of(few(3, 4))
+    tree = for_code("triton", tree_of(few(3, 4)))
     query, key, value, *_ = inputs(tree)
     score_options = None, None, 0.3, None, None
     result, total = radix.tree_attention(query, key, value, *tree, *score_options)
@@ -341,7 +353,7 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
 
 
 def test_the_gradient_of_sinks() -> None:
-    tree, (about, score_options) = tree_of(few(3, 4)), split(CARRIED["all of it"])
+    tree, (about, score_options) = for_code("torch", tree_of(few(3, 4))), split(CARRIED["all of it"])
     given = doubled(inputs(tree, ids=few(3, 4), **about))
     assert given.sinks is not None
 
@@ -368,13 +380,13 @@ def test_work_grows_with_the_pairs_of_nodes_and_ancestors(ids: Tensor) -> None:
     """And not with the square of the nodes: at most by a factor, for what tiles hide of what they compute."""
     plan = PrefixPlan.from_rows(ids)
     begin, end = plan.tree()
-    arrays = TreeArrays(*map(torch.from_numpy, (plan.fold, plan.scatter, begin, end)))
+    arrays = tree_of(ids)
     computed = 0.0
-    for tile in attention_tiles.tiles(arrays, None, True, torch.float32):
+    for tile in torch_attention.tiles(arrays, None, True):
         rows = tile.stop - tile.start
         computed += rows * ((rows + 1) / 2 if tile.mask is None else len(tile.nodes))
     assert plan.pairs <= computed <= 3 * plan.pairs
-    lists = tree_tiles(plan, begin, end)
+    lists = triton_tiles(plan, begin, end)
     listed = sum(stop - start for start, stop, _ in lists.stretches.tolist()) + len(lists.keys)
     in_tiles = len(plan.fold) * ROWS
     assert listed * ROWS <= 3.5 * plan.pairs + in_tiles
@@ -467,17 +479,17 @@ def test_a_bias_may_hide_all_keys(code: str) -> None:
 
 
 def test_tiles_are_those_of_the_plan_that_is_given() -> None:
-    """Of several plans in turn, one of them with keys hidden, though each is the latest only once."""
+    """Of several plans in turn, one of them with keys hidden."""
     shown = (torch.arange(90) % 7 > 0).long().expand(12, 90)
     trees = [tree_of(BATCHES["levels"]), tree_of(BATCHES["levels"], shown), tree_of(BATCHES["a prefix"])]
     for tree in [*trees, *trees]:
         given = doubled(inputs(tree))
-        ours, expected = (run(code.tree_attention, tree, given) for code in (attention_tiles, attention_reference))
+        ours, expected = (run(code.tree_attention, tree, given) for code in (torch_attention, attention_reference))
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 class _OnGPU(NamedTuple):
-    """What ``lowering`` looks at, of a tensor on a GPU that need not be there."""
+    """What ``code_for`` looks at, of a tensor on a GPU that need not be there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -491,11 +503,11 @@ class _OnGPU(NamedTuple):
         (torch.bfloat16, 128, 163, "triton"),  # an A100
         (torch.bfloat16, 128, 99, "triton"),  # an L40S
         (torch.bfloat16, 192, 163, "triton"),
-        (torch.bfloat16, 192, 99, "tiles"),
-        (torch.bfloat16, 128, 48, "tiles"),
+        (torch.bfloat16, 192, 99, "torch"),
+        (torch.bfloat16, 128, 48, "torch"),
         (torch.float32, 128, 227, "triton"),
-        (torch.float32, 256, 227, "tiles"),
-        (torch.float64, 64, 227, "tiles"),
+        (torch.float32, 256, 227, "torch"),
+        (torch.float64, 64, 227, "torch"),
     ],
 )
 def test_which_code_runs(
@@ -503,9 +515,9 @@ def test_which_code_runs(
 ) -> None:
     monkeypatch.setattr(tree_attention.internals, "shared_memory", lambda device: memory * 1024)
     one = _OnGPU(dtype, (1, 4, 10, size))
-    assert tree_attention.lowering(one, one) == code  # type: ignore[arg-type]
+    assert tree_attention.code_for(one, one) == code  # type: ignore[arg-type]
     on_host = torch.empty(1, 4, 10, size, dtype=dtype)
-    assert tree_attention.lowering(on_host, on_host) == "tiles"
+    assert tree_attention.code_for(on_host, on_host) == "torch"
 
 
 @pytest.mark.parametrize(("setting", "precision"), [("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")])

@@ -23,7 +23,7 @@ from radix_compile.kernels import triton_nll, triton_rows, triton_sums, triton_t
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays
 from radix_compile.kernels.triton_launch import Kernel
 from radix_compile.plan.prefix_plan import PrefixPlan
-from radix_compile.plan.tiles import tree_tiles
+from radix_compile.plan.triton_tiles import triton_tiles
 from tests.kernels.plans import tree, values
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -109,7 +109,7 @@ for batch, seq in ((3, 4), (250, 5)):
 plan = PrefixPlan.from_rows(torch.randint(0, 3, (30, 9)))
 begin, end = plan.tree()
 arrays = {"fold": plan.fold, "scatter": plan.scatter, "begin": begin, "end": end}
-arrays |= tree_tiles(plan, begin, end).by_name()
+arrays |= triton_tiles(plan, begin, end).by_name()
 arrays = TreeArrays(**{name: torch.from_numpy(one) for name, one in arrays.items()})
 biases = [None, values((1, 4, 9, 9), torch.float32), values((30, 1, 9, 9), torch.float32) > 0]
 triton_tree.room = lambda query: room

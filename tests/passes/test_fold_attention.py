@@ -15,7 +15,6 @@ import radix_compile
 from radix_compile.analysis.arguments import argument
 from radix_compile.ir.graph import facts
 from radix_compile.passes import fold_graph
-from radix_compile.runtime import call_planner
 from tests.graphs import calls, folded
 from tests.models import VOCABULARY, build, shared_batch
 
@@ -448,8 +447,7 @@ def test_rows_that_see_no_key_count_though_attention_is_only_wanted_in_full_form
 
 def test_the_lists_of_tiles_go_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with new sizes of everything in the second call, and no second compilation for them."""
-    for module in (fold_graph, call_planner):
-        monkeypatch.setattr(module, "needs_tiles", lambda captured: True)
+    monkeypatch.setattr(fold_graph, "code_for", lambda query, value: "triton")
     model = build("Qwen3", num_hidden_layers=1)
     compiled = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
     for shared in (8, 300):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import radix_compile
 from radix_compile import backend
 from radix_compile.passes import fold_graph
-from radix_compile.runtime import call_planner, dispatch
+from radix_compile.runtime import dispatch
 from radix_compile.runtime.cost_model import PLAIN
 from tests.models import build, shared_batch
 
@@ -140,8 +140,7 @@ def test_without_calibration_what_is_known_counts(model: nn.Module, clock: Clock
 def test_on_a_gpu_attention_in_full_form_is_another_choice(
     model: nn.Module, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str
 ) -> None:
-    for module in (fold_graph, call_planner):
-        monkeypatch.setattr(module, "needs_tiles", lambda captured: True)
+    monkeypatch.setattr(fold_graph, "code_for", lambda query, value: "triton")
     clock.seconds |= {FULL: (0.5, 1.1), ROWS: (0.5, 1.1)} | {faster: (0.3, 1.1)}
     compiled(model, tmp_path)(IDS)
     assert {name for name, _ in clock.results[0]} == {PLAIN, FULL, ROWS}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from radix_compile.plan import tiles as tree_tiles_module
+from radix_compile.plan import triton_tiles as triton_tiles_module
+from radix_compile.plan.arrays import Int64
 from radix_compile.plan.prefix_plan import PrefixPlan
-from radix_compile.plan.tiles import BLOCK, KEYS, PARTS, ROWS, tree_tiles
+from radix_compile.plan.triton_tiles import BLOCK, KEYS, PARTS, ROWS, triton_tiles
 from tests.kernels.test_tree_attention import BATCHES, few, prefixes
 
 IDS = {
@@ -20,9 +21,11 @@ IDS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["", "hidden", "fully masked", "padded", "skip"])
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
-def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
+VARIANTS = ["", "hidden", "fully masked", "padded", "skip"]
+
+
+def planned(ids: torch.Tensor, variant: str) -> tuple[PrefixPlan, Int64, Int64]:
+    """The plan of a batch and its ``tree``, in one of `VARIANTS`."""
     batch, seq = ids.shape
     shown = np.ones((batch, seq), np.bool_)
     if variant == "hidden":
@@ -31,8 +34,14 @@ def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
         shown = np.arange(seq) >= np.arange(batch)[:, None] % 2
     options = {"unique": ~shown} if variant == "fully masked" else {"skip": ~shown} if variant == "skip" else {}
     plan = PrefixPlan.from_rows(ids, shown, **options, pad_multiple_of=64 if variant == "padded" else None)
-    begin, end = plan.tree(shown.ravel())
-    tiles = tree_tiles(plan, begin, end)
+    return plan, *plan.tree(shown.ravel())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
+    plan, begin, end = planned(ids, variant)
+    tiles = triton_tiles(plan, begin, end)
     count = -(-len(plan.fold) // ROWS)
     assert len(tiles.stretch_starts) == len(tiles.key_starts) == count + 1
     assert (tiles.key_starts % BLOCK == 0).all()
@@ -54,7 +63,7 @@ def test_each_ancestor_is_listed_once(ids: torch.Tensor, variant: str) -> None:
 
 def test_most_of_a_long_prefix_is_read_in_stretches() -> None:
     plan = PrefixPlan.from_rows(prefixes(6, 2303, (2047, 6)))
-    tiles = tree_tiles(plan, *plan.tree())
+    tiles = triton_tiles(plan, *plan.tree())
     inside = np.diff(tiles.stretches[:, :2]).sum()
     assert inside > 0.9 * (inside + (tiles.keys >= 0).sum())
 
@@ -63,7 +72,7 @@ def test_what_goes_on_where_another_sequence_ended_is_one_stretch_with_it() -> N
     """A conversation after each of its turns: what the longer ones share is new in several of the shorter ones."""
     seen = np.arange(600) < 100 * np.arange(1, 7)[:, None]
     plan = PrefixPlan.from_rows(np.broadcast_to(np.arange(600), seen.shape), seen, skip=~seen)
-    tiles = tree_tiles(plan, *plan.tree())
+    tiles = triton_tiles(plan, *plan.tree())
     assert tiles.stretches.tolist() == [[0, stop, 0] for stop in range(ROWS, 600, ROWS)]
     assert len(tiles.keys) == 0
 
@@ -73,10 +82,10 @@ def test_what_goes_on_where_another_sequence_ended_is_one_stretch_with_it() -> N
 def test_the_descendants_of_each_tile_are_in_its_parts(
     monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, least: int
 ) -> None:
-    monkeypatch.setattr(tree_tiles_module, "MIN_PART_KEYS", least)
+    monkeypatch.setattr(triton_tiles_module, "MIN_PART_KEYS", least)
     plan = PrefixPlan.from_rows(ids)
     begin, end = plan.tree()
-    tiles = tree_tiles(plan, begin, end)
+    tiles = triton_tiles(plan, begin, end)
     slots = dict.fromkeys(range(tiles.parts[:, 3].max() + 1))
     for tile, first in enumerate(range(0, len(end), KEYS)):
         mine = tiles.parts[tiles.parts[:, 0] == tile]
@@ -98,7 +107,7 @@ def test_the_descendants_of_each_tile_are_in_its_parts(
 def test_parts_take_limited_memory() -> None:
     """However long the batch: of a tree of 50,000 nodes the parts of divided tiles are about as many as `PARTS`."""
     plan = PrefixPlan.from_rows(prefixes(100, 1000, (500, 100)))
-    parts = tree_tiles(plan, *plan.tree()).parts
+    parts = triton_tiles(plan, *plan.tree()).parts
     assert 8 <= (parts[:, 3] >= 0).sum() <= PARTS + 8
 
 
@@ -106,7 +115,7 @@ def test_parts_take_limited_memory() -> None:
 def test_lists_are_filled_up_to_powers_of_two(ids: torch.Tensor) -> None:
     plan = PrefixPlan.from_rows(ids)
     begin, end = plan.tree()
-    tiles = tree_tiles(plan, begin, end)
+    tiles = triton_tiles(plan, begin, end)
     longer = tiles.filled_up()
     for name in ("stretches", "keys", "parts", "divided"):
         short, long = getattr(tiles, name), getattr(longer, name)

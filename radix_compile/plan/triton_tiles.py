@@ -1,4 +1,4 @@
-"""Which keys each tile of nodes attends to: worked out once per call, on the host, for all layers.
+"""Tiles of nodes for the Triton kernels of attention: worked out once per call, on the host, for all layers.
 
 The keys of a tile are the ancestors of its first node and the tile itself. Of the ancestors, those of all its nodes
 that come in long stretches are listed as stretches, to be read without a mask and without an index; the rest one by
@@ -31,7 +31,7 @@ BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TreeTiles:
+class TritonTiles:
     """The keys in front of each tile of `ROWS` nodes, but for those that are in the tile.
 
     Attributes:
@@ -56,7 +56,7 @@ class TreeTiles:
     def by_name(self) -> dict[str, Int64]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def filled_up(self) -> TreeTiles:
+    def filled_up(self) -> TritonTiles:
         """With entries that do nothing behind each list, up to a power of two, so that calls differ in size less often.
 
         No tile reads the further keys. The further parts have no queries, and numbers of their own; with the further
@@ -80,7 +80,7 @@ def _filled_up(array: Int64, filler: int | tuple[int, ...]) -> Int64:
     return np.concatenate([array, more])
 
 
-def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
+def triton_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TritonTiles:
     """The tiles of a plan, from its ``tree``; keys that are hidden from all, with an ``end`` of 0, are in no list."""
     count = -(-len(plan.fold) // ROWS)
     first = np.arange(0, plan.tree_nodes, ROWS)  # node of each tile that has any in the tree
@@ -96,7 +96,7 @@ def tree_tiles(plan: PrefixPlan, begin: Int64, end: Int64) -> TreeTiles:
     in_runs, alone = whole > 0, whole < ahead
     stretches = np.stack([node, node + whole, depth], 1)[in_runs]
     keys = _keys(tile[alone], (node + whole)[alone], (ahead - whole)[alone], count)
-    return TreeTiles(stretches, _starts(np.bincount(tile[in_runs], minlength=count)), *keys, *_parts(end))
+    return TritonTiles(stretches, _starts(np.bincount(tile[in_runs], minlength=count)), *keys, *_parts(end))
 
 
 def _starts(counts: Int64) -> Int64:

@@ -1,12 +1,10 @@
-"""Attention on the prefix tree by tiles of nodes, in torch: each tile is one ordinary attention. This runs on CPUs.
+"""Attention on the prefix tree in torch: each tile of the plan is one ordinary attention. This runs on CPUs.
 
-The keys of a tile are those of its first node and the tile itself (``tree_attention`` says why), and a mask hides what
-is no ancestor.
+``plan.torch_tiles`` lists the keys of each tile, and a mask hides the keys that are no ancestors of a query.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,16 +14,16 @@ import torch
 from torch import Tensor
 
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, bias_places, dense, heads_inside
+from radix_compile.plan.torch_tiles import MIN_TILE_NODES, NO_WINDOW
 
 aten = torch.ops.aten
 
-MIN_TILE_NODES = 64
-"""Rows of a tile, about, or a quarter of the keys in front of it if that is more. What it hides of itself is waste."""
-
 
 class Tile(NamedTuple):
-    """Queries from ``start`` to ``stop``; the keys are ``nodes``. ``mask`` ``[m, L]``, 0 or minus infinity, is None if
-    the tile is plainly causal. ``fully_masked`` are the queries that see no key, if there are any.
+    """The queries are the nodes from ``start`` to ``stop``, the keys ``nodes``.
+
+    ``mask`` ``[m, L]``, 0 or minus infinity, is None if the queries are the keys and attention is plainly causal.
+    ``fully_masked`` ``[m]`` are the queries that see no key; None if each of them sees one.
     """
 
     start: int
@@ -35,70 +33,31 @@ class Tile(NamedTuple):
     fully_masked: Tensor | None
 
 
-def stretches(plan: TreeArrays, causal: bool) -> Iterator[tuple[int, int]]:
-    """Where tiles begin and end. With ``causal``, one may be of any length if it has nothing in front of it."""
-    rows, begin = plan.fold.numpy(), plan.begin.numpy()
-    depth = rows - begin
-    same = (rows[1:] == rows[:-1] + 1) & (begin[1:] == begin[:-1])  # the next row of the same sequence
-    bounds = [0, *(np.flatnonzero(~same) + 1).tolist(), len(rows)]
-    start = 0
-    for first, stop in pairwise(bounds):
-        limit = max(MIN_TILE_NODES, int(depth[start]) // 4)
-        if first > start and (stop - start > limit or depth[first] + MIN_TILE_NODES < depth[start]):
-            yield start, first
-            start = first
-            limit = max(MIN_TILE_NODES, int(depth[start]) // 4)
-        if stop - start > limit:  # then it is one sequence
-            parts = 1 if causal and depth[start] == 0 else (stop - start) // limit
-            edges = np.linspace(start, stop, parts + 1).astype(int).tolist()
-            yield from pairwise(edges)
-            start = stop
-    if start < len(rows):
-        yield start, len(rows)
+def tiles(plan: TreeArrays, window: int | None, causal: bool) -> Iterator[Tile]:
+    """The tiles of a plan. With ``causal``, a tile that is plainly causal has no mask."""
+    windows, window_starts, listed, keys, masks = plan.given(
+        "windows", "window_starts", "tiles", "tile_keys", "tile_masks"
+    )
+    place = windows.tolist().index(NO_WINDOW if window is None else window)
+    first, last = window_starts[place : place + 2].tolist()
+    for start, stop, first_key, last_key, first_pair, fully_masked in listed[first:last].tolist():
+        if first_key < last_key:
+            nodes = keys[first_key:last_key]
+            mask = masks[first_pair : first_pair + (stop - start) * len(nodes)].view(-1, len(nodes))
+            yield Tile(start, stop, nodes, mask, mask.amax(1) == float("-inf") if fully_masked else None)
+        elif causal:
+            yield Tile(start, stop, torch.arange(start, stop, device=keys.device), None, None)
+        else:
+            yield from _with_masks(start, stop, keys.device)
 
 
-def tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> Iterator[Tile]:
-    """The tiles of a plan on the host. With ``causal``, one that is plainly so has no mask."""
-    causal = causal and window is None
-    depth = plan.fold - plan.begin
-    for start, stop in stretches(plan, causal):
-        own = torch.arange(start, stop)
-        path = plan.scatter[plan.begin[start] : plan.fold[start]]
-        if causal and not len(path) and bool((plan.end[start:stop] >= stop).all()):
-            yield Tile(start, stop, own, None, None)
-            continue
-        path = path[(path >= 0) & (path < start)]
-        nodes = torch.cat([path, own])
-        hidden = own[:, None] >= plan.end[nodes]
-        hidden[:, len(path) :] |= own > own[:, None]  # those on the path are all in front
-        if window is not None:
-            hidden |= depth[own, None] - depth[nodes] >= window
-            seen = ~hidden.all(0)
-            seen[-1] = True  # a tile outside of the tree sees none, and attention of no keys has no shape
-            nodes, hidden = nodes[seen], hidden[:, seen]
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        fully_masked = hidden.all(1)
-        yield Tile(start, stop, nodes, mask, fully_masked if fully_masked.any() else None)
-
-
-Listed = dict[tuple[int | None, bool, torch.dtype], list[Tile]]
-
-_latest: tuple[tuple[weakref.ref[Tensor], ...], Listed] = ((), {})
-"""The plan that was asked for last, and its tiles: layers ask for the same ones, one after the other."""
-
-
-def _tiles(plan: TreeArrays, window: int | None, causal: bool, dtype: torch.dtype) -> list[Tile]:
-    """The tiles of a plan, kept while it is the latest. Another thread may replace them, and never changes them."""
-    global _latest
-    arrays, (known, found) = plan[:4], _latest
-    if len(known) != len(arrays) or any(ref() is not one for ref, one in zip(known, arrays, strict=True)):
-        found = {}
-        _latest = tuple(map(weakref.ref, arrays)), found
-    about = window, causal, dtype
-    if about not in found:
-        on_host = TreeArrays(*(one.cpu() for one in arrays))
-        found[about] = list(tiles(on_host, window, causal, dtype))
-    return found[about]
+def _with_masks(start: int, stop: int, device: torch.device) -> Iterator[Tile]:
+    """A tile that is plainly causal in parts, as a mask of all its pairs would take memory."""
+    parts = max((stop - start) // MIN_TILE_NODES, 1)
+    for first, last in pairwise(np.linspace(start, stop, parts + 1).astype(int).tolist()):
+        nodes = torch.arange(start, last, device=device)
+        hidden = nodes > nodes[first - start :, None]
+        yield Tile(first, last, nodes, torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf), None)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -108,7 +67,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _keys(rows: Tensor, tile: Tile, heads: int) -> Tensor:
     """The tile's keys, ``[1, H, L, E]``."""
-    own = rows[tile.start : tile.stop] if tile.mask is None else rows.index_select(0, tile.nodes.to(rows.device))
+    own = rows[tile.start : tile.stop] if tile.mask is None else rows.index_select(0, tile.nodes)
     return own.view(len(own), heads, -1).transpose(0, 1)[None]
 
 
@@ -123,7 +82,7 @@ def tree_attention(
     total = query.new_empty((heads, count), dtype=exact)
     fused = _can_fuse(query, value, score_options)
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, _may_be_causal(fused, score_options), query.dtype if fused else exact):
+    for tile in tiles(plan, window, _may_be_causal(fused, score_options)):
         q, k, v = query[:, :, tile.start : tile.stop], _keys(keys, tile, groups), _keys(values, tile, groups)
         mask, fully_masked = _mask(tile, bias, plan, exact)
         attended, summed = _fused(q, k, v, mask, scale) if fused else _spelled(q, k, v, mask, scale, softcap)
@@ -142,14 +101,11 @@ def tree_attention(
 
 def _mask(tile: Tile, bias: Tensor | None, plan: TreeArrays, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The numbers added to the scores of a tile, ``[m, L]`` or ``[H or 1, m, L]``, and which queries see no key."""
-    mask, fully_masked, device = tile.mask, tile.fully_masked, plan.fold.device
-    if mask is None:
-        return None, None
-    mask = mask.to(device)
-    if bias is None:
-        return mask, fully_masked if fully_masked is None else fully_masked.to(device)
-    nodes = tile.nodes.to(device)
-    more = bias_places(plan, bias.shape[3]).of(bias, torch.arange(tile.start, tile.stop, device=device), nodes)
+    mask = tile.mask
+    if mask is None or bias is None:
+        return mask, tile.fully_masked
+    queries = torch.arange(tile.start, tile.stop, device=mask.device)
+    more = bias_places(plan, bias.shape[3]).of(bias, queries, tile.nodes)
     if more.dtype == torch.bool:
         more = torch.zeros_like(more, dtype=dtype).masked_fill_(~more, float("-inf"))
     # Not added: what a key that is hidden finds may be anything, infinite too.
@@ -167,15 +123,16 @@ def _may_be_causal(fused: bool, score_options: ScoreOptions) -> bool:
     return fused and score_options.bias is None and score_options.scale > 0
 
 
-def _about(mask: Tensor | None, scale: float) -> dict[str, Any]:
-    """The options of torch's attention, and of its gradient."""
-    with_batch_and_head = None if mask is None else mask[(None,) * (4 - mask.ndim)]
-    return {"is_causal": mask is None, "attn_mask": with_batch_and_head, "scale": scale}
+def _about(mask: Tensor | None, dtype: torch.dtype, scale: float) -> dict[str, Any]:
+    """The options of torch's attention of queries of this dtype, and of its gradient."""
+    if mask is not None:  # torch reads a mask of another dtype wrong, if queries are float64 (2.13)
+        mask = mask.to(dtype)[(None,) * (4 - mask.ndim)]
+    return {"is_causal": mask is None, "attn_mask": mask, "scale": scale}
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     op = aten._scaled_dot_product_flash_attention_for_cpu.default
-    found: tuple[Tensor, Tensor] = op(q, k, v, **_about(mask, scale))
+    found: tuple[Tensor, Tensor] = op(q, k, v, **_about(mask, q.dtype, scale))
     return found
 
 
@@ -228,7 +185,7 @@ def tree_attention_backward(
     _, bias, scale, window, softcap = score_options
     fused = _can_fuse(query, value, score_options)
     keys, values = _rows(key), _rows(value)
-    for tile in _tiles(plan, window, _may_be_causal(fused, score_options), exact):
+    for tile in tiles(plan, window, _may_be_causal(fused, score_options)):
         own = slice(tile.start, tile.stop)
         g, q, attended = (one[:, :, own].to(exact) for one in (grad, query, result))
         k, v = (_keys(one, tile, groups).to(exact) for one in (keys, values))
@@ -242,7 +199,7 @@ def tree_attention_backward(
             if mask is None:  # then the keys are the queries
                 sums[:, :, own] += more
             else:
-                sums.index_add_(2, tile.nodes.to(query.device), more)
+                sums.index_add_(2, tile.nodes, more)
     return by_query, by_key.to(key.dtype), by_value.to(value.dtype)
 
 
@@ -250,7 +207,7 @@ def _fused_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, total: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    found: tuple[Tensor, Tensor, Tensor] = op(g, q, k, v, result, total, dropout_p=0.0, **_about(mask, scale))
+    found: tuple[Tensor, Tensor, Tensor] = op(g, q, k, v, result, total, dropout_p=0.0, **_about(mask, q.dtype, scale))
     return found
 
 
