@@ -100,8 +100,7 @@ class RadixBackend:
             if options.fold == "never":
                 raise CannotFold('the option fold is "never"', RefusalCode.SWITCHED_OFF, expected=True)
             captured = capture_and_annotate(gm, example_inputs, options, observe)
-            variant = FULL_FOLD if options.fold_attention else POSITION_WISE_FOLD
-            fold = fold_as(variant, captured, options, observe)
+            fold = fold_as(FULL_FOLD if options.fold_attention else POSITION_WISE_FOLD, captured, options, observe)
             report = report_on(fold)  # from here on, a refusal keeps what was found
             expect_enough(report)
             inputs = plan_inputs(fold)
@@ -109,13 +108,10 @@ class RadixBackend:
                 report.notes.append(advice)
             options = _with_rounded_plan_sizes(options, captured)
             trace_rewrite(captured, fold.program, report)
-            name = variant.name if inputs.tree is not None else POSITION_WISE_FOLD.name
-            folded = [_compile_folded(name, fold, inputs, example_inputs, options)]
-            other = _other_variant(inputs, options)
-            if other is not None:
-                fold = fold_as(other, captured, options, observe)
-                one = _compile_folded(other.name, fold, plan_inputs(fold), example_inputs, options)
-                folded.append(replace(one, always=other is POSITION_WISE_FOLD))
+            folded = [_compile_folded(fold, inputs, example_inputs, options)]
+            for variant in _further_variants(inputs, options):
+                fold = fold_as(variant, captured, options, observe)
+                folded.append(_compile_folded(fold, plan_inputs(fold), example_inputs, options))
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason, report.code = False, str(refusal), refusal.code
             if isinstance(refusal, PassFailed):
@@ -195,12 +191,12 @@ def expect_enough(report: GraphReport) -> None:
     raise CannotFold(reason, code)
 
 
-def _other_variant(inputs: PlanInputs, options: Options) -> FoldVariant | None:
-    """The second folded program of a graph, given how calls of the first are planned; None if it needs none."""
+def _further_variants(inputs: PlanInputs, options: Options) -> tuple[FoldVariant, ...]:
+    """The variants in which a graph is folded as well, given how calls of its first folded program are planned."""
     if "triton" in inputs.parts and options.fold == "auto":
         # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
-        return POSITION_WISE_FOLD
-    return FOLD_OFF_THE_TREE if inputs.may_leave_the_tree else None
+        return (POSITION_WISE_FOLD,)
+    return (FOLD_OFF_THE_TREE,) if inputs.may_leave_the_tree else ()
 
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:
@@ -240,7 +236,7 @@ def _with_rounded_plan_sizes(options: Options, captured: fx.GraphModule) -> Opti
     return replace(options, pad_multiple_of=max(1 << (rows // PLAN_SIZES).bit_length() >> 1, 1))
 
 
-def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Sequence[Any], options: Options) -> Folded:
+def _compile_folded(fold: Fold, plan: PlanInputs, example_inputs: Sequence[Any], options: Options) -> Folded:
     captured, folded = fold.captured, fold.program
     plan = replace(plan, filled_up=options.pad_multiple_of is not None)
     verify = CallVerifier(captured, _copied(folded)) if options.verify else None  # the inner backend may write to it
@@ -262,7 +258,9 @@ def _compile_folded(name: str, fold: Fold, plan: PlanInputs, example_inputs: Seq
             ours = {**index_ops.decompositions(ids.device), **token_nll.DECOMPOSITIONS, **embedding.DECOMPOSITIONS}
             program = internals.compile_with(options.inner_backend, folded, inputs, options.mode, inner_options, ours)
             hint = [internals.size_hint(size) for size in ids.shape[:2]]
-            return Folded(name, program, plan, verify, Work.of(report_on(fold), *hint))
+            name = POSITION_WISE_FOLD.name if fold.variant is FULL_FOLD and plan.tree is None else fold.variant.name
+            runs_all_calls = fold.variant is not FOLD_OFF_THE_TREE
+            return Folded(name, program, plan, verify, Work.of(report_on(fold), *hint), runs_all_calls)
     except (RuntimeError, *internals.RUNS_EAGERLY) as error:
         if internals.must_propagate(error):
             raise

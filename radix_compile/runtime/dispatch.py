@@ -43,7 +43,7 @@ class Choice:
 class Folded:
     """A folded program, how to plan its calls and check them, and its FLOPs.
 
-    ``always`` if it can run all calls of the graph, not only those in which the others raise ``NeedsFullAttention``.
+    ``runs_all_calls``, not only those in which the programs in front of it raise ``NeedsFullAttention``.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Folded:
     inputs: PlanInputs
     verify: CallVerifier | None
     work: Work
-    always: bool = True
+    runs_all_calls: bool = True
 
     def run(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> Any:
         return self.program(*args, *self.inputs.arrays(plan, args, device))
@@ -135,7 +135,7 @@ class PerCall:
                 plan = one.inputs.plan(args, self.options.pad_multiple_of, share_nothing)
             except NeedsFullAttention:
                 continue
-            return plan, [one, *(other for other in self.folded[i + 1 :] if other.always)]
+            return plan, [one, *(other for other in self.folded[i + 1 :] if other.runs_all_calls)]
         return last.inputs.plan(args, self.options.pad_multiple_of, share_nothing), [last]
 
     def _choose(self, call: _Call) -> Folded | Declined:
