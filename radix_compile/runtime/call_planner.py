@@ -19,7 +19,7 @@ from radix_compile.ir.errors import CannotFold, RefusalCode, RunsPlain
 from radix_compile.ir.facts import ordered_by
 from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.ir.plan_arrays import Part, plan_arrays
-from radix_compile.ir.source import ancestors
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import source_line, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import (
@@ -292,7 +292,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     fully_masked = dict.fromkeys(
         b for node in folded for value in values_of(node) for b in sorted(value.fully_masked, key=str)
     )
-    needed = set(ancestors(*folded, *(b.source for b in fully_masked)))
+    needed = set(upstream(*folded, *(b.source for b in fully_masked)))
     placeholders = captured.graph.find_nodes(op="placeholder")
     hidden = fold.left_out
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
@@ -374,7 +374,7 @@ def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
 
 
 def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
-    needed = set(ancestors(source))
+    needed = set(upstream(source))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[int] = []

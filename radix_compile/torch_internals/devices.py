@@ -1,4 +1,4 @@
-"""Devices: shared memory and synchronization."""
+"""Devices: shared memory and synchronisation."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from radix_compile.analysis.rules.masks import as_formula, fact_of, size_of
 from radix_compile.ir.axes import BATCH, as_size
 from radix_compile.ir.facts import ORDINARY, TRUE, Filled, Formula, Masked, negation
 from radix_compile.ir.graph import facts
-from radix_compile.ir.source import ancestors
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import value_of
 from radix_compile.torch_internals import val
 
@@ -79,14 +79,14 @@ class Bias:
             return fact.size > ORDINARY
         if size_of(self.node) <= ORDINARY:
             return False
-        numbers = [arg for node in ancestors(self.node) for arg in node.args if isinstance(arg, int | float)]
-        numbers += [fact.value for node in ancestors(self.node) if isinstance(fact := fact_of(node), Filled)]
+        numbers = [arg for node in upstream(self.node) for arg in node.args if isinstance(arg, int | float)]
+        numbers += [fact.value for node in upstream(self.node) if isinstance(fact := fact_of(node), Filled)]
         return any(abs(number) > ORDINARY for number in numbers)
 
     def check(self) -> None:
         """Raises :class:`NotOnTree` if it has no such shape, has a gradient, or is computed from rows at some cost."""
         self.shape()
-        for node in ancestors(self.node):
+        for node in upstream(self.node):
             if facts(node).needs_gradient:
                 raise NotOnTree("it adds a bias that has a gradient")
             if flops(node):

@@ -21,7 +21,7 @@ from radix_compile.analysis.rules.elementwise import elementwise
 from radix_compile.analysis.rules.reductions import along
 from radix_compile.ir.axes import (
     Arrangement,
-    Kind,
+    ArrangementKind,
     Layout,
     Mixes,
     Size,
@@ -45,7 +45,7 @@ _EXACT = (*_INTEGERS, torch.float32, torch.float64)
 """Types that hold the number of an expert as it is."""
 
 
-def _arranged(by: Sorted, kind: Kind, number: int = 1) -> Value:
+def _arranged(by: Sorted, kind: ArrangementKind, number: int = 1) -> Value:
     return Value((), arrangement=Arrangement(kind, by, number))
 
 
@@ -59,15 +59,15 @@ def sort(node: fx.Node, layout: Layout) -> Marks:
     if len(value.axes) != 1 or value.axes[0][: len(layout.row)] != layout.row:
         feature(value.axes[dim], "sorts along")
     by = Sorted("sorted", node, value.axes[0])
-    order = _arranged(by, Kind.ORDER)
+    order = _arranged(by, ArrangementKind.ORDER)
     return order if node.target is aten.argsort.default else (Value(((by,),)), order)
 
 
 def _inverse(node: fx.Node, order: Arrangement) -> Value:
     """The numbers of an order, sorted, count; where each of them was is its place in the order."""
     ascending = not argument(node, "descending")
-    if node.target is aten.argsort.default and ascending and (order.kind, order.number) == (Kind.ORDER, 1):
-        return _arranged(order.by, Kind.PLACE)
+    if node.target is aten.argsort.default and ascending and (order.kind, order.number) == (ArrangementKind.ORDER, 1):
+        return _arranged(order.by, ArrangementKind.PLACE)
     raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
 
 
@@ -76,9 +76,9 @@ def floor_divide(node: fx.Node, layout: Layout) -> Marks:
     order, divisor = value_of(source_of(node)).arrangement, node.args[1]
     if order is None:
         return elementwise(node, layout)
-    if order.kind is not Kind.ORDER or not isinstance(divisor, int) or divisor < 1:
+    if order.kind is not ArrangementKind.ORDER or not isinstance(divisor, int) or divisor < 1:
         raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
-    return _arranged(order.by, Kind.ORDER, order.number * divisor)
+    return _arranged(order.by, ArrangementKind.ORDER, order.number * divisor)
 
 
 def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layout) -> Value:
@@ -88,10 +88,10 @@ def rearranged(source: fx.Node, indices: Sequence[fx.Node | None], layout: Layou
     if arrangement is None or value.arrangement or not value.axes:
         raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
     by, first = arrangement.by, value.axes[0]
-    if arrangement.kind is Kind.PLACE and first == (by,):
+    if arrangement.kind is ArrangementKind.PLACE and first == (by,):
         return Value((by.axis, *value.axes[1:]))
     slots = by.axis[len(first) :]
-    theirs = arrangement.kind is Kind.ORDER and (*first, *slots) == by.axis
+    theirs = arrangement.kind is ArrangementKind.ORDER and (*first, *slots) == by.axis
     if theirs and value.is_row and layout.axis_size(slots) == arrangement.number:
         return Value(((by,), *value.axes[1:]))
     raise Mixes("looks up rows by an order that is not theirs", RefusalCode.ORDER_OF_ROWS)
@@ -101,9 +101,9 @@ def empty_like(node: fx.Node, layout: Layout) -> Value:
     like = value_of(source_of(node)).arrangement
     if like is None:
         return Value(uniform_axes(node))
-    if like.kind is not Kind.ORDER:
+    if like.kind is not ArrangementKind.ORDER:
         raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
-    return _arranged(like.by, Kind.BLANK)
+    return _arranged(like.by, ArrangementKind.BLANK)
 
 
 def index_put(node: fx.Node, layout: Layout) -> Value:
@@ -115,10 +115,10 @@ def index_put(node: fx.Node, layout: Layout) -> Value:
         raise Mixes("writes to rows by index", RefusalCode.INDEXES_ROWS)
     counted = value_of(values).fact == Index(-1, 0) and len(shape_of(values)) == 1 and shape_of(values) != (1,)
     arrangement = value_of(indices[0]).arrangement
-    same = blank.kind is Kind.BLANK and arrangement == Arrangement(Kind.ORDER, blank.by)
+    same = blank.kind is ArrangementKind.BLANK and arrangement == Arrangement(ArrangementKind.ORDER, blank.by)
     if not same or not counted or argument(node, "accumulate"):
         raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
-    place = Arrangement(Kind.PLACE, blank.by)
+    place = Arrangement(ArrangementKind.PLACE, blank.by)
     return Value((), arrangement=place, operands=((values, 0, "count"),))
 
 
@@ -128,7 +128,7 @@ def histc(node: fx.Node, layout: Layout) -> Value:
     bins, least, most = (argument(node, name) for name in ("bins", "min", "max"))
     if by is None or not isinstance(bins, int) or (least, most) != (0, bins - 1) or bins < 2:
         raise Mixes("counts values over rows", RefusalCode.ORDER_OF_ROWS)
-    return _arranged(by, Kind.COUNTS, bins)
+    return _arranged(by, ArrangementKind.COUNTS, bins)
 
 
 def _sorted_by(keys: fx.Node) -> Sorted | None:
@@ -149,9 +149,9 @@ def _is_ascending(node: object) -> bool:
 def ends_of_groups(node: fx.Node, counts: Arrangement) -> Value:
     """The running sum of counts."""
     exact = node.target is aten.cumsum.default and val(node).dtype in _INTEGERS
-    if counts.kind is not Kind.COUNTS or not exact:
+    if counts.kind is not ArrangementKind.COUNTS or not exact:
         raise Mixes(_USES, RefusalCode.ORDER_OF_ROWS)
-    return _arranged(counts.by, Kind.ENDS, counts.number)
+    return _arranged(counts.by, ArrangementKind.ENDS, counts.number)
 
 
 def grouped_mm(node: fx.Node, layout: Layout) -> Value:
@@ -162,7 +162,7 @@ def grouped_mm(node: fx.Node, layout: Layout) -> Value:
     rows, weights, ends = node.args[:3]
     assert isinstance(rows, fx.Node) and isinstance(weights, fx.Node) and isinstance(ends, fx.Node)  # noqa: PT018
     groups, value = value_of(ends).arrangement, value_of(rows)
-    in_order = groups is not None and groups.kind is Kind.ENDS and value.axes[:1] == ((groups.by,),)
+    in_order = groups is not None and groups.kind is ArrangementKind.ENDS and value.axes[:1] == ((groups.by,),)
     if groups is None or not in_order or len(value.axes) != 2 or not value_of(weights).is_constant:
         raise Mixes("multiplies groups of rows that are not known to be those of each key", RefusalCode.ORDER_OF_ROWS)
     experts = shape_of(weights)[0]
