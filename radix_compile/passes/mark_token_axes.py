@@ -181,7 +181,7 @@ def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
     if mixed is not None and not info.takes_mixed:
         return Value((), mixed=mixed)
     if any(value.arrangement for value in inputs) and not info.takes_arrangements:
-        raise Mixes("computes with the order of the rows, in which every row has a part", RefusalCode.ORDER_OF_ROWS)
+        raise Mixes("computes with the order of the rows, which depends on all rows", RefusalCode.ORDER_OF_ROWS)
     if info.rule is None:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
