@@ -42,11 +42,11 @@ SORTING: dict[OpOverload | str, list[Sample]] = {
     ],
     "aten::_grouped_mm": [
         arranged(experts(aten._grouped_mm.default)),
-        refused("no weights", experts(aten._grouped_mm.default, by_token)),
+        refused("without weights", experts(aten._grouped_mm.default, by_token)),
     ],
     "transformers::grouped_mm_fallback": [
         arranged(experts()),
-        refused("no weights", experts(choose=by_token)),
+        refused("without weights", experts(choose=by_token)),
     ],
     aten.index_select.default: [
         compact(lambda t, op: t(op, t.x, 2, t(aten.arange.start_step, 0, FEATURES, 2))),
