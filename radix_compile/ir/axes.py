@@ -167,7 +167,7 @@ def count_tokens(axes: Axes) -> tuple[int, int]:
 
 
 def is_longer(axis: Axis) -> bool:
-    """Is it the columns of a sequence, followed by entries that have no column?"""
+    """Is the axis the columns of a sequence, followed by entries that have no column?"""
     return len(axis) == 1 and isinstance(axis[0], Longer)
 
 

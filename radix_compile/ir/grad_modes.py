@@ -46,7 +46,7 @@ def with_gradient(graph: fx.Graph, records: Mapping[fx.Node, bool]) -> set[fx.No
 
 
 def _is_continuous(value: object) -> bool:
-    """Is it a floating-point or complex tensor, or does it contain such a tensor?"""
+    """Is the value a floating-point or complex tensor, or a tuple or list with such a tensor?"""
     if isinstance(value, tuple | list):
         return any(map(_is_continuous, value))
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())

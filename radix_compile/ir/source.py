@@ -32,10 +32,10 @@ def origin_name(node: fx.Node) -> str | None:
 def upstream(*nodes: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes, and all nodes from which they are computed."""
     queue = list(dict.fromkeys(nodes))
-    seen = set(queue)
+    visited = set(queue)
     while queue:
         node = queue.pop()
         yield node
-        new = [arg for arg in node.all_input_nodes if arg not in seen]
-        seen.update(new)
+        new = [arg for arg in node.all_input_nodes if arg not in visited]
+        visited.update(new)
         queue += new

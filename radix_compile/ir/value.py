@@ -141,7 +141,7 @@ class Value:
 
     @property
     def is_arranged(self) -> bool:
-        """Is it rows in a sorted order, or numbers about one? These are valid in each form, but cannot be converted."""
+        """Does the value hold sorted rows, or numbers about their order? Each form of the program computes its own."""
         return self.arrangement is not None or any(isinstance(atom, Sorted) for axis in self.axes for atom in axis)
 
     @property
@@ -191,7 +191,7 @@ def is_row(node: fx.Node) -> bool:
 
 
 def is_arranged(node: fx.Node) -> bool:
-    """Is any result of the node rows in a sorted order, or numbers about one?"""
+    """Does any result of the node hold sorted rows, or numbers about their order?"""
     return any(value.is_arranged for value in values_of(node))
 
 

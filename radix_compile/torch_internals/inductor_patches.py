@@ -62,9 +62,9 @@ def _lay_out_unbacked_contiguously() -> None:
     same_ordered = FlexibleLayout.same_ordered
 
     def contiguous_if_unbacked(sizes: Sequence[Any], stride: Sequence[Any]) -> Sequence[Any]:
-        return (
-            FlexibleLayout.contiguous_strides(sizes) if free_unbacked_symbols(stride) else same_ordered(sizes, stride)
-        )
+        if free_unbacked_symbols(stride):
+            return FlexibleLayout.contiguous_strides(sizes)
+        return same_ordered(sizes, stride)
 
     FlexibleLayout.same_ordered = staticmethod(contiguous_if_unbacked)  # type: ignore[method-assign]
 

@@ -24,8 +24,8 @@ def triangle(node: fx.Node, reaches: Reaches) -> Reach:
     if source.batch in (source.rank - 2, source.rank - 1):
         raise OutOfReach
     cut = np.tril if node.target is aten.tril.default else np.triu
-    kept = cut(np.ones((rows, columns), bool), reaches.number(argument(node, "diagonal")))
-    return reach(source.last, np.where(kept, source.known, 0.0), source.batch)
+    mask = cut(np.ones((rows, columns), bool), reaches.number(argument(node, "diagonal")))
+    return reach(source.last, np.where(mask, source.known, 0.0), source.batch)
 
 
 def reduce(node: fx.Node, reaches: Reaches) -> Reach:

@@ -73,7 +73,7 @@ ReachRule = Callable[[fx.Node, "Reaches"], "Reach | tuple[Reach, ...]"]
 
 
 class Reaches:
-    """The reaches of the nodes of one graph, for given sizes; computed on demand, back to nodes that have axes."""
+    """The reaches of the nodes of a graph, for given sizes: computed on demand, back to nodes that have axes."""
 
     def __init__(self, layout: Layout, sizes: Mapping[sympy.Symbol, int]) -> None:
         self.layout = layout
@@ -246,13 +246,13 @@ class ReachCheck:
 
 def steps_to(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the nodes without axes from which a node with axes is computed."""
-    queue, seen = list(node.all_input_nodes), set()
+    queue, visited = list(node.all_input_nodes), set()
     while queue:
         step = queue.pop()
         values = marks_of(step)
         mixed = (values if isinstance(values, tuple) else (values,))[0].mixed
-        if mixed is not None and step not in seen:
-            seen.add(step)
+        if mixed is not None and step not in visited:
+            visited.add(step)
             yield step
             queue.extend(step.all_input_nodes)
 

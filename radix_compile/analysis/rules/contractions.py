@@ -97,9 +97,9 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
     if any(how != "pairs" for _, _, how in uses):
         raise Mixes("a table lines up with tokens in an equation", RefusalCode.UNCLEAR_DIMENSIONS)
     token_sums = [(label, axis) for label, axis in zip(summed, axes, strict=False) if has_tokens(axis)]
-    kept = axes[len(summed) :]
+    result_axes = axes[len(summed) :]
     if not token_sums:
-        value = Value(kept, operands=uses)
+        value = Value(result_axes, operands=uses)
         return value.with_fact(Score()) if value.is_pair else value
     (label, axis), *others = token_sums
     by_fact = sorted(zip(tensors, terms, strict=True), key=lambda pair: not isinstance(value_of(pair[0]).fact, Weights))
@@ -113,7 +113,7 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
             "attention weights are multiplied by something other than a value vector for each row",
             RefusalCode.ATTENTION_NOT_UNDERSTOOD,
         )
-    return attend(kept, fact, value_of(weights), value_of(source))
+    return attend(result_axes, fact, value_of(weights), value_of(source))
 
 
 def labels_of(equation: str, count: int) -> tuple[list[str], str]:

@@ -48,7 +48,7 @@ from radix_compile.torch_internals import val
 aten = torch.ops.aten
 
 MAX_SYMBOLIC_SIZE = 2**30
-"""The assumed bound on symbolic sizes: a mask of so many columns would have 2**60 entries."""
+"""The assumed bound on symbolic sizes. A mask of 2**30 columns would have 2**60 entries."""
 
 LARGEST_OFFSET = 2**30
 """The largest offset of a row's integer; with integers that ``PlanInputs.orders`` accepts, no sum wraps around."""
@@ -359,26 +359,26 @@ def blanked(node: fx.Node) -> frozenset[FullyMasked]:
 
 def _masked(visible: Formula, source: Any, floor: Fact | None) -> Fact:
     """Return the fact of ``source`` where ``visible`` holds, and ``floor`` elsewhere."""
-    kept = fact_of(source)
+    fact = fact_of(source)
     assert isinstance(floor, Filled)
-    if isinstance(kept, Masked):
-        both = conjunction(visible, kept.visible)
-        return Masked.of(both, max(floor.value, kept.floor), kept.size, kept.zero)
-    return Masked.of(visible, floor.value, size_of(source), zero=kept == Filled(0))
+    if isinstance(fact, Masked):
+        both = conjunction(visible, fact.visible)
+        return Masked.of(both, max(floor.value, fact.floor), fact.size, fact.zero)
+    return Masked.of(visible, floor.value, size_of(source), zero=fact == Filled(0))
 
 
 def where(node: fx.Node) -> Fact | None:
-    condition, first, second = node.args
+    condition, if_true, if_false = node.args
     assert isinstance(condition, fx.Node)
     dtype = val(node).dtype
     if not dtype.is_floating_point:
         return None
     formula = as_formula(value_of(condition))
-    kept, other = fact_of(first), fact_of(second)
-    if is_hidden(other, dtype):
-        return _masked(formula, first, other)
-    if is_hidden(kept, dtype):
-        return _masked(negation(formula), second, kept)
+    first, second = fact_of(if_true), fact_of(if_false)
+    if is_hidden(second, dtype):
+        return _masked(formula, if_true, second)
+    if is_hidden(first, dtype):
+        return _masked(negation(formula), if_false, first)
     return None
 
 

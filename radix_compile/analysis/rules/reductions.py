@@ -125,9 +125,9 @@ def layer_norm(node: fx.Node, layout: Layout) -> Marks:
     for weight in node.all_input_nodes[1:]:
         if not value_of(weight).is_constant:
             raise Mixes("the norm's weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
-    kept = value.axes[: len(value.axes) - num_dims]
-    axes = (*kept, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
+    leading = value.axes[: len(value.axes) - num_dims]
+    axes = (*leading, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
     if node.target is aten.native_layer_norm.default:
-        statistics = (*kept, *((),) * num_dims)
+        statistics = (*leading, *((),) * num_dims)
         return Value(axes), Value(statistics), Value(statistics)
     return Value(axes)

@@ -261,7 +261,7 @@ def cat(node: fx.Node, layout: Layout) -> Value:
 
 
 def _are_scores(value: Value, dim: int) -> bool:
-    """Is it masked scores with keys along ``dim``?"""
+    """Does the value hold masked scores, with keys along ``dim``?"""
     return value.is_pair and value.axes[dim] == (SEQ,) and isinstance(value.fact, Masked)
 
 
