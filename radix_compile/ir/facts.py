@@ -258,7 +258,7 @@ class Filled:
     value: float
 
 
-def stored(fact: Filled, dtype: torch.dtype) -> Filled | None:
+def cast_filled(fact: Filled, dtype: torch.dtype) -> Filled | None:
     """Return the fact after a cast to ``dtype``, or None if the cast may round the value to zero or wrap it around."""
     if dtype == torch.bool:
         return Filled(float(fact.value != 0))

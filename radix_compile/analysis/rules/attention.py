@@ -9,7 +9,7 @@ from torch import fx
 
 from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.rules.contractions import attend
-from radix_compile.analysis.rules.masks import as_formula, in_attention
+from radix_compile.analysis.rules.masks import added_to_products, as_formula
 from radix_compile.ir.axes import SEQ, Axes, Layout, Mixes, feature, has_tokens
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.facts import And, Diff, Formula, Masked, Weights, implies_causal
@@ -71,6 +71,6 @@ def _visible(node: fx.Node, layout: Layout, scores: Operand) -> tuple[Formula, U
     _, uses = broadcast(layout, [scores, Operand(mask, marks, marks.axes)])
     if val(mask).dtype == torch.bool:
         return as_formula(marks), uses
-    if isinstance(marks.fact, Masked) and in_attention(marks.fact).is_certain:
+    if isinstance(marks.fact, Masked) and added_to_products(marks.fact).is_certain:
         return marks.fact.visible, uses
     raise Mixes("the attention mask is not understood", RefusalCode.MASK_NOT_UNDERSTOOD)

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from radix_compile.analysis.arguments import argument, source_of
-from radix_compile.analysis.rules.elementwise import lined_up
-from radix_compile.analysis.rules.masks import as_formula, counted, is_hidden
+from radix_compile.analysis.rules.elementwise import broadcast_inputs
+from radix_compile.analysis.rules.masks import as_formula, if_representable, is_hidden
 from radix_compile.ir.axes import Layout, feature, plain_axes, uniform_axes
 from radix_compile.ir.facts import (
     Diff,
@@ -18,9 +18,9 @@ from radix_compile.ir.facts import (
     Masked,
     Ones,
     Predicate,
+    cast_filled,
     conjunction,
     negation,
-    stored,
 )
 from radix_compile.ir.value import Value, value_of
 from radix_compile.torch_internals import val
@@ -34,7 +34,7 @@ def arange(node: fx.Node, layout: Layout) -> Value:
         step = argument(node, "step")
     # A narrower dtype might wrap around, here or in later arithmetic.
     is_index = isinstance(start, int) and step == 1 and val(node).dtype in (torch.int32, torch.int64)
-    return Value(plain_axes(node), fact=counted(node, Index(-1, start)) if is_index else None)
+    return Value(plain_axes(node), fact=if_representable(node, Index(-1, start)) if is_index else None)
 
 
 def _fill_value(node: fx.Node) -> float | None:
@@ -52,7 +52,7 @@ def _fill_value(node: fx.Node) -> float | None:
 
 def _filled(node: fx.Node) -> Fact | None:
     value = _fill_value(node)
-    return None if value is None else stored(Filled(value), val(node).dtype)
+    return None if value is None else cast_filled(Filled(value), val(node).dtype)
 
 
 def fill(node: fx.Node, layout: Layout) -> Value:
@@ -60,7 +60,7 @@ def fill(node: fx.Node, layout: Layout) -> Value:
 
 
 def fill_like(node: fx.Node, layout: Layout) -> Value:
-    axes, uses = lined_up(node, layout)
+    axes, uses = broadcast_inputs(node, layout)
     return Value(axes, fact=_filled(node), operands=uses)
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from radix_compile.analysis.arguments import tensor_inputs
 from radix_compile.analysis.op_info import OP_INFO, OpInfo, Rule
-from radix_compile.analysis.rules.elementwise import lined_up
+from radix_compile.analysis.rules.elementwise import broadcast_inputs
 from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.value import Marks, Value, value_of
@@ -57,7 +57,7 @@ def register_rule(op: OpOverload, rule: str | Rule) -> None:
 
 
 def _pointwise(node: fx.Node, layout: Layout) -> Marks:
-    axes, uses = lined_up(node, layout)
+    axes, uses = broadcast_inputs(node, layout)
     return _each(node, Value(axes, operands=uses))
 
 

@@ -13,13 +13,13 @@ from radix_compile.torch_internals import val
 
 def elementwise(node: fx.Node, layout: Layout) -> Marks:
     """Return the value of an op whose results' entries read the entries that line up with them."""
-    axes, uses = lined_up(node, layout)
+    axes, uses = broadcast_inputs(node, layout)
     results = val(node)
     if isinstance(results, tuple | list):
         return tuple(Value(axes, operands=uses) for _ in results)
     return Value(axes, fact=elementwise_fact(node), operands=uses)
 
 
-def lined_up(node: fx.Node, layout: Layout) -> tuple[Axes, Uses]:
+def broadcast_inputs(node: fx.Node, layout: Layout) -> tuple[Axes, Uses]:
     """Broadcast all tensors of the op. Return the axes of the result and ``Value.operands``."""
     return broadcast(layout, [operand(arg) for arg in tensor_inputs(node)])

@@ -139,7 +139,7 @@ def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
     The integers of rows are unknown when compiling; each call checks them (``PlanInputs.orders``).
     """
     if isinstance(fact, Index | Distance):
-        return counted(node, replace(fact, offset=fact.offset + amount))
+        return if_representable(node, replace(fact, offset=fact.offset + amount))
     shifted = _as_shifted(fact)
     if shifted is None or val(node).dtype not in (torch.int32, torch.int64):
         return None
@@ -147,7 +147,7 @@ def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
     return Shifted(shifted.source, shifted.dim, offset) if abs(offset) <= LARGEST_OFFSET else None
 
 
-def counted(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
+def if_representable(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
     """Return the fact, or None if the node's integer dtype is too small for its numbers, so that some wrap around."""
     shape, limits = shape_of(node), torch.iinfo(val(node).dtype)
 
@@ -258,7 +258,7 @@ def _floor_plus(mask: Masked, size: float) -> float:
     return -math.inf if mask.is_strict else mask.floor + size
 
 
-def in_attention(mask: Masked) -> Masked:
+def added_to_products(mask: Masked) -> Masked:
     """Return the masked scores if the mask is added to query-key products."""
     return _added(mask, ORDINARY)
 
@@ -282,7 +282,7 @@ def sub(node: fx.Node) -> Fact | None:
         return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Index) and isinstance(other, Index) and fact.dim != other.dim:
         distance = Distance(fact.dim, other.dim, fact.offset - other.offset)
-        return counted(node, distance) if argument(node, "alpha") == 1 else None
+        return if_representable(node, distance) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
         # The largest visible entry of each row becomes zero, and the gap to hidden entries stays the same.
         floor = -math.inf if fact.is_strict else -fact.gap
@@ -339,7 +339,7 @@ def tanh(node: fx.Node) -> Fact | None:
     return Score(1.0)
 
 
-def blanked(node: fx.Node) -> frozenset[FullyMasked]:
+def zeroed_rows(node: fx.Node) -> frozenset[FullyMasked]:
     """Return the fully masked rows that a product with a padding mask sets to zero (before a scan)."""
     if node.target is not aten.mul.Tensor:
         return frozenset()

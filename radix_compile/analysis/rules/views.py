@@ -32,7 +32,7 @@ from radix_compile.ir.axes import (
     shape_of,
 )
 from radix_compile.ir.errors import RefusalCode
-from radix_compile.ir.facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, negation, remap, stored
+from radix_compile.ir.facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, cast_filled, negation, remap
 from radix_compile.ir.value import Value, broadcast, value_of
 from radix_compile.torch_internals import val
 
@@ -59,7 +59,7 @@ def same_entries(node: fx.Node, layout: Layout) -> Value:
 
 def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | None:
     if isinstance(fact, Filled):
-        return stored(fact, after)
+        return cast_filled(fact, after)
     if before == after:
         return fact
     if before.is_floating_point and after.is_floating_point:
