@@ -291,7 +291,7 @@ def sub(node: fx.Node) -> Fact | None:
 
 
 def scale(node: fx.Node) -> Fact | None:
-    """Return the fact of a product with a number: of scores, of weights, or of a mask (positive factors only)."""
+    """Return the fact of scores, weights or a mask times (or divided by) a number, which must be positive for masks."""
     fact, factor = fact_of(node.args[0]), fact_of(node.args[1])
     if not isinstance(factor, Filled) or not math.isfinite(factor.value) or factor.value == 0:
         return None
