@@ -193,7 +193,7 @@ def expect_enough(report: GraphReport) -> None:
 
 def _further_variants(inputs: PlanInputs, options: Options) -> tuple[FoldVariant, ...]:
     """The variants in which a graph is folded as well, given how calls of its first folded program are planned."""
-    if "triton" in inputs.parts and options.fold == "auto":
+    if "triton" in inputs.groups and options.fold == "auto":
         # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
         return (POSITION_WISE_FOLD,)
     return (FOLD_OFF_THE_TREE,) if inputs.may_leave_the_tree else ()
@@ -247,7 +247,7 @@ def _compile_folded(fold: Fold, plan: PlanInputs, example_inputs: Sequence[Any],
     bound = internals.upper_bound(rows)
     multiple = min(as_multiple(options.pad_multiple_of), bound)
     most = -(-bound // multiple) * multiple
-    specs = [(array.shape, array.dtype) for array in plan_arrays(plan.parts)]
+    specs = [(array.shape, array.dtype) for array in plan_arrays(plan.groups)]
     arrays = internals.unbacked_plan_inputs(specs, rows, most, ids.device)
     inputs = [*internals.flatten_subclasses(example_inputs), *arrays]
     internals.present_as_dynamos(folded, captured)

@@ -21,6 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import radix_compile
 from radix_compile import torch_internals as internals
 from radix_compile.ir.plan_arrays import BY_NAME, PLAN_ARRAYS, plan_arrays
+from radix_compile.torch_internals import compilers
 from tests.models import shared_batch
 
 
@@ -218,7 +219,7 @@ def test_caches_tell_decompositions_apart() -> None:
 def test_what_is_kept_is_copied_with_its_strides() -> None:
     stored = torch.arange(24.0).view(2, 3, 4)
     for one in (stored, stored.mT, stored[1, :, 1:3], stored[:1, :, :1].expand(5, 3, 4), stored[0, 0, 3], stored[:0]):
-        copied = internals._copied(one)
+        copied = compilers._copy_with_strides(one)
         assert torch.equal(copied, one)
         assert copied.stride() == one.stride()
         assert one.numel() == 0 or copied.untyped_storage().data_ptr() != one.untyped_storage().data_ptr()
@@ -227,8 +228,8 @@ def test_what_is_kept_is_copied_with_its_strides() -> None:
 @pytest.mark.parametrize("donates", [True, False])
 def test_a_backward_pass_that_writes_to_what_it_reads(donates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads copies if it is to run again. Without them the user is told not to keep the graph."""
-    copied, original = [], internals._copied
-    monkeypatch.setattr(internals, "_copied", lambda tensor: copied.append(tensor) or original(tensor))
+    copied, original = [], compilers._copy_with_strides
+    monkeypatch.setattr(compilers, "_copy_with_strides", lambda tensor: copied.append(tensor) or original(tensor))
     model = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4))
     weights = list(model.parameters())
     run = torch.compile(
@@ -245,7 +246,7 @@ def test_a_backward_pass_that_writes_to_what_it_reads(donates: bool, monkeypatch
 
 def test_sizes_nothing_is_known_about_do_not_stop_inductor() -> None:
     """The settings for that exist in this torch, or none is needed."""
-    for name in internals.UNBACKED_SIZES:
+    for name in internals.UNBACKED_SIZE_SETTINGS:
         owner, setting = name.split(".")
         assert hasattr(getattr(torch._inductor.config, owner), setting)
 

@@ -1,4 +1,4 @@
-"""Read a node: its arguments by name, and its tensors with everything known of them."""
+"""Reading a node: its arguments by name, and its tensors with their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from radix_compile.torch_internals import OpOverload, val
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """The argument of that name in the op's schema, or its default."""
+    """Return the argument of that name, or its default in the op's schema."""
     assert isinstance(node.target, OpOverload)
     for position, parameter in enumerate(node.target._schema.arguments):
         if parameter.name == name:
@@ -24,7 +24,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """The op's first argument, where that is a tensor."""
+    """Return the op's first argument, which must be a tensor."""
     source = node.args[0]
     assert isinstance(source, fx.Node), f"{node.target} starts with something that is not a tensor"
     return source
@@ -35,9 +35,11 @@ def is_tensor(node: Any) -> bool:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the op's inputs that are tensors, without duplicates."""
     return [arg for arg in node.all_input_nodes if is_tensor(arg)]
 
 
 def operand(node: fx.Node, axes: Axes | None = None) -> Operand:
+    """Return a tensor as an operand of :func:`~radix_compile.ir.value.broadcast`, with other axes if given."""
     value = value_of(node)
     return Operand(node, value, value.axes if axes is None else axes)

@@ -1,6 +1,6 @@
-"""How large the entries of a tensor can be, by interval arithmetic: enough for position biases (ALiBi).
+"""Bounds of a tensor's entries, by interval arithmetic: enough for position biases (ALiBi).
 
-Roundings are left out: what the bounds are compared with is orders of magnitude away.
+Rounding is ignored: the bounds are compared with numbers that are orders of magnitude away.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from radix_compile.ir.value import value_of
 from radix_compile.torch_internals import val
 
 Bounds = tuple[float, float]
-"""No entry is less than the one or more than the other."""
+"""The least and the greatest possible entry."""
 
 
 def bounds_of(value: Any) -> Bounds | None:
-    """The bounds of a tensor's entries, or of a Python number; None if nothing is known."""
+    """Return the bounds of a tensor's entries or of a Python number; None if unknown."""
     if isinstance(value, bool | int | float):
         return (float(value), float(value))
     if not is_tensor(value) or val(value).dtype.is_complex:
         return None
-    found = facts(value).bounds
-    if found == ():
-        found = _held(_computed(value), val(value).dtype)
-        set_facts(value, replace(facts(value), bounds=found))
-    return found or None
+    bounds = facts(value).bounds
+    if bounds == ():
+        bounds = _in_dtype(_compute(value), val(value).dtype)
+        set_facts(value, replace(facts(value), bounds=bounds))
+    return bounds or None
 
 
-def _computed(node: fx.Node) -> Bounds | None:
+def _compute(node: fx.Node) -> Bounds | None:
     fact = value_of(node).fact
     if isinstance(fact, Filled):
         return (fact.value, fact.value)
@@ -50,36 +50,37 @@ def _computed(node: fx.Node) -> Bounds | None:
     return compute(node) if compute else None
 
 
-def _held(found: Bounds | None, dtype: torch.dtype) -> Bounds | None:
-    """The bounds of what a dtype holds of these: whole numbers wrap around, the others become infinite."""
+def _in_dtype(bounds: Bounds | None, dtype: torch.dtype) -> Bounds | None:
+    """Return the bounds after storing numbers in ``dtype``: integers may wrap around, others may become infinite."""
     if dtype == torch.bool:
         return (0.0, 1.0)
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    if found is not None and limits.min <= found[0] <= found[1] <= limits.max:
-        return found if dtype.is_floating_point else (float(math.floor(found[0])), float(math.ceil(found[1])))
+    if bounds is not None and limits.min <= bounds[0] <= bounds[1] <= limits.max:
+        return bounds if dtype.is_floating_point else (float(math.floor(bounds[0])), float(math.ceil(bounds[1])))
     return None if dtype.is_floating_point else (float(limits.min), float(limits.max))
 
 
-# ------------------------------------------------------------------------------------------------ what rows name
+# ---------------------------------------------------------------------------------- functions for the table of ops
 
 
 def of_inputs(node: fx.Node) -> Bounds | None:
-    """For ops whose entries are entries of their inputs."""
-    found = [bounds_of(one) for one in node.all_input_nodes if is_tensor(one)]
-    known = [one for one in found if one is not None]
-    if len(known) < len(found) or not known:
+    """Return the bounds of an op whose entries are entries of its inputs."""
+    inputs = [bounds_of(arg) for arg in node.all_input_nodes if is_tensor(arg)]
+    known = [bounds for bounds in inputs if bounds is not None]
+    if len(known) < len(inputs) or not known:
         return None
     return min(low for low, _ in known), max(high for _, high in known)
 
 
 def of_operands(compute: Callable[..., Sequence[float] | None]) -> Callable[[fx.Node], Bounds | None]:
-    """For arithmetic: ``compute`` gets the bounds of the first two arguments and returns numbers that bound the result.
+    """Return the rule of an arithmetic op.
 
-    It returns None where nothing is known.
+    ``compute`` gets the bounds of the first two arguments, and returns numbers whose minimum and maximum bound the
+    result, or None if unknown.
     """
 
     def bounds(node: fx.Node) -> Bounds | None:
-        inputs = [bounds_of(one) for one in node.args[:2]]
+        inputs = [bounds_of(arg) for arg in node.args[:2]]
         if None in inputs or _argument_or(node, "alpha", 1) != 1:
             return None
         results = compute(*inputs)
@@ -89,20 +90,20 @@ def of_operands(compute: Callable[..., Sequence[float] | None]) -> Callable[[fx.
 
 
 def _argument_or(node: fx.Node, name: str, default: Any) -> Any:
-    """The argument, or what is taken for it where the op has none of that name."""
+    """Return the argument, or the default if the op has no argument of that name."""
     names = [parameter.name for parameter in node.target._schema.arguments]  # type: ignore[union-attr]
     return argument(node, name) if name in names else default
 
 
 def _corners(compute: Callable[[float, float], float]) -> Callable[[Bounds, Bounds], list[float]]:
-    """For what grows or falls with each operand, whatever the other is."""
-    return lambda one, other: [compute(a, b) for a, b in itertools.product(one, other)]
+    """Return the results at the ends of both intervals, for functions that are monotonic in each operand."""
+    return lambda left, right: [compute(a, b) for a, b in itertools.product(left, right)]
 
 
-def _quotient(one: Bounds, other: Bounds) -> Sequence[float] | None:
-    if other[0] <= 0 <= other[1]:
+def _quotient(dividend: Bounds, divisor: Bounds) -> Sequence[float] | None:
+    if divisor[0] <= 0 <= divisor[1]:
         return None
-    return _corners(lambda a, b: a / b)(one, other)
+    return _corners(lambda a, b: a / b)(dividend, divisor)
 
 
 def _power(base: Bounds, exponent: Bounds) -> Sequence[float] | None:
@@ -119,6 +120,6 @@ difference = of_operands(_corners(lambda a, b: a - b))
 difference_reversed = of_operands(_corners(lambda a, b: b - a))
 product = of_operands(_corners(lambda a, b: a * b))
 quotient = of_operands(_quotient)
-negative = of_operands(lambda one: [-bound for bound in one])
-reciprocal = of_operands(lambda one: _quotient((1.0, 1.0), one))
+negative = of_operands(lambda bounds: [-bound for bound in bounds])
+reciprocal = of_operands(lambda bounds: _quotient((1.0, 1.0), bounds))
 power = of_operands(_power)

@@ -14,20 +14,20 @@ from radix_compile.torch_internals import size_hint, val
 
 
 def flops(node: fx.Node) -> int:
-    """Multiplications and additions of a matrix product or an attention; 0 for anything else.
+    """Return the number of multiplications and additions of a matrix product or an attention; 0 for other ops.
 
-    Attention counts all pairs of query and key, masked or not, as it runs without knowledge of the mask. Symbolic sizes
-    count with their hints, those that depend on the data as 1.
+    Attention counts all pairs of query and key, masked or not, because a kernel that does not know the mask computes
+    them all. Symbolic sizes count as their hints, unbacked sizes as 1.
     """
     count = info_of(node.target).flops
     return count(node) if count else 0
 
 
-# ------------------------------------------------------------------------------------------------ what rows name
+# ---------------------------------------------------------------------------------- functions for the table of ops
 
 
 def product(weight: str, contracted: int) -> Callable[[fx.Node], int]:
-    """FLOPs of a product with the argument ``weight``, summed over that dimension of it."""
+    """Return a function that counts the FLOPs of a product, summed over a dimension of the argument ``weight``."""
 
     def count(node: fx.Node) -> int:
         return _product(node, argument(node, weight), contracted)
@@ -36,7 +36,7 @@ def product(weight: str, contracted: int) -> Callable[[fx.Node], int]:
 
 
 def grouped_product(node: fx.Node) -> int:
-    """FLOPs of ``(rows [N, K], weights [E, K, M], ...)``, where each row meets one of the weights."""
+    """Count the FLOPs of ``(rows [N, K], weights [E, K, M], ...)``, where each row is multiplied by one weight."""
     return _product(node, node.args[1], -2)  # type: ignore[arg-type]
 
 
@@ -53,8 +53,8 @@ def flex_attention(node: fx.Node) -> int:
     return _attention(*node.args[:3])  # type: ignore[arg-type]
 
 
-def _attention(*attended: fx.Node) -> int:
-    query, key, value = (val(one) for one in attended)
+def _attention(*operands: fx.Node) -> int:
+    query, key, value = map(val, operands)
     return 2 * _numel(query) * size_hint(key.shape[-2]) + 2 * _numel(query) // size_hint(query.shape[-1]) * size_hint(
         key.shape[-2]
     ) * size_hint(value.shape[-1])

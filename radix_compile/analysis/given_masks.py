@@ -1,4 +1,4 @@
-"""Masks that the caller made, ``[B, H, S, S]``: taken for causal when compiling, and checked by value in every call."""
+"""Attention masks that are inputs, ``[B, H, S, S]``: assumed causal when compiling, and checked in every call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from radix_compile.torch_internals import val
 
 
 def given_masks(graph: fx.Graph, ids: fx.Node) -> list[fx.Node]:
-    """The inputs with an entry for each pair of rows of a sequence; one sequence may stand for all of them."""
+    """Return the inputs with an entry for each pair of rows of a sequence; their batch dimension may be 1."""
     return [node for node in graph.find_nodes(op="placeholder") if _is_given_mask(node, ids)]
 
 
@@ -25,12 +25,12 @@ def _is_given_mask(node: fx.Node, ids: fx.Node) -> bool:
     if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):
         return False
     first, _, query, key = tensor.shape
-    pairs = internals.same_size(query, seq) and internals.same_size(key, seq)
-    return pairs and (as_size(first) == 1 or internals.same_size(first, batch))
+    is_square = internals.same_size(query, seq) and internals.same_size(key, seq)
+    return is_square and (as_size(first) == 1 or internals.same_size(first, batch))
 
 
 def given_mask_value(node: fx.Node) -> Value:
-    """The value of such an input, if :func:`rows_seen` accepts it in every call."""
+    """Return the value of a given mask, assuming that every call checks it (``runtime.checks``)."""
     tensor = val(node)
     visible = Given(node, -2, -1)
     is_bool = tensor.dtype == torch.bool

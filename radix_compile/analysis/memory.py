@@ -1,7 +1,7 @@
-"""How tensors of a graph lie in memory: which share it, which ops look at it, and in which order their entries follow.
+"""Memory layout: which tensors of a graph share memory, which ops read strides, and the order of dimensions in memory.
 
-A value that comes back from the tree has its rows one after the other, whatever the captured tensor had. Most ops do
-not notice. Outputs do: a caller may view them in another shape, and may write to one of two that share memory.
+Scatter returns contiguous rows, whatever the strides of the captured tensor are. Most ops do not depend on strides. But
+callers may view an output in another shape, or write to an output that shares memory with another tensor.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from radix_compile.torch_internals import HigherOrderOperator, OpOverload, val
 
 
 def reads_layout(node: fx.Node) -> bool:
-    """May the op return something else for inputs that lie otherwise in memory? Ops of other packages may."""
+    """May the op's result depend on the strides of its inputs? Assumed of all ops of other packages."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return isinstance(node.target, HigherOrderOperator)
     return info_of(node.target).reads_layout or node.target.namespace not in ("aten", "prims")
 
 
 def root(node: fx.Node) -> fx.Node:
-    """The node whose memory a node's result is in."""
+    """Return the node that owns the memory of a node's result."""
     while (source := _viewed(node)) is not None:
         node = source
     return node
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
+    """Return the node that a view is a view of; None for any other op."""
     if node.op != "call_function":
         return None
-    one_of_several = not isinstance(node.target, OpOverload) and is_tensor(node)  # getitem
-    shares = isinstance(node.target, OpOverload) and any(one.alias_info for one in node.target._schema.returns)
-    return node.all_input_nodes[0] if shares or (one_of_several and _viewed(node.all_input_nodes[0])) else None
+    is_item = not isinstance(node.target, OpOverload) and is_tensor(node)  # getitem
+    is_view = isinstance(node.target, OpOverload) and any(ret.alias_info for ret in node.target._schema.returns)
+    return node.all_input_nodes[0] if is_view or (is_item and _viewed(node.all_input_nodes[0])) else None
 
 
 def outputs_of(graph: fx.Graph) -> list[fx.Node]:
     (results,) = graph.output_node().args
-    return [one for one in results if is_tensor(one)]  # type: ignore[union-attr,misc]
+    return [result for result in results if is_tensor(result)]  # type: ignore[union-attr,misc]
 
 
 def views_to_keep(graph: fx.Graph, hints: Mapping[sympy.Symbol, int]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Views that have to stay views of what the captured ones are of, each with what that is.
+    """Yield the views that must stay views of the same tensor as in the captured graph, each with that tensor.
 
-    They lead to outputs that share memory with another one or with an input, so that one changes when the caller writes
-    to the other, or that have gaps between their entries, or the same one several times.
+    These views lead to outputs that share memory with another output or with an input (a caller that writes to one
+    changes the other), or whose entries have gaps or overlap in memory.
     """
     outputs = list(dict.fromkeys(outputs_of(graph)))
     roots = [root(node) for node in outputs]
@@ -62,25 +63,26 @@ def views_to_keep(graph: fx.Graph, hints: Mapping[sympy.Symbol, int]) -> Iterato
 
 
 def _is_dense(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> bool:
+    """Do the tensor's entries fill a range of memory, without gaps or overlaps? True if sizes are unknown."""
     shape, strides = numbers(val(node).shape, hints), numbers(val(node).stride(), hints)
     if shape is None or strides is None:
         return True
-    size = 1
-    for stride, length in sorted((t, n) for t, n in zip(strides, shape, strict=True) if n != 1):
-        if stride != size:
+    num_entries = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != num_entries:
             return False
-        size *= length
+        num_entries *= size
     return True
 
 
 def numbers(sizes: Sequence[int | torch.SymInt], hints: Mapping[sympy.Symbol, int]) -> list[int] | None:
-    """The sizes or strides in the call that is compiled for; None if one is not known."""
-    found = [as_size(size).subs(hints) for size in sizes]
-    return [int(size) for size in found] if all(size.is_Integer for size in found) else None
+    """Return the sizes or strides in the call that is compiled for; None if any is unknown."""
+    values = [as_size(size).subs(hints) for size in sizes]
+    return [int(value) for value in values] if all(value.is_Integer for value in values) else None
 
 
 def order_in_memory(node: fx.Node, hints: Mapping[sympy.Symbol, int]) -> list[int]:
-    """The dimensions of a captured tensor, that with the longest steps first."""
+    """Return the dimensions of a captured tensor, from the largest to the smallest stride."""
     strides = numbers(val(node).stride(), hints)
     rank = val(node).ndim
     return list(range(rank)) if strides is None else sorted(range(rank), key=lambda dim: -strides[dim])

@@ -1,7 +1,7 @@
-"""The table of ops: one row, an :class:`OpInfo`, says all that is known about an op.
+"""The table of ops: one row, an :class:`OpInfo`, has all that is known about an op.
 
-The rows stand in ``op_table``, which is the only module that writes to ``OP_INFO`` besides ``register_rule``. It is
-imported with the package, so that nobody sees the table without them.
+The rows are in ``op_table``, the only module besides ``register_rule`` that writes to ``OP_INFO``. It is imported with
+the package, so the table is complete before it is used.
 """
 
 from __future__ import annotations
@@ -23,46 +23,45 @@ if TYPE_CHECKING:
     from radix_compile.analysis.reach.column_reach import ReachRule
 
 Rule: TypeAlias = Callable[[fx.Node, Layout], Marks]
-"""The meaning of an op's result to the tokens, given that of its inputs.
+"""Returns the value of an op's result (a tuple of values for several results), given the values of its inputs.
 
-It says that the op is position-wise by returning a value with one ``BATCH`` and one ``SEQ`` atom (or a tuple of values
-for an op with several results), that it is causal by setting ``Value.full_only``, and that it is neither by raising
-:class:`~radix_compile.ir.axes.Mixes` with the reason.
+For a position-wise op the value has one ``BATCH`` and one ``SEQ`` atom; for a causal op ``Value.full_only`` is set too.
+For any other op the rule raises :class:`~radix_compile.ir.axes.Mixes` with the reason.
 """
 
 FactRule: TypeAlias = Callable[[fx.Node], Fact | None]
-"""The fact about an elementwise op's result, given those about its operands (``masks``)."""
+"""Returns the fact of an elementwise op's result, given the facts of its operands (``masks``)."""
 
 BoundsRule: TypeAlias = "Callable[[fx.Node], Bounds | None]"
-"""An interval in which all entries of the result lie; None if none is known (``bounds``)."""
+"""Returns an interval that holds all entries of the result, or None if unknown (``bounds``)."""
 
 Op: TypeAlias = OpOverload | HigherOrderOperator | str | torch.Tag
 """The key of a row.
 
-It is an op; the name of one that other packages register, ``library::op.overload``; or ``torch.Tag.pointwise``, which
-stands for all ops without a row that torch tags so.
+An op; the name ``library::op.overload`` of an op that another package registers; or ``torch.Tag.pointwise``, for all
+ops without a row that torch tags as pointwise.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpInfo:
-    """All that is known about an op. Every default is the one that is always safe: nothing is known.
+    """All that is known about an op. The defaults are always safe: nothing is known.
 
-    rule: the meaning of the result's dimensions, and whether the result is prefix-determined. Without a rule the op is
-        taken to mix rows, unless all that it reads is constant.
-    fact: what is known of the result's entries; asked for if the rule is that of elementwise ops.
-    reach: the last column that each entry of the result reads, asked for where axes cannot be followed.
-    bounds: an interval in which all entries of the result lie.
-    flops: the multiplications and additions of a node; without it they are not counted.
+    rule: the axes of the result, and whether the result is prefix-determined. An op without a rule is assumed to mix
+        rows, unless all its inputs are constant.
+    fact: the fact about the result's entries; used by the rule for elementwise ops.
+    reach: the last column that each entry of the result reads; used where axes are lost.
+    bounds: an interval that holds all entries of the result.
+    flops: the multiplications and additions of a node; None counts as 0.
     shape_argument: the argument that is the result's shape, which the rewrite derives again from the axes.
-    is_view: the op moves entries of its first input and computes none, so that it is free in either form.
-    is_cheap: the op costs no more than to read its inputs. Masks and positions are computed by such ops alone.
-    keeps_order: the result has the dimensions of the first input in their order, perhaps merged, cut or more of them.
+    is_view: the op moves entries of its first input and computes none, so it is free in either form.
+    is_cheap: the op costs no more than reading its inputs. Masks and positions are computed by cheap ops only.
+    keeps_order: the result has the dimensions of the first input in the same order, maybe merged, split or extended.
     casts: the op may return the entries of its first input in another dtype.
-    reads_layout: the op may return something else for the same entries in another memory layout. (Ops of other packages
-        are all taken to: ``memory``.)
-    takes_mixed: the rule looks at mixed inputs itself. The op does not read their values, or the rule knows a pattern.
-    takes_arrangements: the rule knows what to do with the order that a sort gave to rows.
+    reads_layout: the op's result may depend on the memory layout of its inputs. (Assumed of all ops of other packages:
+        ``memory``.)
+    takes_mixed: the rule handles mixed inputs: the op does not read their values, or the rule knows a pattern.
+    takes_arrangements: the rule handles the sorted order of rows.
     """
 
     rule: Rule | None = None
@@ -85,16 +84,17 @@ UNKNOWN = OpInfo()
 
 
 def info_of(op: object) -> OpInfo:
-    """The row of an op; without one, that of elementwise ops if torch tags it so and it draws no random numbers.
+    """Return the row of an op.
 
-    ``UNKNOWN`` for any other target of a node.
+    An op without a row has the row of ``torch.Tag.pointwise`` if torch tags it as pointwise and it draws no random
+    numbers. For any other op or target the result is ``UNKNOWN``.
     """
     if isinstance(op, HigherOrderOperator):
         return OP_INFO.get(op, UNKNOWN)
     if not isinstance(op, OpOverload):
         return UNKNOWN
-    found = OP_INFO.get(op) or OP_INFO.get(op.name())
-    if found is not None:
-        return found
+    info = OP_INFO.get(op) or OP_INFO.get(op.name())
+    if info is not None:
+        return info
     pointwise = torch.Tag.pointwise in op.tags and torch.Tag.nondeterministic_seeded not in op.tags
     return OP_INFO[torch.Tag.pointwise] if pointwise and not op._schema.is_mutable else UNKNOWN

@@ -1,7 +1,7 @@
-"""The rows: what is known of each op, family by family. To teach an op, add its row here.
+"""The rows of the table of ops, family by family. To support an op, add its row here.
 
-Ops that torch tags as pointwise need no row of their own, unless there is more to say of them. The sweep executes every
-row's rule (``python -m radix_compile.testing``).
+Ops that torch tags as pointwise need a row only for facts, reach or bounds of their own. The sweep executes every row's
+rule (``python -m tests.analysis.rules.sweep``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 def each(*ops: Op, info: OpInfo) -> dict[Op, OpInfo]:
-    """The same row for several ops."""
+    """Return the same row for several ops."""
     return dict.fromkeys(ops, info)
 
 
@@ -44,7 +44,7 @@ def elementwise(
     reach: ReachRule = pointwise.elementwise_reach,
     bounds: BoundsRule | None = None,
 ) -> OpInfo:
-    """Each entry of the result is computed from the entries that line up with it."""
+    """Return the row of an op whose results' entries are computed from the entries that line up with them."""
     return OpInfo(rule=elementwise_rule, fact=fact, reach=reach, bounds=bounds, is_cheap=True)
 
 
@@ -57,7 +57,7 @@ def view(
     casts: bool = False,
     reads_layout: bool = False,
 ) -> OpInfo:
-    """Entries of the first input move, none is computed."""
+    """Return the row of an op that moves the entries of its first input and computes none."""
     return OpInfo(
         rule=rule,
         reach=reach,
@@ -72,7 +72,7 @@ def view(
 
 
 def product(rule: Rule, weight: str, contracted: int, *, reach: ReachRule | None = None) -> OpInfo:
-    """A product of matrices, summed over the dimension ``contracted`` of the argument ``weight``."""
+    """Return the row of a matrix product, summed over the dimension ``contracted`` of the argument ``weight``."""
     return OpInfo(rule=rule, reach=reach, flops=flops.product(weight, contracted))
 
 
@@ -138,7 +138,7 @@ PARTS: dict[Op, OpInfo] = {
 
 ELEMENTWISE: dict[Op, OpInfo] = {
     torch.Tag.pointwise: elementwise(),
-    # Torch does not tag these.
+    # Torch does not tag these as pointwise.
     **each(
         aten.__and__.Scalar,
         aten.__or__.Scalar,
@@ -148,7 +148,7 @@ ELEMENTWISE: dict[Op, OpInfo] = {
         aten.softplus.default,
         info=elementwise(),
     ),
-    # Comparisons of columns, and what is made of them.
+    # Comparisons of columns, and masks made from them.
     aten.le.Tensor: elementwise(fact=partial(masks.compare, sign=1, slack=0)),
     aten.lt.Tensor: elementwise(fact=partial(masks.compare, sign=1, slack=-1)),
     aten.ge.Tensor: elementwise(fact=partial(masks.compare, sign=-1, slack=0)),
@@ -190,7 +190,7 @@ ELEMENTWISE: dict[Op, OpInfo] = {
     aten.maximum.default: elementwise(fact=masks.maximum),
     aten.max.other: elementwise(fact=masks.maximum),
     aten.tanh.default: elementwise(fact=masks.tanh),
-    # A quotient that may be of the order of rows.
+    # The operand may be the sorted order of rows.
     aten.floor_divide.default: OpInfo(rule=sorting.floor_divide, takes_arrangements=True),
 }
 
@@ -302,7 +302,7 @@ SORTING: dict[Op, OpInfo] = {
         info=OpInfo(rule=sorting.sort, takes_arrangements=True),
     ),
     aten.histc.default: OpInfo(rule=sorting.histc),
-    # transformers has one of its own for devices without torch's, and registers it late.
+    # transformers registers an op of its own for devices without torch's, after this module is imported.
     **each(
         "aten::_grouped_mm",
         "transformers::grouped_mm_fallback",

@@ -16,9 +16,9 @@ from radix_compile.ir.value import Refusal
 class Tokens:
     """The token axes of a graph: their sizes, the inputs that are row keys or masks, and where folding stops.
 
-    ``blocks`` are the tables of blocks of flex_attention, which are part of the rows' keys as well.
-    ``scans`` are the nodes that are causal by the columns that they read, and what their rules said; ``steps`` those
-    on the way there.
+    ``blocks``  the block tables of flex_attention, which are part of the row keys too.
+    ``scans``   the nodes that are causal by the columns that they read, with the refusals of their rules.
+    ``steps``   the nodes without axes from which scans are computed.
     """
 
     layout: Layout

@@ -1,24 +1,21 @@
-"""The meaning of every dimension of a tensor to the tokens of a batch.
-
-The meaning of a dimension is its axis; ``value`` says what is known of a node's result, and the rules in
-``analysis.rules`` derive both.
+"""Axes: for each dimension of a tensor, how it relates to the batch, the sequence and the features.
 
 An axis is a tuple of atoms, outermost first, because a reshape merges and splits dimensions: ``[B, S, D]`` has the axes
 ``((BATCH,), (SEQ,), (Feature(D),))`` and its reshape to ``[B*S, D]`` has ``((BATCH, SEQ), (Feature(D),))``. A dimension
-of size one has the empty axis ``()``, the batch too where it is one row of packed sequences. Axes come from the
-structure of the program, never from a size that happens to be equal: a feature dimension as long as the sequence stays
-a feature dimension.
+of size one has the empty axis ``()``; so has the batch dimension of one row of packed sequences. Axes come from the
+structure of the program, never from sizes that happen to be equal: a feature dimension as long as the sequence stays a
+feature dimension. The rules in ``analysis.rules`` derive the axes of results.
 
-The definition everything rests on: a value with axes is *determined* when its entry at sequence ``b`` and columns
-``i, j, ...`` (one for each ``SEQ`` atom) is a function of the paths of the rows ``(b, i), (b, j), ...`` alone, the same
-function for every ``b``. A value without token atoms is a constant of the call.
+All proofs rest on this definition: a value with axes is *determined* (prefix-determined) when its entry at sequence
+``b`` and columns ``i, j, ...`` (a column for each ``SEQ`` atom) is a function of the paths of the rows ``(b, i),
+(b, j), ...`` alone, the same function for every ``b``. A value without token atoms is a constant of the call.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -27,16 +24,13 @@ from torch import fx
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.torch_internals import val
 
-if TYPE_CHECKING:
-    pass
-
 Size: TypeAlias = sympy.Expr
-"""A dimension's size, as an expression over the symbols of the capture (an ``Integer`` when it is static)."""
+"""A dimension's size, as an expression over the symbols of the capture (an ``Integer`` for static sizes)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token axis: sequences (``BATCH``) or columns (``SEQ``)."""
+    """A token atom: sequences (``BATCH``) or columns (``SEQ``)."""
 
     name: str
 
@@ -46,21 +40,21 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """A dimension that has nothing to do with tokens."""
+    """A dimension unrelated to tokens."""
 
     size: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """A dimension along which the value does not change (what ``expand`` and ``full`` make)."""
+    """A dimension along which the value does not change (a result of ``expand`` or ``full``)."""
 
     size: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Sorted(Token):
-    """The entries of a merged axis of rows, ``((BATCH, SEQ, ...),)``, in the order that a sort of them gave."""
+    """The entries of a merged axis of rows, ``(BATCH, SEQ, ...)``, in the order that the node ``sort`` gives."""
 
     sort: fx.Node
     axis: Axis
@@ -68,29 +62,30 @@ class Sorted(Token):
 
 @dataclass(frozen=True, slots=True)
 class Longer(Token):
-    """The columns of a sequence, and after them ``more`` entries that have no column (attention sinks)."""
+    """The columns of a sequence, followed by ``num_extra`` entries that have no column (attention sinks)."""
 
-    more: Size
+    num_extra: Size
 
 
-class Kind(Enum):
+class ArrangementKind(Enum):
     """The kinds of numbers that an :class:`Arrangement` holds."""
 
-    ORDER = "for each place in the order, the number of the entry that is there, floor-divided"
+    ORDER = "for each place in the order, the index of the entry at that place, floor-divided"
     PLACE = "for each entry, its place in the order"
-    BLANK = "nothing yet, for each place"
-    COUNTS = "how many entries have the key 0, 1, 2, ..."
+    BLANK = "uninitialised, with an entry for each place"
+    COUNTS = "the number of entries with the key 0, 1, 2, ..."
     ENDS = "where the entries with the key 0, 1, 2, ... end in the order"
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Numbers about an order of rows: of no use but together with it, and other ones in compact form.
+    """Numbers about the sorted order ``by`` of rows.
 
-    ``number`` is what an ORDER was divided by, or of how many keys there are COUNTS or ENDS.
+    They are usable only together with the sorted rows, and differ between full and compact form. ``number`` is the
+    divisor of an ORDER, or the number of keys of COUNTS or ENDS.
     """
 
-    kind: Kind
+    kind: ArrangementKind
     by: Sorted
     number: int = 1
 
@@ -103,7 +98,7 @@ Axes = tuple[Axis, ...]
 
 
 def as_size(size: int | torch.SymInt) -> Size:
-    """A dimension's size as a simplified expression, without adding a guard."""
+    """Return a dimension's size as a simplified expression, without adding a guard."""
     if isinstance(size, torch.SymInt):
         node = size.node
         return node.shape_env.simplify(node.expr)
@@ -115,7 +110,7 @@ def shape_of(node: fx.Node) -> tuple[Size, ...]:
 
 
 def plain_axis(size: Size) -> Axis:
-    """The axis of a dimension that no token axis runs along."""
+    """Return the axis of a dimension unrelated to tokens."""
     return () if size == 1 else (Feature(size),)
 
 
@@ -136,19 +131,19 @@ class Layout:
 
     @property
     def rows(self) -> Axes:
-        """The axes of ``[batch, sequence]``."""
+        """Return the axes of ``[batch, sequence]``."""
         return ((BATCH,), (SEQ,)) if self.batch != 1 else ((), (SEQ,))
 
     @property
     def row(self) -> Axis:
-        """The axis of ``[batch * sequence]``."""
+        """Return the axis of ``[batch * sequence]``."""
         return tuple(atom for axis in self.rows for atom in axis)
 
     def atom_size(self, atom: Atom) -> Size:
         if isinstance(atom, Sorted):
             return self.axis_size(atom.axis)
         if isinstance(atom, Longer):
-            return self.seq + atom.more
+            return self.seq + atom.num_extra
         if isinstance(atom, Token):
             return self.batch if atom is BATCH else self.seq
         return atom.size
@@ -158,7 +153,7 @@ class Layout:
 
 
 class Mixes(Exception):  # noqa: N818 - a verdict about an op, not an error in the program
-    """Raised by a rule: with these inputs the op's result is not prefix-determined. The message is the reason."""
+    """Raised by a rule if the op's result is not prefix-determined for these inputs. The message is the reason."""
 
     def __init__(self, reason: str, code: RefusalCode = RefusalCode.CUSTOM_RULE) -> None:
         super().__init__(reason)
@@ -166,13 +161,13 @@ class Mixes(Exception):  # noqa: N818 - a verdict about an op, not an error in t
 
 
 def count_tokens(axes: Axes) -> tuple[int, int]:
-    """How many axes of sequences and of columns there are."""
+    """Return the numbers of batch atoms and of sequence atoms."""
     atoms = [atom for axis in axes for atom in axis]
     return sum(atom is BATCH for atom in atoms), sum(atom is SEQ or isinstance(atom, Longer) for atom in atoms)
 
 
 def is_longer(axis: Axis) -> bool:
-    """Columns with entries behind them that have none?"""
+    """Is the axis the columns of a sequence, followed by entries that have no column?"""
     return len(axis) == 1 and isinstance(axis[0], Longer)
 
 
@@ -181,7 +176,7 @@ def has_tokens(axis: Axis) -> bool:
 
 
 def feature(axis: Axis, what: str) -> None:
-    """Demand that an axis an op reads along has no tokens in it."""
+    """Raise :class:`Mixes` if an axis that the op reads along has tokens; ``what`` describes the op."""
     if has_tokens(axis):
         if SEQ in axis or is_longer(axis):
             along, code = "sequence", RefusalCode.MIXES_TOKENS

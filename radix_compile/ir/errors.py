@@ -7,7 +7,7 @@ from enum import StrEnum, auto
 
 
 class RefusalCode(StrEnum):
-    """Why folding stops, in kinds: the sentences beside them may be reworded, these are to be relied on.
+    """The kind of a refusal. The codes are stable; the sentences that come with them may be reworded.
 
     ``radix_compile.inspection.advice`` says what to do about each.
     """
@@ -15,21 +15,21 @@ class RefusalCode(StrEnum):
     # an op
     NO_RULE = auto()
     CUSTOM_RULE = auto()
-    """A rule of the user's refuses, or does not fit the op."""
+    """The user's rule refuses, or does not fit the op."""
     MIXES_TOKENS = auto()
-    """It reads along the sequence, other than causally."""
+    """The op reads along the sequence, but not causally."""
     MIXES_SEQUENCES = auto()
-    """It reads along the batch, or tells sequences apart by their number."""
+    """The op reads along the batch, or tells sequences apart by their number."""
     ORDER_OF_ROWS = auto()
-    """It computes with the order of a sort of all rows, as of tokens by expert."""
+    """The op computes with the order of all rows sorted (for example tokens by expert)."""
     INDEXES_ROWS = auto()
-    """It reads or writes rows by an index or a mask, which may move them."""
+    """The op reads or writes rows by an index or a mask, which may move rows."""
     DIFFERS_BY_ROW = auto()
     """Weights, a table or an index are not the same for every row."""
     UNCLEAR_DIMENSIONS = auto()
-    """Tokens cannot be followed through its dimensions."""
+    """The op's dimensions cannot be matched to token axes."""
     UNSUPPORTED_ARGUMENTS = auto()
-    """Its rule does not read such arguments."""
+    """The op's rule does not support these arguments."""
     DROPOUT = auto()
     # attention
     BIDIRECTIONAL = auto()
@@ -37,7 +37,7 @@ class RefusalCode(StrEnum):
     MASK_NOT_UNDERSTOOD = auto()
     ATTENTION_NOT_UNDERSTOOD = auto()
     ROWS_WITHOUT_KEYS = auto()
-    """Rows that see no key may be read by others."""
+    """Fully masked rows may be read by other rows."""
     FUSED_LAYER = auto()
     BLOCK_MASK_IN_GRAPH = auto()
     FILLED_CACHE = auto()
@@ -45,30 +45,30 @@ class RefusalCode(StrEnum):
     SWITCHED_OFF = auto()
     """The option ``fold`` is "never"."""
     NOTHING_TO_SHARE = auto()
-    """One sequence, or one token of each."""
+    """The batch is one sequence, or each sequence is one token."""
     NO_ARITHMETIC = auto()
-    """Nothing in it is token-wise."""
+    """No arithmetic in the graph is token-wise."""
     NO_TOKEN_IDS = auto()
     EMBEDDINGS_WITH_GRADIENT = auto()
     IN_PLACE = auto()
-    """It writes to its inputs."""
+    """The graph writes to its inputs."""
     SYMBOLIC_SIZE = auto()
-    """A size is a symbol where a number is needed."""
+    """A size is symbolic where folding needs a number."""
     TORCH_FUNC = auto()
     UNSUPPORTED_GRADIENT = auto()
-    """Lowered, it would lose a gradient."""
+    """Lowering would lose a gradient."""
     LOWERING_FAILED = auto()
     INNER_BACKEND = auto()
-    """The inner backend does not compile what it became."""
+    """The inner backend cannot compile the folded program."""
     INTERNAL_ERROR = auto()
-    """A mistake in this package."""
+    """A bug in this package."""
 
 
 class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
     """The graph as a whole cannot be folded. The message is the reason, and ``code`` its kind.
 
-    It ends in the plain program; with the option ``strict`` it is raised, and the message has all reasons.
-    ``expected`` if that says nothing about the model (a batch of one), so that nobody need be warned.
+    The plain program runs instead; with the option ``strict`` the exception is raised, and its message has all reasons.
+    ``expected`` if the reason is not about the model (a batch of one), so that no warning is needed.
     """
 
     def __init__(self, reason: str, code: RefusalCode, expected: bool = False) -> None:
@@ -79,7 +79,7 @@ class CannotFold(Exception):  # noqa: N818 - a verdict about a graph, not an err
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """Stands where a result would be, and says why there is none."""
+    """The reason why there is no result, in its place."""
 
     reason: str
 

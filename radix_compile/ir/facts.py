@@ -1,9 +1,9 @@
 """Facts about a tensor's entries: indices, predicates over two columns, masked scores, attention weights.
 
-Dimensions are counted from the right (``-1`` is the last) so that broadcasting leaves facts as they are. A predicate is
-about a tensor with two column dimensions, query and key: it is a small formula whose atoms compare the two columns or
-look up a row. From the formula follow three things: whether the mask is causal, whether every row sees itself, and, if
-not, which rows may see nothing at all.
+Dimensions are counted from the right (``-1`` is the last) so that broadcasting keeps facts valid. A predicate is about
+a tensor with two column dimensions, query and key: it is a small formula whose atoms compare the two columns or look up
+a row. The formula tells whether the mask is causal, whether every row sees itself, and, if not, which rows may be fully
+masked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Diff:
 
 @dataclass(frozen=True, slots=True)
 class RowTrue:
-    """``source[b, column[dim]]`` is not zero (or is, if ``truth`` is false): what a padding mask says of a key."""
+    """``source[b, column[dim]] != 0`` (``== 0`` if ``truth`` is False): the formula of a padding mask."""
 
     source: fx.Node
     dim: int
@@ -41,7 +41,7 @@ class RowTrue:
 
 @dataclass(frozen=True, slots=True)
 class Same:
-    """``source[b, column[a]] == source[b, column[b]]``; ``counted_from``: positions whose breaks it counts."""
+    """``source[b, column[a]] == source[b, column[b]]``; ``counted_from``: the positions whose breaks it counts."""
 
     source: fx.Node
     a: int
@@ -51,7 +51,7 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
-    """``source[b, column[a]] - source[b, column[b]] <= bound``: ``Diff`` for positions."""
+    """``source[b, column[a]] - source[b, column[b]] <= bound``: a ``Diff`` of positions instead of columns."""
 
     source: fx.Node
     a: int
@@ -61,10 +61,10 @@ class AtMost:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The formula of a mask that the caller made: ``source[b, ..., column[query], column[key]]`` shows the key.
+    """The formula of a mask given as an input: ``source[b, ..., column[query], column[key]]`` shows the key.
 
-    Of its entries nothing is known when the graph is compiled. Each call checks that no row sees a later one, and that
-    all see themselves (``given_masks``).
+    Its entries are unknown when the graph is compiled. Each call checks that no row sees a later row, and that every
+    row sees itself (``given_masks``).
     """
 
     source: fx.Node
@@ -84,7 +84,7 @@ class Or:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Some predicate; nothing is known of it."""
+    """An unknown predicate."""
 
 
 Formula = Diff | RowTrue | Same | AtMost | Given | And | Or | Opaque
@@ -105,7 +105,7 @@ def disjunction(*formulas: Formula) -> Formula:
 
 
 def terms_of(formula: Formula) -> tuple[Formula, ...]:
-    """The terms that all have to hold for the predicate to hold."""
+    """Return the terms of which the predicate is the conjunction."""
     return formula.terms if isinstance(formula, And) else (formula,)
 
 
@@ -118,7 +118,7 @@ def atoms_of(formula: Formula) -> Iterator[Formula]:
 
 
 def ordered_by(formula: Formula) -> Iterator[fx.Node]:
-    """The integers of rows whose order, or whose steps from one to the next, it is about."""
+    """Yield the integers of rows whose order, or whose differences between neighbours, the formula depends on."""
     for atom in atoms_of(formula):
         if isinstance(atom, AtMost):
             yield atom.source
@@ -127,7 +127,7 @@ def ordered_by(formula: Formula) -> Iterator[fx.Node]:
 
 
 def is_known(formula: Formula) -> bool:
-    """Is all of it understood? Of two formulas that are not, nothing says that they are the same."""
+    """Has the formula no opaque atom? Two equal formulas with opaque atoms may be different predicates."""
     return not any(isinstance(atom, Opaque) for atom in atoms_of(formula))
 
 
@@ -158,7 +158,7 @@ def implies_causal(formula: Formula, query: int, key: int) -> bool:
             counted = {
                 term.counted_from for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}
             }
-            # Within one run positions grow by one per column, so "position at most mine" is "column at most mine".
+            # Within one sequence positions grow by one per column, so comparing positions compares columns.
             positions = [term for term in terms if isinstance(term, AtMost) and term.source in counted]
             ordered = any((term.a, term.b) == (key, query) and term.bound <= 0 for term in positions)
             return ordered or any(implies_causal(term, query, key) for term in terms)
@@ -169,7 +169,7 @@ def implies_causal(formula: Formula, query: int, key: int) -> bool:
 
 
 def holds_on_diagonal(formula: Formula, query: int, key: int) -> bool:
-    """Is the predicate certain to hold where query and key are the same column?"""
+    """Does the predicate certainly hold where query and key are the same column?"""
     match formula:
         case Diff() | AtMost():
             return {formula.a, formula.b} == {query, key} and formula.bound >= 0
@@ -187,10 +187,10 @@ def holds_on_diagonal(formula: Formula, query: int, key: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FullyMasked:
-    """The rows that see no key.
+    """The fully masked rows of an attention.
 
-    None of the last ``window`` columns up to the row (all of them, if ``None``) has a ``source`` entry that is nonzero
-    (or zero, if ``truth`` is false).
+    At these rows ``source`` is zero (nonzero if ``truth`` is False) in each of the last ``window`` columns up to the
+    row, or in all columns up to the row if ``window`` is None.
     """
 
     source: fx.Node
@@ -199,9 +199,9 @@ class FullyMasked:
 
 
 def fully_masked_rows(formula: Formula, query: int, key: int) -> FullyMasked | None:
-    """Which rows a causal mask leaves without a key: ``None`` if every row sees itself.
+    """Return the fully masked rows of a causal mask, or None if every row sees itself.
 
-    Such a row is not determined by its prefix: with an additive finite mask it attends to everything, the future too.
+    Fully masked rows are not prefix-determined: with an additive finite mask they attend to all rows, later rows too.
     """
     if holds_on_diagonal(formula, query, key):
         return None
@@ -227,7 +227,7 @@ def fully_masked_rows(formula: Formula, query: int, key: int) -> FullyMasked | N
 
 
 def hides(formula: Formula, fully_masked: FullyMasked, key: int) -> bool:
-    """Are the keys that make rows fully masked hidden from every row?"""
+    """Does the mask hide, from every row, the keys at which ``fully_masked.source`` is zero (see ``truth``)?"""
     return RowTrue(fully_masked.source, key, fully_masked.truth) in terms_of(formula)
 
 
@@ -258,22 +258,22 @@ class Filled:
     value: float
 
 
-def stored(fact: Filled, dtype: torch.dtype) -> Filled | None:
-    """The fact that is left when the value is held in ``dtype``, which may round it to zero or wrap it around."""
+def cast_filled(fact: Filled, dtype: torch.dtype) -> Filled | None:
+    """Return the fact after a cast to ``dtype``, or None if the cast may round the value to zero or wrap it around."""
     if dtype == torch.bool:
         return Filled(float(fact.value != 0))
     if dtype.is_complex:
         return None
     if dtype.is_floating_point:
-        known = fact.value == 0 or abs(fact.value) >= torch.finfo(dtype).tiny
-        return fact if known and fact.value <= torch.finfo(dtype).max else None
+        is_normal = fact.value == 0 or abs(fact.value) >= torch.finfo(dtype).tiny
+        return fact if is_normal and fact.value <= torch.finfo(dtype).max else None
     limits = torch.iinfo(dtype)
     return fact if float(fact.value).is_integer() and limits.min <= fact.value <= limits.max else None
 
 
 @dataclass(frozen=True, slots=True)
 class PerRow:
-    """Each entry is the entry of ``source`` at that row (``dim`` is the column). ``exact`` unless only its truth is."""
+    """Each entry is that of ``source`` at the same row (``dim`` is the column); unless ``exact``, only its truth is."""
 
     source: fx.Node
     dim: int
@@ -283,7 +283,7 @@ class PerRow:
 
 @dataclass(frozen=True, slots=True)
 class Shifted:
-    """Each entry is the entry of ``source`` at that row plus ``offset``."""
+    """Each entry is the entry of ``source`` at the same row plus ``offset``."""
 
     source: fx.Node
     dim: int
@@ -292,14 +292,14 @@ class Shifted:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``source[:, j] - source[:, j - 1]``, and one in column 0."""
+    """``source[:, j] - source[:, j - 1]``, and 1 in column 0."""
 
     source: fx.Node
 
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Where :class:`Step` is not one."""
+    """A bool tensor that is true where :class:`Step` is not 1."""
 
     source: fx.Node
 
@@ -313,33 +313,33 @@ class Predicate:
 
 @dataclass(frozen=True, slots=True)
 class Ones:
-    """A number tensor that is one where ``formula`` holds and zero elsewhere (``tril(ones)``)."""
+    """A tensor of numbers, 1 where ``formula`` holds and 0 elsewhere (``tril(ones)``)."""
 
     formula: Formula
 
 
 ORDINARY = 1e4
-"""The bound on query-key products. It is not proved: a floor of a mask may be as near as that of float16."""
+"""The bound on query-key products. It is assumed, not proved: the floor of a float16 mask is not far below it."""
 
-FAR = 1e3
-"""Entries that are lower than another by so much have no weight in a softmax with it: exp(-1000) is zero in float64."""
+NO_WEIGHT_GAP = 1e3
+"""The gap by which an entry below another has no weight in a softmax: exp(-1000) is zero in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Query-key products, scaled or soft-capped perhaps, or what is added to them: at most ``size``, of either sign."""
+    """Query-key products (maybe scaled or soft-capped), or terms added to them: at most ``size`` in magnitude."""
 
     size: float = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """Scores or a mask to add to them: hidden wherever ``visible`` does not hold.
+    """Masked scores, or an additive mask: entries are hidden wherever ``visible`` does not hold.
 
-    ``floor`` is the highest that a hidden entry is, ``size`` the largest that a visible one is, of either sign
-    (infinite if that is not known). Hidden entries are lower by ``gap``, at least, than the largest visible one of
-    their row, if there is one. ``zero`` if the visible entries are. (If the largest entry of each row was subtracted,
-    the floor is that of rows that see a key, as the gap is.)
+    ``floor`` bounds the hidden entries from above; ``size`` bounds the magnitude of the visible entries (infinite if
+    unknown). In a row with visible entries, hidden entries are below the largest visible entry by at least ``gap``.
+    ``zero`` if the visible entries are zero. (After the largest entry of each row was subtracted, the floor, like the
+    gap, is about the rows that see a key.)
     """
 
     visible: Formula
@@ -360,8 +360,8 @@ class Masked:
 
     @property
     def is_certain(self) -> bool:
-        """Have the hidden entries of a row no weight in a softmax, if it has a visible one?"""
-        return self.gap >= FAR
+        """Have the hidden entries of a row with a visible entry no weight in a softmax?"""
+        return self.gap >= NO_WEIGHT_GAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,9 +373,9 @@ class RowMax:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Attention weights: exactly zero wherever ``visible`` does not hold (rows that see no key excepted).
+    """Attention weights: exactly zero wherever ``visible`` does not hold, except in fully masked rows.
 
-    ``undefined`` if those of rows that see no key are not numbers (a softmax of minus infinity alone).
+    ``undefined`` if the weights of fully masked rows are NaN (a softmax of minus infinity alone).
     """
 
     visible: Formula
@@ -390,7 +390,7 @@ Fact = (
 
 
 def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
-    """The fact after a view that moves dimension ``d`` to ``dims[d]``, both from the right; ``None`` if one is gone."""
+    """Return the fact after a view that moves dimension ``d`` to ``dims[d]``; None if a dimension is gone."""
     try:
         return _remap(fact, lambda dim: dims[dim])
     except KeyError:
@@ -398,7 +398,7 @@ def remap(fact: Fact | None, dims: Mapping[int, int]) -> Fact | None:
 
 
 def without_dims_of_size_one(fact: Fact | None, axes: Axes) -> Fact | None:
-    """The fact, unless it is about a dimension of size one: broadcast, its entries are not those of their columns."""
+    """Return the fact, or None if it is about a dimension of size one, which may be broadcast to other columns."""
     if isinstance(fact, Step | Break | RowMax):
         return fact
     return remap(fact, {dim: dim for dim in range(-len(axes), 0) if axes[dim]})

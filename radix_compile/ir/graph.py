@@ -1,7 +1,7 @@
-"""The facts that passes state about a captured graph and its nodes, for the passes after them.
+"""The facts that passes state about a graph and its nodes, for later passes.
 
-This module alone knows where the facts are kept. Both kinds are frozen: a pass replaces them, so that copies of a node,
-which share its ``meta``, never change each other.
+Only this module knows where the facts are stored. Both classes are frozen: a pass replaces the facts of a node, so that
+copies of the node, which share the entries of ``meta``, stay unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FACTS = "radix"
 
 
 class Form(Enum):
-    """One entry per row (full), one per node of the prefix tree (compact), or whichever its readers want (either)."""
+    """The form of a value: one entry per row (full), per node of the prefix tree (compact), or as its users need."""
 
     FULL = "full"
     COMPACT = "compact"
@@ -34,28 +34,28 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """Facts of one node. The pass that states each is named.
+    """The facts of one node, each with the pass that states it.
 
-    Of inputs, by ``capture``:
+    Inputs, by ``capture``:
 
-    ``is_static``       it is a parameter or a buffer of the module.
-    ``needs_gradient``  it may be given a gradient; None if that is not known.
+    ``is_static``       the input is a parameter or a buffer of the module.
+    ``needs_gradient``  the input may get a gradient; None if unknown.
     ``triangle``        the causal mask that a buffer holds.
 
-    Of captured nodes:
+    Captured nodes:
 
-    ``marks``     what ``mark_token_axes`` found out about the result, or each of the results.
-    ``visible``   of flex_attention: what its ``mask_mod`` returns for all pairs (``inline_flex_functions``).
-    ``scores``    of flex_attention: what its ``score_mod`` returns for all pairs (``inline_flex_functions``).
-    ``parts``     of attention: what it is made of, or why that was not found (``read_attention``).
-    ``bounds``    the least and the greatest entry that the result can have, None if nothing is known, ``()`` if nobody
-                  has asked (kept by ``analysis.bounds``).
+    ``marks``     the annotation of the result, or of each result (``mark_token_axes``).
+    ``visible``   for flex_attention, the result of its ``mask_mod`` for all pairs (``inline_flex_functions``).
+    ``scores``    for flex_attention, the result of its ``score_mod`` for all pairs (``inline_flex_functions``).
+    ``parts``     for attention, its operands, or why they were not recognised (``read_attention``).
+    ``bounds``    the least and the greatest possible entry of the result; None if unknown, ``()`` if not computed yet
+                  (cached by ``analysis.bounds``).
 
-    Of nodes of a folded program, by ``fold_graph``:
+    Nodes of a folded program, by ``fold_graph``:
 
     ``form``          the form of the value.
-    ``origin``        the captured node whose value it is.
-    ``has_gradient``  of a scatter: a gradient may come back to it.
+    ``origin``        the captured node that has the same value.
+    ``has_gradient``  for a scatter, whether it may get a gradient.
     """
 
     is_static: bool = False
@@ -73,17 +73,17 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
-    """Facts of a captured graph. The pass that states each is named.
+    """The facts of a graph, each with the pass that states it.
 
-    ``model``               the class of the module that was compiled (``capture``).
+    ``model``               the class of the compiled module (``capture``).
     ``is_differentiable``   a call may be followed by a backward pass (``capture``).
-    ``records_gradients``   the mode in which the graph is entered: ``torch.is_grad_enabled()`` (``capture``).
-    ``has_checkpoints``     regions of activation checkpointing were inlined (``capture``).
-    ``has_wrapped_inputs``  there are inputs that wrap other tensors, which the graph takes instead (``capture``).
-    ``triangles``           the buffers whose causal masks were written out (``expand_mask_buffers``).
-    ``triangle_sizes``      how many of their rows are read (``expand_mask_buffers``).
+    ``records_gradients``   ``torch.is_grad_enabled()`` at the start of the graph (``capture``).
+    ``has_checkpoints``     activation checkpointing regions were inlined (``capture``).
+    ``has_wrapped_inputs``  some inputs are wrapper subclasses; the graph takes the tensors inside (``capture``).
+    ``triangles``           the buffers whose causal masks were expanded into ops (``expand_mask_buffers``).
+    ``triangle_sizes``      the number of rows read of each of these buffers (``expand_mask_buffers``).
     ``tokens``              the token axes (``mark_token_axes``).
-    ``source``              of a folded program: the captured graph that it was made of (``fold_graph``).
+    ``source``              for a folded program, the captured graph it was made from (``fold_graph``).
     """
 
     model: str = ""
@@ -97,40 +97,40 @@ class GraphFacts:
     source: fx.GraphModule | None = None
 
 
-_OF_A_NODE = NodeFacts()
+_NO_FACTS = NodeFacts()
 
 
 def facts(node: fx.Node) -> NodeFacts:
-    """The facts that are known of a node by now."""
-    found: NodeFacts = node.meta.get(_FACTS, _OF_A_NODE)
-    return found
+    """Return the facts stated about a node up to now."""
+    result: NodeFacts = node.meta.get(_FACTS, _NO_FACTS)
+    return result
 
 
-def set_facts(node: fx.Node, known: NodeFacts) -> None:
-    """Put ``known``, most often a ``replace(facts(node), ...)``, in place of what was known."""
-    node.meta[_FACTS] = known
+def set_facts(node: fx.Node, new: NodeFacts) -> None:
+    """Replace the facts of a node, usually by ``replace(facts(node), ...)``."""
+    node.meta[_FACTS] = new
 
 
 def graph_facts(gm: fx.GraphModule) -> GraphFacts:
-    """The facts that are known of a graph by now."""
-    found: GraphFacts = gm.meta.get(_FACTS) or GraphFacts()
-    return found
+    """Return the facts stated about a graph up to now."""
+    result: GraphFacts = gm.meta.get(_FACTS) or GraphFacts()
+    return result
 
 
-def set_graph_facts(gm: fx.GraphModule, known: GraphFacts) -> None:
-    """Put ``known``, most often a ``replace(graph_facts(gm), ...)``, in place of what was known."""
-    gm.meta[_FACTS] = known
+def set_graph_facts(gm: fx.GraphModule, new: GraphFacts) -> None:
+    """Replace the facts of a graph, usually by ``replace(graph_facts(gm), ...)``."""
+    gm.meta[_FACTS] = new
 
 
 def tokens_of(gm: fx.GraphModule) -> Tokens:
-    """The token axes of a graph. Needs ``mark_token_axes``."""
+    """Return the token axes of a graph. Requires ``mark_token_axes``."""
     tokens = graph_facts(gm).tokens
     assert tokens is not None, "mark_token_axes has not run"
     return tokens
 
 
 def source_of_fold(program: fx.GraphModule) -> fx.GraphModule:
-    """The captured graph that a folded program was made of. Needs ``fold_graph``."""
+    """Return the captured graph that a folded program was made from. Requires ``fold_graph``."""
     source = graph_facts(program).source
     assert source is not None, "this is not a folded program"
     return source

@@ -1,7 +1,7 @@
-"""The index arrays of a call's plan, as a folded program takes them: described here once.
+"""The index arrays of a call's plan, which are inputs of folded programs.
 
-Placeholders, fake inputs, the shapes that ``verify`` computes with, the schemas of our ops and the arrays of each call
-all follow :data:`PLAN_ARRAYS`. Most are int64, so that nothing but a name tells one from another.
+:data:`PLAN_ARRAYS` is the only list: it defines the placeholders, the fake inputs, the shapes that ``verify`` computes
+with, the schemas of our ops and the arrays of each call.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import torch
 Code = Literal["torch", "triton"]
 """The code that runs attention on the tree: ``kernels.torch_attention`` or ``kernels.triton_attention``."""
 
-Part = Literal["always", "tree", "lists"] | Code
-"""The arrays that are passed together: always, for attention on the tree, for gradients, for the code of attention."""
+Group = Literal["always", "tree", "lists"] | Code
+"""When an array is passed: always, for attention on the tree, for gradients, or for the code of attention."""
 
 Size = TypeVar("Size")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanArray:
-    """An array of the plan. Its ``shape`` is of numbers and names of sizes.
+    """An array of the plan. Its ``shape`` has integers and names of sizes.
 
-    ``nodes`` is T', ``rows`` is B * S; every other name is a size of its own, known only in the call.
+    ``nodes`` is T' and ``rows`` is B * S; each other name is a separate size, known only in the call.
     """
 
     name: str
     shape: tuple[str | int, ...]
-    part: Part
+    group: Group
     dtype: torch.dtype = torch.int64
 
     @property
     def placeholder(self) -> str:
-        """The name of the folded program's input."""
+        """Return the name of the folded program's input."""
         return f"radix_{self.name}"
 
     def sized(self, sizes: Mapping[str, Size]) -> tuple[Size | int, ...]:
-        """The shape, given what each name of a size stands for."""
+        """Return the shape, given the size for each name."""
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
 
 
 PLAN_ARRAYS = (
-    PlanArray("fold", ("nodes",), "always"),  # kernels.index_ops says what these are
+    PlanArray("fold", ("nodes",), "always"),  # see kernels.index_ops
     PlanArray("scatter", ("rows",), "always"),
     PlanArray("begin", ("nodes",), "tree"),  # PrefixPlan.tree
     PlanArray("end", ("nodes",), "tree"),
@@ -63,17 +63,17 @@ PLAN_ARRAYS = (
     PlanArray("starts", ("nodes + 1",), "lists"),
     PlanArray("pieces", ("pieces",), "lists"),
 )
-"""In the order in which a folded program takes them, behind the inputs of the captured one."""
+"""The arrays in the order of a folded program's inputs, after the inputs of the captured graph."""
 
 BY_NAME = {array.name: array for array in PLAN_ARRAYS}
 
 
-def plan_arrays(parts: Collection[Part]) -> tuple[PlanArray, ...]:
-    """The arrays of a folded program that takes these parts of a plan besides the one that is always there."""
-    return tuple(array for array in PLAN_ARRAYS if array.part == "always" or array.part in parts)
+def plan_arrays(groups: Collection[Group]) -> tuple[PlanArray, ...]:
+    """Return the arrays of a folded program that takes these groups. (The group "always" is implied.)"""
+    return tuple(array for array in PLAN_ARRAYS if array.group == "always" or array.group in groups)
 
 
-def schema(names: Iterable[str], optional: Collection[Part] = ()) -> str:
-    """The arguments of an op that takes these arrays, those of ``optional`` parts as ``Tensor?``."""
+def schema(names: Iterable[str], optional: Collection[Group] = ()) -> str:
+    """Return the schema arguments for these arrays of an op; arrays of ``optional`` groups are ``Tensor?``."""
     arrays = [BY_NAME[name] for name in names]
-    return ", ".join(f"{'Tensor?' if array.part in optional else 'Tensor'} {array.name}" for array in arrays)
+    return ", ".join(f"{'Tensor?' if array.group in optional else 'Tensor'} {array.name}" for array in arrays)

@@ -1,4 +1,4 @@
-"""Where a node that a pass made comes from: its place in the user's program, and the node it stands for."""
+"""The origin of nodes that passes make: the place in the user's program, and the captured node."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from radix_compile.torch_internals import copy_place, made_from, set_made_from
 OURS = "radix: "
 
 
-def trace_back(origin: fx.Node, by: str, first: fx.Node, behind: fx.Node | None = None) -> None:
-    """Say of the nodes from ``first`` to the last, or to the one in front of ``behind``, that they are of ``origin``.
+def trace_back(origin: fx.Node, pass_name: str, first: fx.Node, stop: fx.Node | None = None) -> None:
+    """Record that ``pass_name`` made the nodes from ``first`` up to ``stop`` from ``origin``.
 
-    ``by`` is the pass that made them.
+    ``stop`` is not included; None means the end of the graph.
     """
     node = first
-    while node is not behind and node.op != "root":
+    while node is not stop and node.op != "root":
         copy_place(node, origin)
-        set_made_from(node, origin, OURS + by)
+        set_made_from(node, origin, OURS + pass_name)
         node = node.next
 
 
 def origin_name(node: fx.Node) -> str | None:
-    """The name of the captured node that a node of the folded graph was made of; None if it was made of none."""
+    """Return the name of the captured node that a node of a folded graph was made from, or None."""
     source = made_from(node)
     return source[0] if source is not None and source[1].startswith(OURS) else None
 
 
-def ancestors(*nodes: fx.Node) -> Iterator[fx.Node]:
-    """The nodes, and all that they are computed from."""
+def upstream(*nodes: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes, and all nodes from which they are computed."""
     queue = list(dict.fromkeys(nodes))
-    seen = set(queue)
+    visited = set(queue)
     while queue:
         node = queue.pop()
         yield node
-        new = [arg for arg in node.all_input_nodes if arg not in seen]
-        seen.update(new)
+        new = [arg for arg in node.all_input_nodes if arg not in visited]
+        visited.update(new)
         queue += new

@@ -1,7 +1,7 @@
 """Causal masks that a module keeps in a buffer: one number on one side of the diagonal and zero on the other.
 
-What a buffer holds is no part of a graph, and Dynamo does not guard it. So it is read when a graph is compiled, and
-again in every call.
+The contents of a buffer are not part of the graph, and Dynamo does not guard them. So the buffer is read when the graph
+is compiled, and checked in every call.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ DTYPES = (
 
 @dataclass(frozen=True)
 class Triangle:
-    """``tril(full(number))``, or ``triu(full(number), 1)`` if ``upper``: ``[..., N, N]``, what is in front being 1."""
+    """``tril(full(number))``, or ``triu(full(number), 1)`` if ``upper``. Its shape is ``[1, ..., 1, N, N]``."""
 
     upper: bool
     number: float | int | bool
 
     def of(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The triangle as a tensor of that shape."""
+        """Return the triangle as a tensor of that shape."""
         filled = torch.full(shape, self.number, dtype=dtype, device=device)
         return filled.triu(1) if self.upper else filled.tril()
 
     def cast(self, dtype: torch.dtype) -> Triangle:
-        """The triangle after a cast to that dtype."""
+        """Return the triangle after a cast to that dtype."""
         exact = torch.float64 if isinstance(self.number, float) else None
         return Triangle(self.upper, torch.tensor(self.number, dtype=exact).to(dtype).item())
 
 
 def read_triangle(tensor: Tensor) -> Triangle | None:
-    """The triangle that a buffer holds, if it holds one."""
+    """Return the triangle that a buffer holds, or None if it holds something else."""
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided or not internals.has_values(tensor):
         return None
     if (
@@ -56,10 +56,13 @@ def read_triangle(tensor: Tensor) -> Triangle | None:
     above, diagonal = corners.tolist()
     if (above == 0) == (diagonal == 0):
         return None
-    found = Triangle(diagonal == 0, above or diagonal)
-    return found if same_numbers(tensor, found.of(tensor.shape, tensor.dtype, tensor.device)) else None
+    triangle = Triangle(diagonal == 0, above or diagonal)
+    return triangle if same_numbers(tensor, triangle.of(tensor.shape, tensor.dtype, tensor.device)) else None
 
 
-def same_numbers(one: Tensor, other: Tensor) -> Tensor:
-    """As a bool tensor, for which nothing waits. Zeros have the same sign, too: ``1 / mask`` would tell."""
-    return ((one == other) & (torch.signbit(one) == torch.signbit(other))).all()
+def same_numbers(left: Tensor, right: Tensor) -> Tensor:
+    """Return whether all entries and their signs are equal, as a bool tensor on the device, without synchronising.
+
+    ``1 / mask`` depends on the sign of zeros.
+    """
+    return ((left == right) & (torch.signbit(left) == torch.signbit(right))).all()

@@ -1,4 +1,4 @@
-"""Everything known of each node's result, node by node, and how the operands of a broadcasting op line up.
+"""The annotation of each node's result, and how the operands of a broadcasting op line up.
 
 A node's annotation is ``NodeFacts.marks``: :func:`mark` writes it, :func:`value_of` and :func:`values_of` read it.
 """
@@ -38,7 +38,7 @@ from radix_compile.torch_internals import module_stack, stack_trace
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why folding stops at a node: the reason and its kind, the op, and where the user wrote it."""
+    """Why folding stops at a node: the reason and its code, the op, and its place in the user's program."""
 
     reason: str
     code: RefusalCode
@@ -52,12 +52,12 @@ class Refusal:
 
 
 def refuse(node: fx.Node, reason: str, code: RefusalCode) -> Refusal:
-    """A refusal at ``node``, with the place in the user's program it came from."""
+    """Return a refusal at ``node``, with the node's place in the user's program."""
     return Refusal(reason, code, str(node.target), node.name, module_of(node), source_line(node))
 
 
 def locate(node: fx.Node, what: str) -> str:
-    """A sentence about a node: its op, ``what`` there is to say, and the place in the user's program it came from."""
+    """Return a sentence about a node: its op, the statement ``what``, and its place in the user's program."""
     return _sentence(str(node.target), module_of(node), what, source_line(node))
 
 
@@ -68,7 +68,7 @@ def _sentence(op: str, module: str, what: str, source: str) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """The path of the innermost module of the user's program, or an empty string."""
+    """Return the path of the innermost module that a node was traced in, or an empty string."""
     modules = module_stack(node)
     return _tidy_path(next(reversed(modules.values()))[0] if modules else "")
 
@@ -87,7 +87,7 @@ _PACKAGE = f'"{Path(__file__).parent.parent}{os.sep}'
 
 
 def source_line(node: fx.Node) -> str:
-    """``file:line: code`` of the innermost frame of the user's program, or an empty string."""
+    """Return ``file:line: code`` of the innermost frame of the user's program, or an empty string."""
     trace = stack_trace(node).strip().splitlines()
     frames = [
         (line.strip(), trace[i + 1].strip() if i + 1 < len(trace) else "")
@@ -103,25 +103,25 @@ def source_line(node: fx.Node) -> str:
 
 
 Uses: TypeAlias = tuple[tuple[fx.Node, int, str], ...]
-"""How operands meet token axes: see ``Value.operands``."""
+"""How operands without token axes line up with token axes: see ``Value.operands``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Everything known of one node's result.
+    """The annotation of one result.
 
-    ``axes``        the meaning of each dimension.
-    ``mixed``       the refusal because of which the value is not prefix-determined; then nothing else holds.
-    ``fully_masked``  masks, at whose fully masked rows (those that see no key) the value is not determined.
-    ``fact``        what else is known of the entries (an index, a mask, attention weights, ...).
-    ``full_only``   determined, but the op must run in full form: it reads earlier rows (causal), or counts columns.
-    ``identity``    the input that the op returns as it is (a slice that takes all, a join with nothing).
-    ``attends``     for the result of causal attention, who sees whom.
-    ``arrangement`` numbers about an order of rows; then there are no axes.
-    ``operands``    how each operand without a token axis at ``dim`` meets one there: ``(node, dim, how)`` with ``how``
-                    "column" (a constant with one entry per column: gather), "first" (one whose entries are all equal:
-                    take one), "count" (0, 1, 2, ...: count the entries there are) or "pairs" (a value of rows, whose
-                    features turn out to be the columns that each row is compared with).
+    ``axes``          the axis of each dimension.
+    ``mixed``         why the value is not prefix-determined; if set, no other field holds.
+    ``fully_masked``  fully masked rows, at which the value is not determined.
+    ``fact``          a fact about the entries (an index, a mask, attention weights, ...).
+    ``full_only``     determined, but the op must run in full form: it reads earlier rows (causal), or counts columns.
+    ``identity``      the input that the op returns unchanged (a slice of everything, ``cat`` with empty tensors).
+    ``attends``       for the result of causal attention, the facts of its weights.
+    ``arrangement``   numbers about a sorted order of rows; then ``axes`` is empty.
+    ``operands``      the operands without a token axis at a dimension where the result has one: ``(node, dim, how)``.
+                      ``how`` is "column" (a constant with one entry per column: gather it), "first" (a constant with
+                      equal entries: take the first), "count" (0, 1, 2, ...: make the numbers anew in compact form) or
+                      "pairs" (a value of rows, whose features are the columns that each row is compared with).
     """
 
     axes: Axes
@@ -136,25 +136,23 @@ class Value:
 
     @property
     def is_constant(self) -> bool:
-        """No token axis: the same for every row of the call."""
+        """Has the value no token axis? Then it is the same for every row of the call."""
         return not (self.mixed or self.arrangement or any(map(has_tokens, self.axes)))
 
     @property
     def is_arranged(self) -> bool:
-        """Rows in an order that depends on all of them, or numbers about it: right in either form, but not across."""
+        """Does the value hold sorted rows, or numbers about their order? Each form of the program computes its own."""
         return self.arrangement is not None or any(isinstance(atom, Sorted) for axis in self.axes for atom in axis)
 
     @property
     def is_row(self) -> bool:
-        """One entry per row: may live in compact form."""
-        return self.mixed is None and count_tokens(self.axes) in (
-            (1, 1),
-            (0, 1),
-        )  # no batch axis: one row of packed ones
+        """Has the value one entry per row, so that it may have a compact form?"""
+        # (0, 1) is one row of packed sequences.
+        return self.mixed is None and count_tokens(self.axes) in ((1, 1), (0, 1))
 
     @property
     def is_pair(self) -> bool:
-        """One entry per pair of rows of a sequence (scores, masks)."""
+        """Has the value one entry per pair of rows of a sequence (scores, masks)?"""
         return self.mixed is None and count_tokens(self.axes)[1] == 2
 
     def with_fact(self, fact: Fact | None) -> Value:
@@ -162,7 +160,7 @@ class Value:
 
 
 Marks = Value | tuple[Value, ...]
-"""The annotation of a node: one value, or one for each of its results."""
+"""The annotation of a node: one value, or a tuple with a value for each result."""
 
 
 def mark(node: fx.Node, marks: Marks) -> None:
@@ -176,7 +174,7 @@ def marks_of(node: fx.Node) -> Marks:
 
 
 def value_of(node: fx.Node) -> Value:
-    """The annotation of a node with one result."""
+    """Return the annotation of a node with one result."""
     marks = marks_of(node)
     assert isinstance(marks, Value), f"{node} has several results"
     return marks
@@ -188,26 +186,26 @@ def values_of(node: fx.Node) -> tuple[Value, ...]:
 
 
 def is_row(node: fx.Node) -> bool:
-    """One entry for each row, and position-wise all the way: may have a compact form."""
+    """Have all results of the node one entry per row, so that they may have a compact form?"""
     return all(value.is_row for value in values_of(node))
 
 
 def is_arranged(node: fx.Node) -> bool:
-    """Rows in sorted order, or numbers about it: each form has its own."""
+    """Does any result of the node hold sorted rows, or numbers about their order?"""
     return any(value.is_arranged for value in values_of(node))
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One tensor of a broadcasting op: its node, its value, and the dimensions that take part (default: all)."""
+    """One tensor of a broadcasting op: its node, its value, and the axes of the dimensions that are broadcast."""
 
     node: fx.Node
     value: Value
     axes: Axes
 
 
-def _coarse(axis: Axis) -> Axis:
-    """One feature atom for each run of atoms that are no tokens."""
+def _merge_features(axis: Axis) -> Axis:
+    """Merge each run of atoms that are not tokens into one atom."""
     result: list[Atom] = []
     for atom in axis:
         last = result[-1] if result else None
@@ -220,18 +218,18 @@ def _coarse(axis: Axis) -> Axis:
 
 
 def _repeats_for_sequences(layout: Layout, own: Axis, axis: Axis) -> bool:
-    """Is a constant's dimension, that lines up with sequences and something else, the same for all sequences?"""
+    """Is a constant of axis ``own`` the same for all sequences, where ``axis`` merges the batch with features?"""
     return len(axis) > 1 and axis[0] is BATCH and not has_tokens(axis[1:]) and own[0] == Uniform(layout.batch)
 
 
-def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
-    """The one meaning of dimensions that line up, or ``Mixes`` if they mean different things."""
+def _common_axis(layout: Layout, axes: Sequence[Axis]) -> Axis:
+    """Return the common axis of dimensions that line up. Raises ``Mixes`` if they mean different things."""
     varying = [axis for axis in axes if not all(isinstance(atom, Uniform) for atom in axis)]
     if not varying:
         return max(axes, key=len, default=())
     if all(axis == varying[0] for axis in varying):
         return varying[0]
-    tokens = [_coarse(axis) for axis in varying if has_tokens(axis)]
+    tokens = [_merge_features(axis) for axis in varying if has_tokens(axis)]
     if not tokens:
         return plain_axis(layout.axis_size(varying[0]))
     if all(axis == tokens[0] for axis in tokens):
@@ -243,13 +241,13 @@ def _merge(layout: Layout, axes: Sequence[Axis]) -> Axis:
 
 
 def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) -> tuple[Axes, Uses]:
-    """Line the operands up from the right, as elementwise ops do.
+    """Line the operands up from the right, as elementwise ops do. Return the result's axes and ``Value.operands``.
 
-    Returns the axes of the result, and ``Value.operands``. With ``exact`` the op does not broadcast (``cat``), so a
-    uniform dimension must be gathered as well.
+    With ``exact`` the op does not broadcast (``cat``), so a uniform dimension must be gathered as well.
 
-    A constant's feature dimension that lines up with ``SEQ`` is a table with one entry per column. The column is part
-    of the row key, so this is prefix-determined. One that lines up with ``BATCH`` would tell sequences apart: refused.
+    If a constant's feature dimension lines up with ``SEQ``, the constant is a table with one entry per column. The
+    column is part of the row key, so the result is prefix-determined. A table that lines up with ``BATCH`` would tell
+    sequences apart, and is refused.
     """
     operands = list(operands)
     rank = max((len(operand.axes) for operand in operands), default=0)
@@ -258,7 +256,7 @@ def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) 
     repeats = False
     for dim in range(-rank, 0):
         lined_up = [operand for operand in operands if len(operand.axes) >= -dim]
-        axis = _merge(layout, [operand.axes[dim] for operand in lined_up])
+        axis = _common_axis(layout, [operand.axes[dim] for operand in lined_up])
         result.append(axis)
         if not has_tokens(axis):
             continue
@@ -283,8 +281,8 @@ def broadcast(layout: Layout, operands: Iterable[Operand], exact: bool = False) 
             gather = axis == (SEQ,) and (exact or not uniform)
             if operand.value.is_constant:
                 uses.append((operand.node, dim + len(operand.axes), "column" if gather else "first"))
-            elif not uniform:  # the result is of pairs, which have no compact form to prepare it for
+            elif not uniform:  # the result has an entry per pair, and pairs have no compact form
                 uses.append((operand.node, dim + len(operand.axes), "pairs"))
-    if repeats and count_tokens(tuple(result))[1] < 2:  # as above: of pairs nothing need be prepared
+    if repeats and count_tokens(tuple(result))[1] < 2:  # results with an entry per pair stay in full form
         raise Mixes("a table lines up with tokens and something else at once", RefusalCode.UNCLEAR_DIMENSIONS)
     return tuple(result), tuple(dict.fromkeys(uses))

@@ -89,7 +89,7 @@ def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
         visible = read_mask(attends)
     except NotOnTree:
         biases += parts.masks
-        said = {term for bias in biases for term in terms_of(bias.says)}
+        said = {term for bias in biases for term in terms_of(bias.visible)}
         if not all(term in said and is_known(term) for term in terms_of(attends.visible)):
             raise
     for bias in biases:

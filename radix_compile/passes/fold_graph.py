@@ -30,7 +30,7 @@ from radix_compile.ir.axes import BATCH, SEQ, Arrangement, Axes, Axis, Sorted, T
 from radix_compile.ir.calls import call
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
 from radix_compile.ir.graph import Form, facts, graph_facts, set_facts, set_graph_facts, tokens_of
-from radix_compile.ir.plan_arrays import Code, Part, plan_arrays
+from radix_compile.ir.plan_arrays import Code, Group, plan_arrays
 from radix_compile.ir.source import trace_back
 from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.kernels import index_ops
@@ -140,7 +140,7 @@ class _Rewriter:
         return fx.GraphModule(self.gm, self.graph)
 
     def _add_plan_inputs(self) -> None:
-        arrays = plan_arrays(parts_of_plan(self.decided))
+        arrays = plan_arrays(groups_of_plan(self.decided))
         plan: dict[str, fx.Node | None] = {one.name: self.graph.placeholder(one.placeholder) for one in arrays}
         self.fold_and_scatter = {name: plan[name] for name in ("fold", "scatter")}
         self.plan = plan
@@ -426,14 +426,14 @@ class _Rewriter:
         set_facts(made, replace(facts(made), marks=marks, form=form, origin=origin))
 
 
-def parts_of_plan(fold: Fold) -> set[Part]:
-    """The parts of a plan that the folded program takes."""
-    parts: set[Part] = {code_for(*attention.operands) for attention in fold.attentions_on_tree()}
-    if parts:
-        parts.add("tree")
+def groups_of_plan(fold: Fold) -> set[Group]:
+    """The arrays of a plan that the folded program takes."""
+    groups: set[Group] = {code_for(*attention.operands) for attention in fold.attentions_on_tree()}
+    if groups:
+        groups.add("tree")
     if graph_facts(fold.captured).is_differentiable:
-        parts.add("lists")
-    return parts
+        groups.add("lists")
+    return groups
 
 
 def shown_keys(fold: Fold) -> tuple[tuple[fx.Node, bool], ...] | None:

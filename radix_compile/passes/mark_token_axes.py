@@ -14,7 +14,7 @@ from radix_compile.analysis.given_masks import given_mask_value, given_masks
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.reach.column_reach import Reaches, steps_to
 from radix_compile.analysis.rules.flex import FLEX, arguments_of
-from radix_compile.analysis.rules.masks import blanked
+from radix_compile.analysis.rules.masks import zeroed_rows
 from radix_compile.analysis.tokens import Tokens
 from radix_compile.ir.axes import (
     BATCH,
@@ -181,12 +181,12 @@ def _apply_rule(node: fx.Node, tokens: Tokens) -> Marks:
     if mixed is not None and not info.takes_mixed:
         return Value((), mixed=mixed)
     if any(value.arrangement for value in inputs) and not info.takes_arrangements:
-        raise Mixes("computes with the order of the rows, in which every row has a part", RefusalCode.ORDER_OF_ROWS)
+        raise Mixes("computes with the order of the rows, which depends on all rows", RefusalCode.ORDER_OF_ROWS)
     if info.rule is None:
         if all(value.is_constant for value in inputs) and not _is_random(node):
             return _constant(node)
         raise Mixes("no rule for this op, so it may mix rows", RefusalCode.NO_RULE)
-    fully_masked = frozenset().union(*(value.fully_masked for value in inputs)) - blanked(node)
+    fully_masked = frozenset().union(*(value.fully_masked for value in inputs)) - zeroed_rows(node)
     marks = info.rule(node, tokens.layout)
     if isinstance(marks, tuple):
         return tuple(replace(value, fully_masked=value.fully_masked | fully_masked) for value in marks)

@@ -35,7 +35,7 @@ from radix_compile.ir.facts import (
     terms_of,
 )
 from radix_compile.ir.graph import tokens_of
-from radix_compile.ir.source import ancestors
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.passes.fold import Fold, Starts
 
@@ -130,7 +130,7 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
 def _looked_up(graph: fx.Graph, sequence_ids: fx.Node | None) -> set[fx.Node]:
     """The nodes that lead to the rows that masks look up, as the plan does where attention runs on the tree."""
     sources = [getattr(atom, "source", None) for seen in attentions(graph) for atom in atoms_of(seen.visible)]
-    return set(ancestors(*(source for source in sources if source is not None and source is not sequence_ids)))
+    return set(upstream(*(source for source in sources if source is not None and source is not sequence_ids)))
 
 
 def _numbering(graph: fx.Graph, sequence_ids: fx.Node | None) -> set[fx.Node]:

@@ -22,7 +22,7 @@ from radix_compile.ir.axes import Feature, Uniform, shape_of
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.ir.graph import facts, set_facts
-from radix_compile.ir.source import ancestors
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import value_of
 from radix_compile.torch_internals import val
 
@@ -225,7 +225,7 @@ def _other(one: Any, other: Any, is_ours: Any, what: str) -> fx.Node:
 
 def _has_no_product(operand: Any) -> bool:
     """Scores have one."""
-    return not isinstance(operand, fx.Node) or not any(map(flops, ancestors(operand)))
+    return not isinstance(operand, fx.Node) or not any(map(flops, upstream(operand)))
 
 
 def _is_mask(operand: Any) -> bool:

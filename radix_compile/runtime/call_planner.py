@@ -18,13 +18,13 @@ from radix_compile.ir.axes import as_size
 from radix_compile.ir.errors import CannotFold, RefusalCode, RunsPlain
 from radix_compile.ir.facts import ordered_by
 from radix_compile.ir.graph import graph_facts, tokens_of
-from radix_compile.ir.plan_arrays import Part, plan_arrays
-from radix_compile.ir.source import ancestors
+from radix_compile.ir.plan_arrays import Group, plan_arrays
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import source_line, values_of
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import (
     assumed_sequence_ids,
-    parts_of_plan,
+    groups_of_plan,
     relies_on_visible_keys,
     shown_keys,
     torch_windows,
@@ -105,7 +105,7 @@ class PlanInputs:
     ``fully_masked``  programs for the rows that see no key: source, window and truth of ``ir.facts.FullyMasked``.
     ``skip``          program for the rows that stay, if the others are left out.
     ``tree``          if attention runs on the tree, programs for the keys that are shown.
-    ``parts``         the parts of a plan that the folded program takes.
+    ``groups``        the arrays of a plan that the folded program takes.
     ``windows``       the windows of attentions on the tree that run in torch.
     ``left_padding``  program for the rows that are no padding, if padding in front of them is in no path.
     ``masks``         positions of the caller's own masks, which have to be causal: see ``given_masks``.
@@ -126,7 +126,7 @@ class PlanInputs:
     fully_masked: tuple[tuple[RowProgram, int | None, bool], ...] = ()
     skip: tuple[RowProgram, bool] | None = None
     tree: tuple[tuple[RowProgram, bool], ...] | None = None
-    parts: frozenset[Part] = frozenset()
+    groups: frozenset[Group] = frozenset()
     windows: tuple[int | None, ...] = ()
     left_padding: tuple[RowProgram, bool] | None = None
     masks: tuple[int, ...] = ()
@@ -207,14 +207,14 @@ class PlanInputs:
             shape = args[self.keys[0]].shape[:2]
             shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
             made["begin"], made["end"] = plan.tree(np.logical_and.reduce(shown) if shown else None)
-            if "torch" in self.parts:
+            if "torch" in self.groups:
                 made |= torch_tiles(plan, made["begin"], made["end"], self.windows).by_name()
-            if "triton" in self.parts:
+            if "triton" in self.groups:
                 tiles = triton_tiles(plan, made["begin"], made["end"])
                 made |= (tiles.filled_up() if self.filled_up else tiles).by_name()
-        if "lists" in self.parts:
+        if "lists" in self.groups:
             made["rows"], made["starts"], made["pieces"] = plan.row_lists(self.filled_up)
-        specs = plan_arrays(self.parts)
+        specs = plan_arrays(self.groups)
         arrays = [made[spec.name] for spec in specs]
         if device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
@@ -293,7 +293,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     fully_masked = dict.fromkeys(
         b for node in folded for value in values_of(node) for b in sorted(value.fully_masked, key=str)
     )
-    needed = set(ancestors(*folded, *(b.source for b in fully_masked)))
+    needed = set(upstream(*folded, *(b.source for b in fully_masked)))
     placeholders = captured.graph.find_nodes(op="placeholder")
     hidden = fold.left_out
     skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
@@ -325,7 +325,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
         programs,
         skip,
         tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
-        parts=frozenset(parts_of_plan(fold)),
+        groups=frozenset(groups_of_plan(fold)),
         windows=torch_windows(fold),
         left_padding=left_padding,
         masks=masks,
@@ -375,7 +375,7 @@ def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
 
 
 def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
-    needed = set(ancestors(source))
+    needed = set(upstream(source))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[int] = []

@@ -203,7 +203,7 @@ def check_against_derivatives(program: Program) -> None:
     reaches = tokens_of(gm).reaches
     x = F.embedding(IDS, TABLE)
     looked_up = next(n for n in reversed(gm.graph.nodes) if n.target is torch.ops.aten.embedding.default)
-    for node, found in list(reaches.found.items()):
+    for node, found in list(reaches.by_node.items()):
         if found is None or isinstance(found, tuple) or not isinstance(node.meta["val"], Tensor):
             continue
 
@@ -252,7 +252,7 @@ def test_every_rule_is_used() -> None:
     used: set[Any] = set()
     for program in (*CAUSAL.values(), *NOT.values()):
         _, gm = analysed(program)
-        used |= {node.target for node, found in tokens_of(gm).reaches.found.items() if found is not None}
+        used |= {node.target for node, found in tokens_of(gm).reaches.by_node.items() if found is not None}
     aliases = {  # of one rule, and made by other ways of writing the same
         "alias", "detach", "contiguous", "type_as", "_to_copy", "view", "reshape", "t", "mT", "permute", "transpose",
         "split_with_sizes", "chunk", "constant_pad_nd", "mm", "bmm", "squeeze", "where", "amin", "mean",
@@ -283,7 +283,7 @@ def test_what_reads_everything_takes_no_room() -> None:
 
 
 def test_what_is_too_large_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radix_compile.analysis.reach.column_reach.LARGEST", 2 * C * C - 1)
+    monkeypatch.setattr("radix_compile.analysis.reach.column_reach.MAX_ENTRIES", 2 * C * C - 1)
     node, gm = analysed(within_chunks)
     assert value_of(node).mixed is not None
     with pytest.raises(OutOfReach):

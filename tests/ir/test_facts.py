@@ -34,6 +34,7 @@ from radix_compile.ir.facts import (
     RowTrue,
     Same,
     Weights,
+    cast_filled,
     conjunction,
     disjunction,
     fully_masked_rows,
@@ -42,7 +43,6 @@ from radix_compile.ir.facts import (
     implies_causal,
     negation,
     remap,
-    stored,
     without_dims_of_size_one,
 )
 from radix_compile.runtime.call_planner import rows_without_a_key
@@ -304,7 +304,7 @@ def test_facts_about_a_dimension_of_size_one_are_dropped() -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 0.5, 256.0, 1e-50, -1e9, 3e38, float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64])
 def test_a_stored_value_is_as_true_and_as_low_as_is_said(value: float, dtype: torch.dtype) -> None:
-    known = stored(Filled(value), dtype)
+    known = cast_filled(Filled(value), dtype)
     if known is None:
         return
     held = torch.tensor(value, dtype=torch.float64).to(dtype).double()

@@ -327,7 +327,7 @@ FULL: dict[str, tuple[Attend, str]] = {
         lambda q, k, v: torch.einsum(
             "bqk,bhke->bqhe", torch.where(causal(), torch.einsum("bhqe,bhke->bqk", q, k), -math.inf).softmax(-1), v
         ).transpose(1, 2),
-        "not one of weights and values",
+        "not a product of weights and values",
     ),
     "heads of a group that are not side by side": (
         lambda q, k, v: written(

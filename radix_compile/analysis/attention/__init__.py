@@ -1,1 +1,1 @@
-"""Attention as the op ``radix::tree_attention`` takes it: what is read of a captured one, and what of it is carried."""
+"""Captured attentions in terms of the op ``radix::tree_attention``: their operands, masks and biases."""

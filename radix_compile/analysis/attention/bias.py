@@ -1,4 +1,4 @@
-"""Numbers that are added to scores: tables by position, and masks that nothing simpler describes."""
+"""Biases that are added to scores: tables by position, and masks without a simpler description."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from radix_compile.analysis.rules.masks import as_formula, fact_of, size_of
 from radix_compile.ir.axes import BATCH, as_size
 from radix_compile.ir.facts import ORDINARY, TRUE, Filled, Formula, Masked, negation
 from radix_compile.ir.graph import facts
-from radix_compile.ir.source import ancestors
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import value_of
 from radix_compile.torch_internals import val
 
 
 @dataclass(frozen=True, slots=True)
 class Bias:
-    """Numbers added to scores, ``factor`` times: read where they are, ``[..., S or 1, S]`` in full form.
+    """``factor * node`` is added to scores; or, unless ``hides`` is None, keys are hidden where ``node == hides``.
 
-    Or a predicate, and keys are hidden where it is what ``hides`` says. ``scores`` has the dimensions in front of the
-    last two that it is broadcast to.
+    ``node`` is ``[..., S or 1, S]`` in full form. ``scores`` has the leading dimensions to which it is broadcast.
     """
 
     node: fx.Node
@@ -34,64 +33,66 @@ class Bias:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is added: that of the sum."""
+        """Return the dtype of the sum of scores and bias."""
         value = val(self.scores)
         dtype: torch.dtype = (value[0] if isinstance(value, tuple | list) else value).dtype
         return dtype
 
     @property
-    def says(self) -> Formula:
-        """Which keys it may leave visible."""
+    def visible(self) -> Formula:
+        """Return the formula of the keys that the bias may leave visible."""
         value = value_of(self.node)
         if self.hides is not None:
             return negation(as_formula(value)) if self.hides else as_formula(value)
         return value.fact.visible if isinstance(value.fact, Masked) else TRUE
 
     def shape(self) -> tuple[bool, int, bool]:
-        """As ``[B or 1, H or 1, S or 1, S]``: is it ``B``, how many heads, is it ``S``? Raises :class:`NotOnTree`."""
-        front = value_of(self.scores).axes[:-2]
+        """Return the shape ``[B or 1, H or 1, S or 1, S]`` as (is it B?, number of heads, is it S?).
+
+        Raises :class:`NotOnTree` for any other shape.
+        """
+        leading = value_of(self.scores).axes[:-2]
         value = val(self.node)
         *outer, query, key = (1,) * (2 - value.ndim) + tuple(value.shape)
-        outer = [1] * (len(front) - len(outer)) + outer
-        atoms = [atom for axis in front for atom in axis]
+        outer = [1] * (len(leading) - len(outer)) + outer
+        atoms = [atom for axis in leading for atom in axis]
         if as_size(key) == 1:
             raise NotOnTree("it adds a bias that has no entry for each key")
-        if BATCH in atoms[1:] or len(outer) > len(front):
-            raise NotOnTree("it adds a bias whose dimensions are not those of its scores")
-        single = [as_size(size) == 1 for size in outer]
-        batched = any(BATCH in axis and not one for axis, one in zip(front, single, strict=True))
-        sizes = [int(sympy.prod(sizes_of([atom for atom in axis if atom is not BATCH]))) for axis in front]
-        heads = int(sympy.prod([1 if one else size for size, one in zip(sizes, single, strict=True)]))
-        if heads not in (1, int(sympy.prod(sizes))):
+        if BATCH in atoms[1:] or len(outer) > len(leading):
+            raise NotOnTree("it adds a bias whose dimensions do not match those of its scores")
+        is_one = [as_size(size) == 1 for size in outer]
+        has_batch = any(BATCH in axis and not repeats for axis, repeats in zip(leading, is_one, strict=True))
+        sizes = [int(sympy.prod(sizes_of([atom for atom in axis if atom is not BATCH]))) for axis in leading]
+        num_heads = int(sympy.prod([1 if repeats else size for size, repeats in zip(sizes, is_one, strict=True)]))
+        if num_heads not in (1, int(sympy.prod(sizes))):
             raise NotOnTree("it adds a bias for groups of heads")
-        return batched, heads, as_size(query) != 1
+        return has_batch, num_heads, as_size(query) != 1
 
     def may_be_large(self) -> bool:
-        """Are there numbers in it far from any score, and not known for the floor of a mask?
+        """May the bias have numbers far larger than any score that are not known to be the floor of a mask?
 
-        Attention on the tree is put together by the logarithms of sums of exponentials, and its gradient starts from
-        them. They have no digits left for a row in which all scores are such numbers.
+        Attention on the tree combines parts by log-sum-exp, and its gradient starts from log-sum-exp. That has no
+        precision left for a row in which all scores are so large.
         """
         fact = value_of(self.node).fact
         if self.hides is not None:
             return False
-        if isinstance(fact, Masked):  # of a floor it is known which rows see a key whose score is an ordinary one
+        if isinstance(fact, Masked):  # rows that see a key have a score above the floor; the others are known
             return fact.size > ORDINARY
         if size_of(self.node) <= ORDINARY:
             return False
-        numbers = [arg for node in ancestors(self.node) for arg in node.args if isinstance(arg, int | float)]
-        numbers += [fact.value for node in ancestors(self.node) if isinstance(fact := fact_of(node), Filled)]
+        numbers = [arg for node in upstream(self.node) for arg in node.args if isinstance(arg, int | float)]
+        numbers += [fact.value for node in upstream(self.node) if isinstance(fact := fact_of(node), Filled)]
         return any(abs(number) > ORDINARY for number in numbers)
 
     def check(self) -> None:
-        """Raises :class:`NotOnTree` if it has no such shape, has a gradient, or is computed from rows at some cost."""
+        """Raise :class:`NotOnTree` if the shape is unsupported, or the bias has a gradient or is a matrix product."""
         self.shape()
-        for node in ancestors(self.node):
+        for node in upstream(self.node):
             if facts(node).needs_gradient:
                 raise NotOnTree("it adds a bias that has a gradient")
             if flops(node):
-                raise NotOnTree("it adds a bias that is a product itself")
-            if any(
-                isinstance(arg, torch.SymInt) for arg in node.args
-            ):  # what inline_flex_functions wrote, not to be run
-                raise NotOnTree("it adds a bias of a size that is a symbol")
+                raise NotOnTree("it adds a bias that is computed by a matrix product")
+            # inline_flex_functions writes nodes with symbolic sizes as arguments, which cannot be executed.
+            if any(isinstance(arg, torch.SymInt) for arg in node.args):
+                raise NotOnTree("it adds a bias of a symbolic size")

@@ -1,4 +1,4 @@
-"""Read a causal mask in terms that the prefix tree knows."""
+"""Reading a causal mask in terms that the prefix tree supports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from radix_compile.ir.facts import AtMost, Diff, Formula, Given, Or, RowTrue, Sa
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """The content of a mask, besides that no key is later than its query.
+    """The content of a causal mask.
 
-    ``window``  how many of the last columns a row sees, its own included.
-    ``shown``   rows ``[B, S]`` whose entry tells of a key whether it can be seen: if it is not zero (or if it is).
-    ``sequence_ids``  the numbers that tell the sequences packed in a row apart, if it has several.
+    ``window``        the number of last columns that a row sees, its own included; None means all.
+    ``shown``         pairs of a node ``[B, S]`` and a bool: keys are visible where it is nonzero (True) or zero.
+    ``sequence_ids``  the numbers of packed sequences: a row sees keys of its own sequence only.
     """
 
     window: int | None = None
@@ -25,7 +25,7 @@ class Visible:
 
 
 def read_mask(attends: Weights) -> Visible:
-    """Read a causal mask, term by term. Raises :class:`NotOnTree` at a term of another kind."""
+    """Read a causal mask, term by term. Raises :class:`NotOnTree` at a term of any other kind."""
     query, key = attends.query, attends.key
     window: int | None = None
     shown: dict[tuple[fx.Node, bool], None] = {}
@@ -33,7 +33,7 @@ def read_mask(attends: Weights) -> Visible:
     same_sequence = [term for term in terms if isinstance(term, Same) and {term.a, term.b} == {query, key}]
     positions = {term.counted_from for term in same_sequence}
     for term in terms:
-        bound = _columns(term, positions)
+        bound = _column_bound(term, positions)
         match term:
             case Same() if term in same_sequence:
                 pass
@@ -44,28 +44,31 @@ def read_mask(attends: Weights) -> Visible:
             case _ if bound is not None and bound[:2] == (query, key) and bound[2] >= 0:
                 window = bound[2] + 1 if window is None else min(window, bound[2] + 1)
             case _:
-                raise NotOnTree(f"its mask {_in_words(term)}")
+                raise NotOnTree(f"its mask {_describe(term)}")
     if len({term.source for term in same_sequence}) > 1:
         raise NotOnTree("its mask tells sequences apart in two ways")
     return Visible(window, tuple(shown), same_sequence[0].source if same_sequence else None)
 
 
-def _columns(term: Formula, positions: set[fx.Node | None]) -> tuple[int, int, int] | None:
-    """``column[a] - column[b] <= bound``. In a run, positions count as columns do."""
+def _column_bound(term: Formula, positions: set[fx.Node | None]) -> tuple[int, int, int] | None:
+    """Return ``(a, b, bound)`` if the term is ``column[a] - column[b] <= bound``.
+
+    Within a sequence, positions grow by one per column, so comparing positions compares columns.
+    """
     if isinstance(term, Diff) or (isinstance(term, AtMost) and term.source in positions):
         return term.a, term.b, term.bound
     return None
 
 
-def _in_words(term: Formula) -> str:
+def _describe(term: Formula) -> str:
     match term:
         case Given():
-            return "was made by the caller"
+            return "is an input"
         case Or():
-            return "shows keys for one of several reasons"
+            return "shows keys by one of several conditions"
         case RowTrue():
-            return "hides keys by their query"
+            return "hides all keys of some queries"
         case Diff() | AtMost():
-            return "compares columns or positions in another way"
+            return "compares columns or positions in an unsupported way"
         case _:
             return "is not understood"

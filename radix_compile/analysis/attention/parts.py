@@ -1,4 +1,4 @@
-"""The parts of an attention, and those that the op ``radix::tree_attention`` carries over."""
+"""The parts of a captured attention, and its description for the op ``radix::tree_attention``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Parts:
     """The parts of an attention.
 
     ``softcap``  the scores are ``softcap * tanh(scale * product / softcap)``.
-    ``sinks``    one more score for each head, ``[H]``.
-    ``grouped``  keys may have fewer heads than queries in a dimension of heads of the same rank.
-    ``product``  that of queries and keys, if it is an op of its own.
-    ``zero``     a row that sees no key is zero. (Written out, it attends to all keys alike, or is not a number.)
-    ``masks``    what hides keys, of which the formula of the attention (``Weights``) says the same.
-    ``biases``   what is added to the scores besides.
-    ``order``    of the result's dimensions, as that of :class:`Rows`.
-    ``blocks``   the tables of blocks of flex_attention: that they say what its mask does is seen in every call.
+    ``sinks``    an extra score for each head, ``[H]``, that belongs to no key.
+    ``grouped``  keys may have fewer heads than queries (``enable_gqa``).
+    ``product``  the product of queries and keys, if that is a node of its own.
+    ``zero``     fully masked rows are zero. (Otherwise they attend to all keys equally, or are NaN.)
+    ``masks``    the masks; the formula of the attention (``Weights``) describes them.
+    ``biases``   the other terms that are added to the scores.
+    ``order``    the order of the result's dimensions, as in :class:`Rows`.
+    ``blocks``   the block tables of flex_attention; every call checks that they agree with the mask.
     """
 
     query: Rows
@@ -51,9 +51,9 @@ class Parts:
 class TreeAttention:
     """An attention in terms of ``radix::tree_attention``. Keys and values may have fewer heads than queries.
 
-    ``biases`` are read in full form: those of its parts, and its masks where nothing simpler can be said of them.
-    ``needs_visible_keys`` if it is right only in calls in which every row sees a key. ``dtype`` is that of its
-    products: under autocast not that of what they read.
+    ``biases`` are read in full form: the biases of its parts, and masks without a simpler description.
+    ``needs_visible_keys`` if it is right only in calls without fully masked rows. ``dtype`` is the dtype of the
+    products, which under autocast is not the dtype of their inputs.
     """
 
     parts: Parts
@@ -64,7 +64,7 @@ class TreeAttention:
 
     @property
     def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As queries and values that the op will be given, but for all dimensions except the last."""
+        """Return tensors with the dtype, device and last dimension of the op's queries and values."""
         query, value = (
             val(rows.node).new_empty((rows.heads()[1],), dtype=self.dtype)
             for rows in (self.parts.query, self.parts.value)
@@ -73,18 +73,18 @@ class TreeAttention:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """All that the op reads in compact form: no mask, and what hides keys is in the plan."""
+        """Return the nodes that the op reads in compact form. (Masks are part of the plan.)"""
         parts = self.parts
         nodes = [parts.query.node, parts.key.node, parts.value.node]
         return [*nodes, parts.sinks] if parts.sinks is not None else nodes
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Does it attend, causally: attention as one op, or the last product of attention written out?"""
+    """Is the node a causal attention: attention as one op, or the last product of attention in several ops?"""
     return node.op == "call_function" and node.target is not operator.getitem and values_of(node)[0].attends is not None
 
 
 def attention_steps(node: fx.Node) -> list[fx.Node]:
-    """The products that an attention on the tree stands for: one op, or the two of attention written out."""
+    """Return the products that attention on the tree replaces: one op, or two products of attention in several ops."""
     parts = facts(node).parts
     return [node, parts.product] if isinstance(parts, Parts) and parts.product is not None else [node]

@@ -1,1 +1,1 @@
-"""Rules of ops for the columns that entries read (``column_reach``)."""
+"""Rules of ops for the last column that each entry reads (``column_reach``)."""

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from radix_compile.analysis.arguments import argument, source_of
-from radix_compile.analysis.reach.column_reach import LARGEST, NOTHING, OutOfReach, Reach, Reaches, reach
-from radix_compile.analysis.reach.operands import aligned, dim_of, latest, refuse_if_apart, zero_products
+from radix_compile.analysis.reach.column_reach import MAX_ENTRIES, NO_COLUMN, OutOfReach, Reach, Reaches, reach
+from radix_compile.analysis.reach.operands import aligned, dim_of, latest, refuse_if_batched_constant, zero_products
 from radix_compile.analysis.rules.contractions import labels_of
 from radix_compile.ir.axes import Mixes
 
@@ -24,14 +24,14 @@ def triangle(node: fx.Node, reaches: Reaches) -> Reach:
     if source.batch in (source.rank - 2, source.rank - 1):
         raise OutOfReach
     cut = np.tril if node.target is aten.tril.default else np.triu
-    kept = cut(np.ones((rows, columns), bool), reaches.number(argument(node, "diagonal")))
-    return reach(source.last, np.where(kept, source.known, 0.0), source.batch)
+    mask = cut(np.ones((rows, columns), bool), reaches.number(argument(node, "diagonal")))
+    return reach(source.last, np.where(mask, source.known, 0.0), source.batch)
 
 
 def reduce(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
-    named = argument(node, "dim")
-    dims = tuple(range(source.rank)) if not named else tuple(dim % source.rank for dim in named)
+    given = argument(node, "dim")
+    dims = tuple(range(source.rank)) if not given else tuple(dim % source.rank for dim in given)
     if source.batch in dims:
         raise OutOfReach
     keep = argument(node, "keepdim")
@@ -56,9 +56,11 @@ def cumsum(node: fx.Node, reaches: Reaches) -> Reach:
 
 
 def linear(node: fx.Node, reaches: Reaches) -> Reach:
-    """Weights that are constants of the call."""
+    """Return the reach of a product with constant weights."""
     source, *others = (reaches.of(arg) for arg in node.all_input_nodes)
-    if source.batch == source.rank - 1 or any(one.batch is not None or one.last.max() != NOTHING for one in others):
+    if source.batch == source.rank - 1:
+        raise OutOfReach
+    if any(other.batch is not None or other.last.max() != NO_COLUMN for other in others):
         raise OutOfReach
     if len(reaches.shape(argument(node, "weight"))) != 2:
         raise OutOfReach
@@ -67,7 +69,7 @@ def linear(node: fx.Node, reaches: Reaches) -> Reach:
 
 def matmul(node: fx.Node, reaches: Reaches) -> Reach:
     left, right = node.args[:2]
-    ranks = [len(reaches.shape(one)) for one in (left, right)]  # type: ignore[arg-type]
+    ranks = [len(reaches.shape(factor)) for factor in (left, right)]  # type: ignore[arg-type]
     if min(ranks) < 2:
         raise OutOfReach
     names = [f"d{number}" for number in range(max(ranks) - 2)]
@@ -87,26 +89,26 @@ def einsum(node: fx.Node, reaches: Reaches) -> Reach:
 def contraction(
     tensors: Sequence[Any], labels: Sequence[Sequence[str]], result: Sequence[str], reaches: Reaches
 ) -> Reach:
-    """Sums of products. A product with a factor that is zero reads nothing."""
-    summed = sorted({name for own in labels for name in own} - set(result))
+    """Return the reach of sums of products. A product with a zero factor reads no column."""
+    summed = sorted({label for term in labels for label in term} - set(result))
     order = [*result, *summed]
     lasts, knowns, batches = [], [], set()
-    for tensor, own in zip(tensors, labels, strict=True):
-        one = reaches.of(tensor)
-        if one.batch is not None:
-            batches.add(own[one.batch])
-        turned = [own.index(name) for name in order if name in own]
-        shape = [one.last.shape[own.index(name)] if name in own else 1 for name in order]
-        lasts.append(one.last.transpose(turned).reshape(shape))
-        knowns.append(one.known.transpose(turned).reshape(shape))
+    for tensor, term in zip(tensors, labels, strict=True):
+        operand = reaches.of(tensor)
+        if operand.batch is not None:
+            batches.add(term[operand.batch])
+        permutation = [term.index(label) for label in order if label in term]
+        shape = [operand.last.shape[term.index(label)] if label in term else 1 for label in order]
+        lasts.append(operand.last.transpose(permutation).reshape(shape))
+        knowns.append(operand.known.transpose(permutation).reshape(shape))
     if len(batches) > 1 or not batches.isdisjoint(summed):
         raise OutOfReach
-    for tensor, own in zip(tensors, labels, strict=True):
-        for name in batches.intersection(own):
-            refuse_if_apart(tensor, own.index(name), reaches)
-    if math.prod(np.broadcast_shapes(*(last.shape for last in lasts))) > 4 * LARGEST:
+    for tensor, term in zip(tensors, labels, strict=True):
+        for label in batches.intersection(term):
+            refuse_if_batched_constant(tensor, term.index(label), reaches)
+    if math.prod(np.broadcast_shapes(*(last.shape for last in lasts))) > 4 * MAX_ENTRIES:
         raise OutOfReach
-    products = reach(latest(lasts), zero_products([Reach(a, b) for a, b in zip(lasts, knowns, strict=True)]))
+    products = reach(latest(lasts), zero_products([Reach(*arrays) for arrays in zip(lasts, knowns, strict=True)]))
     along = tuple(range(len(result), len(order)))
     zero = (products.known == 0).all(axis=along)
     batch = order.index(batches.pop()) if batches else None
@@ -114,41 +116,41 @@ def contraction(
 
 
 def solve_triangular(node: fx.Node, reaches: Reaches) -> Reach:
-    """Forward substitution: a row of the result reads the rows of both sides up to its own."""
+    """Return the reach of forward substitution: row i of the result reads the rows up to i of both operands."""
     matrix, right = node.args[:2]
     if argument(node, "upper") or not argument(node, "left"):
         raise OutOfReach
-    found, batch = aligned([matrix, right], reaches)  # type: ignore[list-item]
-    if batch is not None and batch >= found[0].rank - 2:
+    operands, batch = aligned([matrix, right], reaches)  # type: ignore[list-item]
+    if batch is not None and batch >= operands[0].rank - 2:
         raise OutOfReach
-    rows = reaches.shape(node)[-2]
-    sides = []
-    for side, one in enumerate(found):
-        last = np.broadcast_to(one.last, (*one.last.shape[:-2], rows, one.last.shape[-1]))
-        if side == 0:  # only its lower triangle is read
-            last = np.broadcast_to(last, (*last.shape[:-1], rows))
-            last = np.where(np.tril(np.ones((rows, rows), bool)), last, NOTHING).max(axis=-1, keepdims=True)
-        sides.append(np.maximum.accumulate(last, axis=-2))
-    return reach(latest(sides), batch=batch)
+    num_rows = reaches.shape(node)[-2]
+    lasts = []
+    for position, operand in enumerate(operands):
+        last = np.broadcast_to(operand.last, (*operand.last.shape[:-2], num_rows, operand.last.shape[-1]))
+        if position == 0:  # only the lower triangle of the matrix is read
+            last = np.broadcast_to(last, (*last.shape[:-1], num_rows))
+            last = np.where(np.tril(np.ones((num_rows, num_rows), bool)), last, NO_COLUMN).max(axis=-1, keepdims=True)
+        lasts.append(np.maximum.accumulate(last, axis=-2))
+    return reach(latest(lasts), batch=batch)
 
 
 def conv1d(node: fx.Node, reaches: Reaches) -> Reach:
-    """``[N, C, L]`` with weights that are constants of the call."""
+    """Return the reach of a convolution of ``[N, C, L]`` with constant weights."""
     source, *others = (reaches.of(arg) for arg in node.all_input_nodes)
     if source.rank != 3 or source.batch == 1 or source.batch == 2:
         raise OutOfReach
-    if any(one.batch is not None or one.last.max() != NOTHING for one in others):
+    if any(other.batch is not None or other.last.max() != NO_COLUMN for other in others):
         raise OutOfReach
     padding = argument(node, "padding")
     if isinstance(padding, str):
         raise OutOfReach
-    stride, amount, dilation = (
-        reaches.number(one[0] if isinstance(one, list | tuple) else one)
-        for one in (argument(node, "stride"), padding, argument(node, "dilation"))
+    stride, num_padded, dilation = (
+        reaches.number(arg[0] if isinstance(arg, list | tuple) else arg)
+        for arg in (argument(node, "stride"), padding, argument(node, "dilation"))
     )
-    length, out = reaches.shape(source_of(node))[2], reaches.shape(node)[2]
-    taps = reaches.shape(argument(node, "weight"))[2]
+    length, length_out = reaches.shape(source_of(node))[2], reaches.shape(node)[2]
+    kernel_size = reaches.shape(argument(node, "weight"))[2]
     last = np.broadcast_to(source.last.max(axis=1, keepdims=True), (*source.last.shape[:1], 1, length))
-    padded = np.pad(last, ((0, 0), (0, 0), (amount, amount)), constant_values=NOTHING)
-    windows = np.arange(out)[:, None] * stride + np.arange(taps) * dilation
+    padded = np.pad(last, ((0, 0), (0, 0), (num_padded, num_padded)), constant_values=NO_COLUMN)
+    windows = np.arange(length_out)[:, None] * stride + np.arange(kernel_size) * dilation
     return reach(padded[..., windows].max(axis=-1), batch=source.batch)

@@ -1,13 +1,13 @@
-"""Which columns an entry reads, where no axis can say it: chunks, scans, convolutions.
+"""Reach: the last column that each entry of a tensor reads, for chunks, scans and convolutions, where axes are lost.
 
-Linear attention and state-space models cut the sequence into chunks, work within and between them, and put it together
-again. On the way no dimension is the sequence, so axes (``token_axes``) are lost. What is followed instead is a number
-for each entry: the last column that it reads. Where a dimension as long as the sequence comes back, and the entry at
-each of its places reads no later column, that dimension is the sequence and the value causal. Entries that are known
-numbers read nothing, and zero times anything is zero: that is how a triangle of decays hides later rows.
+Linear attention and state-space models split the sequence into chunks, compute within and between chunks, and join them
+again. In between no dimension is the sequence, so axes are lost. Instead we track a number for each entry: the last
+column that the entry reads. Where a result has a dimension as long as the sequence, and no entry reads a column later
+than its own place along that dimension, the dimension is the sequence and the value is causal. Entries that are known
+numbers read no column, and zero times anything is zero: so a triangular matrix of decays hides later rows.
 
-The sizes have to be numbers for this. Where they are symbols it is done for those of the call that is being compiled,
-and again for those of every other one (``PlanInputs``).
+This needs sizes that are numbers. Symbolic sizes are replaced by those of the call that is compiled for, and the result
+is computed again for the sizes of each later call (``PlanInputs``).
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ from radix_compile.ir.facts import Filled
 from radix_compile.ir.value import Value, marks_of
 from radix_compile.torch_internals import OpOverload, val
 
-LARGEST = 2**22
-"""Entries of an array that is kept, at most."""
+MAX_ENTRIES = 2**22
+"""The maximum number of entries of an array that is stored."""
 
-NOTHING = -1
-"""The last column of an entry that reads none."""
+NO_COLUMN = -1
+"""The last column of an entry that reads no column."""
 
 
 class OutOfReach(Exception):  # noqa: N818 - a verdict about a node, not an error in it
-    """It cannot be said which columns the entries read."""
+    """The columns that the entries read are unknown."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reach:
-    """``last`` column that each entry reads, the entry itself where it is ``known`` (else NaN), and the dim ``batch``.
+    """The reach of a tensor.
 
-    The arrays have the tensor's dimensions; those along which all entries agree, and ``batch``, are of size one.
+    ``last``   the last column that each entry reads.
+    ``known``  the entry itself where its value is known, NaN elsewhere.
+    ``batch``  the batch dimension, None if there is none.
+
+    The arrays have the tensor's dimensions. Dimensions along which all entries are equal, and ``batch``, have size 1.
     """
 
     last: NDArray[np.int32]
@@ -58,58 +62,58 @@ class Reach:
 
 
 def reach(last: Any, known: Any = np.nan, batch: int | None = None) -> Reach:
-    """With arrays of one shape; an entry that is known reads nothing."""
+    """Return a reach, with the arrays broadcast to each other. A known entry reads no column."""
     known = np.broadcast_to(np.asarray(known, np.float64), np.broadcast_shapes(np.shape(last), np.shape(known)))
-    last = np.where(np.isnan(known), np.broadcast_to(np.asarray(last, np.int32), known.shape), np.int32(NOTHING))
+    last = np.where(np.isnan(known), np.broadcast_to(np.asarray(last, np.int32), known.shape), np.int32(NO_COLUMN))
     return Reach(last, known, batch)
 
 
-Place = tuple[int, int]
-"""Which input, and which dimension of it."""
-
 ReachRule = Callable[[fx.Node, "Reaches"], "Reach | tuple[Reach, ...]"]
-"""A rule of an op for the columns that entries read. Raises :class:`OutOfReach`."""
+"""Returns the reach of an op's result or results. Raises :class:`OutOfReach`."""
 
 
 class Reaches:
-    """The reach of the nodes of one graph, for sizes that are numbers; computed as far back as axes are unknown."""
+    """The reaches of the nodes of a graph, for given sizes: computed on demand, back to nodes that have axes."""
 
     def __init__(self, layout: Layout, sizes: Mapping[sympy.Symbol, int]) -> None:
         self.layout = layout
         self.sizes = sizes
-        self.columns = self.number(layout.seq)
-        self.found: dict[fx.Node, Reach | tuple[Reach, ...] | None] = {}
+        self.num_columns = self.number(layout.seq)
+        self.by_node: dict[fx.Node, Reach | tuple[Reach, ...] | None] = {}
         self.literals: dict[fx.Node, torch.Tensor | None] = {}
 
-    # ------------------------------------------------------------------------------------------ what rules ask for
+    # ---------------------------------------------------------------------------------------------------- for rules
 
     def of(self, node: fx.Node) -> Reach:
-        """Raises :class:`OutOfReach`."""
-        found = self.all_of(node)
-        if isinstance(found, tuple):
+        """Return the reach of a node with one result. Raises :class:`OutOfReach`."""
+        result = self.all_of(node)
+        if isinstance(result, tuple):
             raise OutOfReach
-        return found
+        return result
 
     def all_of(self, node: fx.Node) -> Reach | tuple[Reach, ...]:
-        if node not in self.found:
-            self.found[node] = None
-            found = self._compute(node)
-            self.found[node] = tuple(map(self._kept, found)) if isinstance(found, tuple) else self._kept(found)
-        result = self.found[node]
+        """Return the reach of each result of a node. Raises :class:`OutOfReach`."""
+        if node not in self.by_node:
+            self.by_node[node] = None
+            computed = self._compute(node)
+            self.by_node[node] = (
+                tuple(map(self._to_store, computed)) if isinstance(computed, tuple) else self._to_store(computed)
+            )
+        result = self.by_node[node]
         if result is None:
             raise OutOfReach
         return result
 
-    def _kept(self, found: Reach) -> Reach:
-        """The reach of a tensor that reads all columns everywhere; it takes no room."""
-        if found.last.size and found.last.min() >= self.columns - 1:
-            return reach(np.full((1,) * found.rank, self.columns - 1), batch=found.batch)
-        if found.last.size > LARGEST:
+    def _to_store(self, computed: Reach) -> Reach:
+        """Return the reach, with arrays of size 1 if all entries read all columns. Raises if they are too large."""
+        if computed.last.size and computed.last.min() >= self.num_columns - 1:
+            return reach(np.full((1,) * computed.rank, self.num_columns - 1), batch=computed.batch)
+        if computed.last.size > MAX_ENTRIES:
             raise OutOfReach
-        return found
+        return computed
 
     def number(self, value: Any) -> int:
-        """A size, or an argument of an op that is one."""
+        """Return a size, or an argument of an op that is a size, as an integer."""
         if isinstance(value, fx.Node):
             value = val(value)
         if isinstance(value, torch.SymInt):
@@ -126,11 +130,11 @@ class Reaches:
         return tuple(self.number(size) for size in shape_of(node))
 
     def may_vary(self, node: fx.Node, dim: int) -> bool:
-        """May entries along that dimension of what has no dimension of sequences be different ones?"""
+        """May the entries of a tensor without a batch dimension differ along ``dim``?"""
         value = _value(node)
         return value.mixed is not None or not all(isinstance(atom, Uniform) for atom in value.axes[dim])
 
-    # -------------------------------------------------------------------------------------------------- where from
+    # -------------------------------------------------------------------------------------------------- computation
 
     def _compute(self, node: fx.Node) -> Reach | tuple[Reach, ...]:
         marks = marks_of(node)
@@ -138,7 +142,7 @@ class Reaches:
         if any(value.is_arranged or (value.mixed is None and value.fully_masked) for value in values):
             raise OutOfReach
         value = values[0]
-        if all(one.is_constant for one in values) and is_tensor(node):
+        if all(value.is_constant for value in values) and is_tensor(node):
             return self._constant(node, value)
         if value.is_row and not isinstance(marks, tuple):
             return self._rows(value)
@@ -159,14 +163,14 @@ class Reaches:
         return rule(node, self)
 
     def _rows(self, value: Value) -> Reach:
-        """A value of one row, or of a pair of rows: it reads the later one of them, and those before."""
+        """Return the reach of a value with an entry per row, or per pair of rows, which reads up to the later row."""
         rank = len(value.axes)
-        last = np.full((1,) * rank, NOTHING, np.int32)
+        last = np.full((1,) * rank, NO_COLUMN, np.int32)
         batch = None
         for dim, axis in enumerate(value.axes):
             if axis == (SEQ,):
-                shape = [self.columns if other == dim else 1 for other in range(rank)]
-                last = np.maximum(last, np.arange(self.columns, dtype=np.int32).reshape(shape))
+                shape = [self.num_columns if other == dim else 1 for other in range(rank)]
+                last = np.maximum(last, np.arange(self.num_columns, dtype=np.int32).reshape(shape))
             elif axis == (BATCH,):
                 batch = dim
             elif has_tokens(axis):
@@ -174,87 +178,87 @@ class Reaches:
         return reach(last, batch=batch)
 
     def _constant(self, node: fx.Node, value: Value) -> Reach:
-        nothing = np.full((1,) * len(value.axes), NOTHING)
+        last = np.full((1,) * len(value.axes), NO_COLUMN)
         if isinstance(value.fact, Filled):
-            return reach(nothing, value.fact.value)
+            return reach(last, value.fact.value)
         literal = self.literal(node)
-        return reach(nothing) if literal is None else reach(nothing, literal.double().numpy())
+        return reach(last) if literal is None else reach(last, literal.double().numpy())
 
     def literal(self, node: fx.Node) -> torch.Tensor | None:
-        """The entries of a small tensor that the program makes of nothing but numbers."""
+        """Return the entries of a small tensor that the program computes from numbers alone, or None."""
         if node not in self.literals:
-            self.literals[node] = self._made(node) if _is_repeatable(node) else None
+            self.literals[node] = self._evaluate(node) if _is_deterministic(node) else None
         return self.literals[node]
 
-    def _made(self, node: fx.Node) -> torch.Tensor | None:
-        tensors = {one: self.literal(one) for one in node.all_input_nodes if is_tensor(one)}
-        if None in tensors.values() or np.prod(self.shape(node), dtype=np.int64) > LARGEST:
+    def _evaluate(self, node: fx.Node) -> torch.Tensor | None:
+        tensors = {arg: self.literal(arg) for arg in node.all_input_nodes if is_tensor(arg)}
+        if None in tensors.values() or np.prod(self.shape(node), dtype=np.int64) > MAX_ENTRIES:
             return None
 
-        def real(value: fx.Node) -> Any:
-            return tensors[value] if value in tensors else self.number(value)
+        def to_value(arg: fx.Node) -> Any:
+            return tensors[arg] if arg in tensors else self.number(arg)
 
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), real)
-        made = node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})  # type: ignore
-        return None if made.is_complex() else made
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), to_value)
+        result = node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})  # type: ignore
+        return None if result.is_complex() else result
 
-    # ---------------------------------------------------------------------------------------------------- where to
+    # ------------------------------------------------------------------------------------------------------- result
 
     def causal_axes(self, node: fx.Node) -> Axes | None:
-        """The axes of a node, if one of its dimensions is the sequence again; None if none is."""
+        """Return the axes of a node if one of its dimensions is the sequence, by the columns read; else None."""
         try:
-            found = self.of(node)
+            computed = self.of(node)
         except OutOfReach:
             return None
-        if (self.layout.batch != 1) != (found.batch is not None):
+        if (self.layout.batch != 1) != (computed.batch is not None):
             return None
         shape = shape_of(node)
-        for dim in sorted(range(found.rank), key=lambda dim: -found.last.shape[dim]):
-            others = tuple(other for other in range(found.rank) if other != dim)
-            last = found.last.max(axis=others)
-            columns = dim != found.batch and shape[dim] == self.layout.seq and (last != NOTHING).any()
-            if columns and (last <= np.arange(self.columns)).all():
+        for dim in sorted(range(computed.rank), key=lambda dim: -computed.last.shape[dim]):
+            others = tuple(other for other in range(computed.rank) if other != dim)
+            last = computed.last.max(axis=others)
+            may_be_seq = dim != computed.batch and shape[dim] == self.layout.seq and (last != NO_COLUMN).any()
+            if may_be_seq and (last <= np.arange(self.num_columns)).all():
                 return tuple(
-                    (BATCH,) if other == found.batch else (SEQ,) if other == dim else plain_axis(size)
+                    (BATCH,) if other == computed.batch else (SEQ,) if other == dim else plain_axis(size)
                     for other, size in enumerate(shape)
                 )
         return None
 
 
 class ReachCheck:
-    """For a graph whose sizes are symbols: is what was proved for one call true of another one's sizes?"""
+    """The check, for graphs with symbolic sizes, that causal axes proved for one call hold for another call's sizes."""
 
     def __init__(
         self, proved: Reaches, nodes: Sequence[fx.Node], symbols: Mapping[sympy.Symbol, tuple[int, int]]
     ) -> None:
-        """``symbols`` says where in a call's inputs to find their sizes."""
+        """``symbols`` maps each symbol to the (input, dimension) that has its size in a call."""
         self.proved, self.symbols = proved, symbols
         self.axes = {node: proved.causal_axes(node) for node in nodes}
-        self.known: dict[tuple[int, ...], bool] = {tuple(proved.sizes[symbol] for symbol in symbols): True}
+        self.results: dict[tuple[int, ...], bool] = {tuple(proved.sizes[symbol] for symbol in symbols): True}
 
     def __call__(self, args: Sequence[Any]) -> bool:
         sizes = tuple(args[position].shape[dim] for position, dim in self.symbols.values())
-        if sizes not in self.known:
-            here = Reaches(self.proved.layout, dict(zip(self.symbols, sizes, strict=True)))
-            self.known[sizes] = all(here.causal_axes(node) == axes for node, axes in self.axes.items())
-        return self.known[sizes]
+        if sizes not in self.results:
+            reaches = Reaches(self.proved.layout, dict(zip(self.symbols, sizes, strict=True)))
+            self.results[sizes] = all(reaches.causal_axes(node) == axes for node, axes in self.axes.items())
+        return self.results[sizes]
 
 
 def steps_to(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes without axes on the way to one that has got them back."""
-    queue, seen = list(node.all_input_nodes), set()
+    """Yield the nodes without axes from which a node with axes is computed."""
+    queue, visited = list(node.all_input_nodes), set()
     while queue:
         step = queue.pop()
         values = marks_of(step)
         mixed = (values if isinstance(values, tuple) else (values,))[0].mixed
-        if mixed is not None and step not in seen:
-            seen.add(step)
+        if mixed is not None and step not in visited:
+            visited.add(step)
             yield step
             queue.extend(step.all_input_nodes)
 
 
-def _is_repeatable(node: fx.Node) -> bool:
-    """Does the op make the same tensor every time?"""
+def _is_deterministic(node: fx.Node) -> bool:
+    """Does the op return the same tensor every time?"""
     if not isinstance(node.target, OpOverload) or not is_tensor(node) or "empty" in node.target.name():
         return False
     return torch.Tag.nondeterministic_seeded not in node.target.tags and not node.target._schema.is_mutable

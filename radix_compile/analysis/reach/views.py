@@ -1,4 +1,4 @@
-"""Entries move, none is computed. What agrees along a dimension stays of size one."""
+"""Ops that move entries and compute none. A dimension of size one in the arrays (all entries equal) stays so."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import fx
 
 from radix_compile.analysis.arguments import argument, source_of
-from radix_compile.analysis.reach.column_reach import NOTHING, OutOfReach, Reach, Reaches, reach
-from radix_compile.analysis.reach.operands import Array, aligned, dim_of, moved, refuse_if_apart
+from radix_compile.analysis.reach.column_reach import NO_COLUMN, OutOfReach, Reach, Reaches, reach
+from radix_compile.analysis.reach.operands import Array, aligned, dim_of, moved, refuse_if_batched_constant
 from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
 
 def reshape(node: fx.Node, reaches: Reaches) -> Reach:
-    """Dimensions that are merged or cut together stay small if all of them are."""
+    """Return the reach of a reshape. Dimensions that are merged or split together stay of size one if all are."""
     source = reaches.of(source_of(node))
     before, after = reaches.shape(source_of(node)), reaches.shape(node)
     shapes: list[tuple[int, ...]] = []
@@ -29,23 +29,23 @@ def reshape(node: fx.Node, reaches: Reaches) -> Reach:
             if len(sizes) != 1 or any(before[dim] != 1 for dim in dims if dim != source.batch):
                 raise OutOfReach
             batch = len(result)
-        small = all(source.last.shape[dim] == 1 for dim in dims)
-        shapes.append(tuple(1 if small else before[dim] for dim in dims))
-        result += [1 if small else size for size in sizes]
-    spread = [size for shape in shapes for size in shape]
-    return moved(source, lambda array: np.broadcast_to(array, spread).reshape(result), batch)
+        is_equal = all(source.last.shape[dim] == 1 for dim in dims)
+        shapes.append(tuple(1 if is_equal else before[dim] for dim in dims))
+        result += [1 if is_equal else size for size in sizes]
+    broadcast = [size for shape in shapes for size in shape]
+    return moved(source, lambda array: np.broadcast_to(array, broadcast).reshape(result), batch)
 
 
 def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The dimensions of one shape, and the sizes of the other that they become, in the smallest groups."""
+    """Return the smallest groups of dimensions of ``before`` and sizes of ``after`` with equal products."""
     result: list[tuple[list[int], list[int]]] = []
     dim = new = 0
     while dim < len(before) or new < len(after):
         dims: list[int] = []
         sizes: list[int] = []
         while not dims or not sizes or math.prod(before[d] for d in dims) != math.prod(sizes):
-            fewer = math.prod(before[d] for d in dims) < math.prod(sizes)
-            if dim < len(before) and (not dims or fewer or new == len(after)):
+            is_smaller = math.prod(before[d] for d in dims) < math.prod(sizes)
+            if dim < len(before) and (not dims or is_smaller or new == len(after)):
                 dims.append(dim)
                 dim += 1
             elif new < len(after):
@@ -59,9 +59,9 @@ def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
 
 def expand(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
-    more = len(reaches.shape(node)) - source.rank
-    batch = None if source.batch is None else source.batch + more
-    return moved(source, lambda array: array.reshape((1,) * more + array.shape), batch)
+    num_new = len(reaches.shape(node)) - source.rank
+    batch = None if source.batch is None else source.batch + num_new
+    return moved(source, lambda array: array.reshape((1,) * num_new + array.shape), batch)
 
 
 def unsqueeze(node: fx.Node, reaches: Reaches) -> Reach:
@@ -73,13 +73,13 @@ def unsqueeze(node: fx.Node, reaches: Reaches) -> Reach:
 
 def squeeze(node: fx.Node, reaches: Reaches) -> Reach:
     source, shape = reaches.of(source_of(node)), reaches.shape(source_of(node))
-    named = argument(node, "dim")
-    dims = [dim % source.rank for dim in ([named] if isinstance(named, int) else named)]
-    gone = tuple(dim for dim in dims if shape[dim] == 1)
-    if source.batch in gone:
+    given = argument(node, "dim")
+    dims = [dim % source.rank for dim in ([given] if isinstance(given, int) else given)]
+    removed = tuple(dim for dim in dims if shape[dim] == 1)
+    if source.batch in removed:
         raise OutOfReach
-    batch = None if source.batch is None else source.batch - sum(dim < source.batch for dim in gone)
-    return moved(source, lambda array: array.squeeze(gone), batch)
+    batch = None if source.batch is None else source.batch - sum(dim < source.batch for dim in removed)
+    return moved(source, lambda array: array.squeeze(removed), batch)
 
 
 def permute(node: fx.Node, reaches: Reaches) -> Reach:
@@ -88,9 +88,9 @@ def permute(node: fx.Node, reaches: Reaches) -> Reach:
     if node.target is aten.permute.default:
         order = [dim % source.rank for dim in argument(node, "dims")]
     elif source.rank > 1:
-        named = node.target is aten.transpose.int
-        one, other = (argument(node, "dim0"), argument(node, "dim1")) if named else (-2, -1)
-        order[one], order[other] = order[other], order[one]
+        has_dims = node.target is aten.transpose.int
+        dim0, dim1 = (argument(node, "dim0"), argument(node, "dim1")) if has_dims else (-2, -1)
+        order[dim0], order[dim1] = order[dim1], order[dim0]
     batch = None if source.batch is None else order.index(source.batch)
     return moved(source, lambda array: array.transpose(order), batch)
 
@@ -99,14 +99,19 @@ def slice_(node: fx.Node, reaches: Reaches) -> Reach:
     source = reaches.of(source_of(node))
     dim = argument(node, "dim") % source.rank
     size = reaches.shape(source_of(node))[dim]
-    start, end = (argument(node, name) for name in ("start", "end"))
-    first, behind = (None if one is None else reaches.number(one) for one in (start, end))
-    part = slice(first, behind, reaches.number(argument(node, "step")))
+    part = _slice_of(node, reaches)
     if dim == source.batch and part.indices(size) != (0, size, 1):
         raise OutOfReach
-    cut = source.last.shape[dim] != 1 or size == 1
-    place = (slice(None),) * dim + (part if cut else slice(None),)
-    return moved(source, lambda array: array[place], source.batch)
+    varies = source.last.shape[dim] != 1 or size == 1
+    index = (slice(None),) * dim + (part if varies else slice(None),)
+    return moved(source, lambda array: array[index], source.batch)
+
+
+def _slice_of(node: fx.Node, reaches: Reaches) -> slice:
+    """Return the op's arguments ``start``, ``end`` and ``step`` as a slice."""
+    start, end = (argument(node, name) for name in ("start", "end"))
+    first, stop = (None if place is None else reaches.number(place) for place in (start, end))
+    return slice(first, stop, reaches.number(argument(node, "step")))
 
 
 def select(node: fx.Node, reaches: Reaches) -> Reach:
@@ -121,11 +126,11 @@ def split(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
     sizes = [reaches.number(part.shape[dim]) for part in val(node)]
-    whole = source.last.shape[dim] != 1
+    varies = source.last.shape[dim] != 1
 
     def part(size: int, end: int) -> Reach:
-        place = (slice(None),) * dim + (slice(end - size, end) if whole else slice(None),)
-        return moved(source, lambda array: array[place], source.batch)
+        index = (slice(None),) * dim + (slice(end - size, end) if varies else slice(None),)
+        return moved(source, lambda array: array[index], source.batch)
 
     return tuple(part(size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True))
 
@@ -134,10 +139,10 @@ def unbind(node: fx.Node, reaches: Reaches) -> tuple[Reach, ...]:
     source = reaches.of(source_of(node))
     dim = dim_of(node, source)
     batch = None if source.batch is None else source.batch - (dim < source.batch)
-    whole = source.last.shape[dim] != 1
+    varies = source.last.shape[dim] != 1
 
-    def part(place: int) -> Reach:
-        return moved(source, lambda array: array.take(place if whole else 0, dim), batch)
+    def part(index: int) -> Reach:
+        return moved(source, lambda array: array.take(index if varies else 0, dim), batch)
 
     return tuple(map(part, range(reaches.shape(source_of(node))[dim])))
 
@@ -151,7 +156,7 @@ def flip(node: fx.Node, reaches: Reaches) -> Reach:
 
 
 def pad(node: fx.Node, reaches: Reaches) -> Reach:
-    """In front and behind, by a number."""
+    """Return the reach of padding with a number."""
     source = reaches.of(source_of(node))
     amounts = [reaches.number(amount) for amount in argument(node, "pad")]
     if node.target is aten.pad.default and argument(node, "mode") != "constant":
@@ -160,35 +165,32 @@ def pad(node: fx.Node, reaches: Reaches) -> Reach:
     shape = reaches.shape(source_of(node))
     result = source
     for position in range(0, len(amounts), 2):
-        dim, (front, behind) = source.rank - 1 - position // 2, amounts[position : position + 2]
-        if front == behind == 0:
+        dim, (before, after) = source.rank - 1 - position // 2, amounts[position : position + 2]
+        if before == after == 0:
             continue
-        if dim == source.batch or front < 0 or behind < 0:
+        if dim == source.batch or before < 0 or after < 0:
             raise OutOfReach
-        spread = [shape[dim] if other == dim else size for other, size in enumerate(result.last.shape)]
-        around = [(front, behind) if other == dim else (0, 0) for other in range(source.rank)]
-        last = np.pad(np.broadcast_to(result.last, spread), around, constant_values=NOTHING)
-        known = np.pad(np.broadcast_to(result.known, spread), around, constant_values=value)
+        broadcast = [shape[dim] if other == dim else size for other, size in enumerate(result.last.shape)]
+        widths = [(before, after) if other == dim else (0, 0) for other in range(source.rank)]
+        last = np.pad(np.broadcast_to(result.last, broadcast), widths, constant_values=NO_COLUMN)
+        known = np.pad(np.broadcast_to(result.known, broadcast), widths, constant_values=value)
         result = reach(last, known, source.batch)
     return result
 
 
 def cat(node: fx.Node, reaches: Reaches) -> Reach:
     tensors = [arg for arg in argument(node, "tensors") if reaches.shape(arg) != (0,)]
-    found, batch = aligned(tensors, reaches)
-    dim = argument(node, "dim") % found[0].rank
+    parts, batch = aligned(tensors, reaches)
+    dim = argument(node, "dim") % parts[0].rank
     if dim == batch:
         raise OutOfReach
-    shape = np.broadcast_shapes(*((*one.last.shape[:dim], 1, *one.last.shape[dim + 1 :]) for one in found))
-    parts = []
-    for tensor in tensors:
-        size = reaches.shape(tensor)[dim]
-        parts.append((*shape[:dim], size, *shape[dim + 1 :]))
+    shape = np.broadcast_shapes(*((*part.last.shape[:dim], 1, *part.last.shape[dim + 1 :]) for part in parts))
+    shapes = [(*shape[:dim], reaches.shape(tensor)[dim], *shape[dim + 1 :]) for tensor in tensors]
 
     def joined(arrays: Sequence[Array]) -> Array:
-        return np.concatenate([np.broadcast_to(a, part) for a, part in zip(arrays, parts, strict=True)], dim)
+        return np.concatenate([np.broadcast_to(*pair) for pair in zip(arrays, shapes, strict=True)], dim)
 
-    return reach(joined([one.last for one in found]), joined([one.known for one in found]), batch)
+    return reach(joined([part.last for part in parts]), joined([part.known for part in parts]), batch)
 
 
 def repeat_interleave(node: fx.Node, reaches: Reaches) -> Reach:
@@ -196,40 +198,39 @@ def repeat_interleave(node: fx.Node, reaches: Reaches) -> Reach:
     if argument(node, "dim") is None:
         raise OutOfReach
     dim = dim_of(node, source)
-    times = reaches.number(argument(node, "repeats")) if source.last.shape[dim] != 1 else 1
-    return moved(source, lambda array: array.repeat(times, dim), source.batch)
+    repeats = reaches.number(argument(node, "repeats")) if source.last.shape[dim] != 1 else 1
+    return moved(source, lambda array: array.repeat(repeats, dim), source.batch)
 
 
 def written_over(node: fx.Node, reaches: Reaches) -> Reach:
-    """One entry along a dimension, or some of them, written over."""
+    """Return the reach of ``select_scatter`` and ``slice_scatter``, which overwrite entries along a dimension."""
     source, written = argument(node, "self"), argument(node, "src")
     base, part = reaches.of(source), reaches.of(written)
     dim = dim_of(node, base)
     size = reaches.shape(source)[dim]
     if node.target is aten.select_scatter.default:
         index = reaches.number(argument(node, "index")) % size
-        place = slice(index, index + 1)
+        overwritten = slice(index, index + 1)
         batch = None if part.batch is None else part.batch + (part.batch >= dim)
         part = moved(part, lambda array: np.expand_dims(array, dim), batch)
     else:
-        start, end = (argument(node, name) for name in ("start", "end"))
-        first, behind = (None if one is None else reaches.number(one) for one in (start, end))
-        place = slice(first, behind, reaches.number(argument(node, "step")))
-    batches = {one for one in (base.batch, part.batch) if one is not None}
+        overwritten = _slice_of(node, reaches)
+    batches = {batch for batch in (base.batch, part.batch) if batch is not None}
     if len(batches) > 1 or dim in batches:
         raise OutOfReach
     for batch in batches:
-        refuse_if_apart(source, batch, reaches)
-        refuse_if_apart(written, batch - (len(reaches.shape(written)) < base.rank and batch > dim), reaches)
-    whole = list(np.broadcast_shapes(_without(base.last.shape, dim), _without(part.last.shape, dim)))
-    whole.insert(dim, size)
+        refuse_if_batched_constant(source, batch, reaches)
+        written_dim = batch - (len(reaches.shape(written)) < base.rank and batch > dim)
+        refuse_if_batched_constant(written, written_dim, reaches)
+    shape = list(np.broadcast_shapes(_without(base.last.shape, dim), _without(part.last.shape, dim)))
+    shape.insert(dim, size)
 
-    def over(array: Array, own: Array) -> Array:
-        result = np.broadcast_to(array, whole).copy()
-        result[(slice(None),) * dim + (place,)] = own
+    def overwrite(array: Array, new: Array) -> Array:
+        result = np.broadcast_to(array, shape).copy()
+        result[(slice(None),) * dim + (overwritten,)] = new
         return result
 
-    return reach(over(base.last, part.last), over(base.known, part.known), batches.pop() if batches else None)
+    return reach(overwrite(base.last, part.last), overwrite(base.known, part.known), batches.pop() if batches else None)
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:

@@ -1,1 +1,1 @@
-"""The meaning of dimensions through ops: the rules that the rows of the table (``op_table``) name."""
+"""The rules of ops, which derive the axes and facts of results. The table of ops (``op_table``) refers to them."""

@@ -1,4 +1,4 @@
-"""Matrix products: a row times weights is position-wise, rows times rows are scores, weights times values attention."""
+"""Matrix products: rows times weights (position-wise), queries times keys (scores), attention weights times values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ aten = torch.ops.aten
 
 
 def constant_weights(*nodes: fx.Node | None) -> None:
+    """Raise :class:`Mixes` unless the weights are the same for all rows."""
     for node in nodes:
         if node is not None and not value_of(node).is_constant:
             raise Mixes("the weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
@@ -29,7 +30,7 @@ def linear(node: fx.Node, layout: Layout) -> Value:
     constant_weights(weight, bias)
     axes = value_of(source).axes
     feature(axes[-1], "contracts")
-    return Value((*axes[:-1], *plain_axes(node)[len(axes) - 1 :]))  # uniform weights may have a bias that is not
+    return Value((*axes[:-1], *plain_axes(node)[len(axes) - 1 :]))  # the bias may vary where the weights are uniform
 
 
 def mm(node: fx.Node, layout: Layout) -> Value:
@@ -50,22 +51,22 @@ def addmm(node: fx.Node, layout: Layout) -> Value:
     if len(value_of(bias).axes) > 1:
         raise Mixes("adds a matrix that is not a bias", RefusalCode.UNSUPPORTED_ARGUMENTS)
     result = product(node, argument(node, "mat1"), argument(node, "mat2"), layout)
-    return replace(result, axes=(*result.axes[:-1], *plain_axes(node)[-1:]))  # uniform weights, a bias that is not
+    return replace(result, axes=(*result.axes[:-1], *plain_axes(node)[-1:]))  # as in linear
 
 
 def baddbmm(node: fx.Node, layout: Layout) -> Value:
-    """Scores with a bias, as ALiBi makes them."""
+    """Return the value of scores with a bias, as in ALiBi."""
     bias = argument(node, "self")
     result = product(node, argument(node, "batch1"), argument(node, "batch2"), layout)
     if not result.is_pair:
-        raise Mixes("adds to a product that is not one of queries and keys", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
+        raise Mixes("adds to a product that is not a product of queries and keys", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     axes, uses = broadcast(layout, [Operand(node, result, result.axes), operand(bias)])
     fact = biased_scores(bias, argument(node, "beta"), argument(node, "alpha"), val(node).dtype)
     return Value(axes, fact=fact, operands=(*result.operands, *uses))
 
 
 def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
-    """``left @ right``, with batch dimensions broadcast."""
+    """Return the value of ``left @ right``, with leading dimensions broadcast."""
     a, b = value_of(left), value_of(right)
     if len(a.axes) < 2 or len(b.axes) < 2:
         return _vector_product(a, b)
@@ -74,7 +75,7 @@ def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Val
         return _weighted_sum(node, left, right, layout)
     for axis in contracted:
         feature(axis, "contracts")
-    # Batch dimensions line up; of the last two, one comes from each side.
+    # Leading dimensions line up; of the last two, each operand has one.
     sides = [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))]
     axes, uses = broadcast(layout, sides, exact=node.target in (aten.bmm.default, aten.baddbmm.default))
     result = Value((*axes[:-2], a.axes[-2], b.axes[-1]), operands=uses)
@@ -82,7 +83,7 @@ def product(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Val
 
 
 def einsum(node: fx.Node, layout: Layout) -> Value:
-    """Rows times weights, scores of rows, or attention weights times values: the labels say which."""
+    """Return the value of an equation: rows times weights, queries times keys, or attention weights times values."""
     tensors = argument(node, "tensors")
     terms, result = labels_of(argument(node, "equation"), len(tensors))
     summed = [label for label in dict.fromkeys("".join(terms)) if label not in result]
@@ -90,17 +91,17 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
     operands = []
     for tensor, term in zip(tensors, terms, strict=True):
         value = value_of(tensor)
-        placed = dict(zip(term, value.axes, strict=True))
-        operands.append(Operand(tensor, value, tuple(placed.get(label, ()) for label in order)))
+        by_label = dict(zip(term, value.axes, strict=True))
+        operands.append(Operand(tensor, value, tuple(by_label.get(label, ()) for label in order)))
     axes, uses = broadcast(layout, operands)
     if any(how != "pairs" for _, _, how in uses):
         raise Mixes("a table lines up with tokens in an equation", RefusalCode.UNCLEAR_DIMENSIONS)
-    over = [(label, axis) for label, axis in zip(summed, axes, strict=False) if has_tokens(axis)]
-    kept = axes[len(summed) :]
-    if not over:
-        value = Value(kept, operands=uses)
+    token_sums = [(label, axis) for label, axis in zip(summed, axes, strict=False) if has_tokens(axis)]
+    result_axes = axes[len(summed) :]
+    if not token_sums:
+        value = Value(result_axes, operands=uses)
         return value.with_fact(Score()) if value.is_pair else value
-    (label, axis), *others = over
+    (label, axis), *others = token_sums
     by_fact = sorted(zip(tensors, terms, strict=True), key=lambda pair: not isinstance(value_of(pair[0]).fact, Weights))
     (weights, term), *rows = by_fact
     fact = value_of(weights).fact
@@ -109,19 +110,19 @@ def einsum(node: fx.Node, layout: Layout) -> Value:
     ((source, _),) = rows
     if term.find(label) - len(term) != fact.key or not value_of(source).is_row:
         raise Mixes(
-            "attention weights meet something that is not one value vector for each row",
+            "attention weights are multiplied by something other than a value vector for each row",
             RefusalCode.ATTENTION_NOT_UNDERSTOOD,
         )
-    return attend(kept, fact, value_of(weights), value_of(source))
+    return attend(result_axes, fact, value_of(weights), value_of(source))
 
 
 def labels_of(equation: str, count: int) -> tuple[list[str], str]:
-    """The labels of the dimensions of each operand of an equation, and of the result."""
+    """Return the labels of the dimensions of each operand of an equation, and of the result."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if not arrow or "." in left or len(terms) != count or any(len(set(term)) < len(term) for term in [*terms, right]):
         raise Mixes(
-            "an equation of a kind that is not read: with '...', with a label twice, or without '->'",
+            "an unsupported equation: with '...', with a label twice, or without '->'",
             RefusalCode.UNSUPPORTED_ARGUMENTS,
         )
     return terms, right
@@ -135,33 +136,33 @@ def _vector_product(a: Value, b: Value) -> Value:
 
 
 def _weighted_sum(node: fx.Node, left: fx.Node, right: fx.Node, layout: Layout) -> Value:
-    """Attention weights times values: a sum over keys, which is causal if the weights are."""
+    """Return the value of attention weights times values: a sum over keys, which is causal if the weights are."""
     a, b = value_of(left), value_of(right)
     weights = a.fact
     if not isinstance(weights, Weights) or weights.key != -1 or a.axes[-1] != (SEQ,):
         raise Mixes("sums over the rows of a sequence", RefusalCode.MIXES_TOKENS)
     if b.axes[-2] != (SEQ,) or not b.is_row:
         raise Mixes(
-            "attention weights meet something that is not one value vector for each row",
+            "attention weights are multiplied by something other than a value vector for each row",
             RefusalCode.ATTENTION_NOT_UNDERSTOOD,
         )
     axes, _ = broadcast(layout, [Operand(left, a, (*a.axes[:-2], (), ())), Operand(right, b, (*b.axes[:-2], (), ()))])
     if has_tokens(b.axes[-1]):
         raise Mixes(
-            "attention weights meet something that is not one value vector for each row",
+            "attention weights are multiplied by something other than a value vector for each row",
             RefusalCode.ATTENTION_NOT_UNDERSTOOD,
         )
     return attend((*axes[:-2], a.axes[-2], b.axes[-1]), weights, a, b)
 
 
 def attend(axes: Axes, weights: Weights, *sources: Value) -> Value:
-    """The result of causal attention: determined, but for the rows that see no key."""
+    """Return the value of causal attention: determined except at fully masked rows."""
     fully_masked = fully_masked_rows(weights.visible, weights.query, weights.key)
     for source in sources:
-        for other in source.fully_masked:
-            if not hides(weights.visible, other, weights.key):
+        for earlier in source.fully_masked:
+            if not hides(weights.visible, earlier, weights.key):
                 raise Mixes(
-                    "a row that sees no key in an earlier layer is seen by others here", RefusalCode.ROWS_WITHOUT_KEYS
+                    "other rows see a row that is fully masked in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS
                 )
     return Value(
         axes,

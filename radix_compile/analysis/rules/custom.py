@@ -1,4 +1,4 @@
-"""Rules for ops that are not torch's: what a library's own kernels do to the rows of a batch."""
+"""Rules for ops of other packages: whether a library's kernels are position-wise or causal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx
 
 from radix_compile.analysis.arguments import tensor_inputs
 from radix_compile.analysis.op_info import OP_INFO, OpInfo, Rule
-from radix_compile.analysis.rules.elementwise import lined_up
+from radix_compile.analysis.rules.elementwise import broadcast_inputs
 from radix_compile.ir.axes import Layout, Mixes, as_size, feature, plain_axis
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.ir.value import Marks, Value, value_of
@@ -17,30 +17,28 @@ from radix_compile.torch_internals import OpOverload, val
 
 
 def register_rule(op: OpOverload, rule: str | Rule) -> None:
-    """Say what an op does to the rows of a batch, so that folding does not stop at it.
+    """Declare how an op reads the rows of a batch, so that folding does not stop at the op.
 
-    It is taken at its word: a wrong rule gives wrong numbers. So does an op whose gradient is not linear in the one
-    that comes in, since rows of equal path are given the sum of theirs. Rules count for what is compiled after this
-    call.
+    The rule is trusted: a wrong rule gives wrong numbers. The op's gradient must be linear in the incoming gradient,
+    because rows of equal paths get the sum of their gradients. A rule applies to graphs compiled after this call.
 
     Args:
-        op: an overload, such as ``torch.ops.mylib.fused_norm.default``; one that writes to its inputs cannot have a
-            rule.
-        rule: what the op does:
+        op: an overload, such as ``torch.ops.mylib.fused_norm.default``. It must not write to its inputs.
+        rule: how the op reads rows:
 
-            - ``"pointwise"``: each entry of its results reads the entries of its tensors that line up with it, as in
-              broadcasting.
-            - ``"rowwise"``: its results are shaped like its first tensor up to the last dimension, each entry reads
-              its own row of that tensor along the last dimension, and the other tensors are weights (a norm, a
+            - ``"pointwise"``: each entry of the results reads the entries of the input tensors that line up with it,
+              by broadcasting.
+            - ``"rowwise"``: the results have the shape of the first tensor except for the last dimension, each entry
+              reads its own row of that tensor along the last dimension, and the other tensors are weights (a norm, a
               projection, a quantised product).
-            - ``"causal"``: its tensors are ``[batch, sequence, ...]`` and so are its results; each row of these reads
-              that row and earlier ones of its own sequence, and other tensors are weights (a scan, a short
-              convolution). It runs on all rows; what follows can fold.
-            - or a function ``(node, layout) -> Value``: see the page "Add an op in ten minutes".
+            - ``"causal"``: the input tensors and the results are ``[batch, sequence, ...]``; each row of the results
+              reads the same row and earlier rows of its own sequence, and other tensors are weights (a scan, a short
+              convolution). The op runs in full form; ops after it can fold.
+            - a function ``(node, layout) -> Value``: see the page "Add an op in ten minutes".
 
     Raises:
-        TypeError: `op` is not an overload, or `rule` neither a name nor a function.
-        ValueError: `op` writes to an input, has a rule, or `rule` is not one of the names.
+        TypeError: `op` is not an overload, or `rule` is neither a name nor a function.
+        ValueError: `op` writes to an input or already has a rule, or `rule` is an unknown name.
     """
     if not isinstance(op, OpOverload):
         raise TypeError(f"op must be an overload such as torch.ops.mylib.norm.default, got {describe(op)}")
@@ -59,30 +57,30 @@ def register_rule(op: OpOverload, rule: str | Rule) -> None:
 
 
 def _pointwise(node: fx.Node, layout: Layout) -> Marks:
-    axes, uses = lined_up(node, layout)
+    axes, uses = broadcast_inputs(node, layout)
     return _each(node, Value(axes, operands=uses))
 
 
 def _rowwise(node: fx.Node, layout: Layout) -> Marks:
     source, *weights = tensor_inputs(node)
-    _constant(weights)
+    _require_constant(weights)
     axes = value_of(source).axes
     feature(axes[-1], "reads along")
     return _each(node, Value(axes), last_differs=True)
 
 
 def _causal(node: fx.Node, layout: Layout) -> Marks:
-    rows = [one for one in tensor_inputs(node) if value_of(one).is_row]
-    _constant([one for one in tensor_inputs(node) if one not in rows])
+    rows = [tensor for tensor in tensor_inputs(node) if value_of(tensor).is_row]
+    _require_constant([tensor for tensor in tensor_inputs(node) if tensor not in rows])
     if not rows:
         raise Mixes("none of its tensors has one entry for each row", RefusalCode.CUSTOM_RULE)
-    for one in rows:
-        if value_of(one).axes[:2] != layout.rows:
+    for tensor in rows:
+        if value_of(tensor).axes[:2] != layout.rows:
             raise Mixes("its tensors are not [batch, sequence, ...]", RefusalCode.CUSTOM_RULE)
-        if value_of(one).fully_masked:
-            raise Mixes("reads rows that saw no key in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
+        if value_of(tensor).fully_masked:
+            raise Mixes("reads rows that are fully masked in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
     outputs = val(node)
-    shapes = [one.shape for one in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]
+    shapes = [output.shape for output in outputs] if isinstance(outputs, tuple | list) else [outputs.shape]
     features = [tuple(plain_axis(as_size(size)) for size in shape[2:]) for shape in shapes]
     values = [Value((*layout.rows, *axes), full_only=True) for axes in features]
     return tuple(values) if isinstance(outputs, tuple | list) else values[0]
@@ -91,19 +89,22 @@ def _causal(node: fx.Node, layout: Layout) -> Marks:
 KINDS: dict[str, Rule] = {"pointwise": _pointwise, "rowwise": _rowwise, "causal": _causal}
 
 
-def _constant(nodes: list[fx.Node]) -> None:
+def _require_constant(nodes: list[fx.Node]) -> None:
+    """Raise :class:`Mixes` unless the weights are the same for all rows."""
     if not all(value_of(node).is_constant for node in nodes):
         raise Mixes("the weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
 
 
 def _each(node: fx.Node, value: Value, last_differs: bool = False) -> Marks:
-    """The value for each result, with a last dimension of its own size."""
+    """Return the value for each result; with ``last_differs`` the last dimension has the result's own size."""
 
-    def of(shape: tuple[int, ...]) -> Value:
+    def with_shape(shape: tuple[int, ...]) -> Value:
         axes = (*value.axes[:-1], plain_axis(as_size(shape[-1]))) if last_differs else value.axes
         if len(axes) != len(shape):
-            raise Mixes("its results are not shaped as its rule says", RefusalCode.CUSTOM_RULE)
+            raise Mixes("the shapes of its results do not match its rule", RefusalCode.CUSTOM_RULE)
         return Value(axes, operands=value.operands)
 
     outputs = val(node)
-    return tuple(of(one.shape) for one in outputs) if isinstance(outputs, tuple | list) else of(outputs.shape)
+    if isinstance(outputs, tuple | list):
+        return tuple(with_shape(output.shape) for output in outputs)
+    return with_shape(outputs.shape)

@@ -1,4 +1,4 @@
-"""The default of the table: ops that torch tags as pointwise, and the few that it forgot to."""
+"""The rule of elementwise ops: all ops that torch tags as pointwise, and a few that it does not tag."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from radix_compile.torch_internals import val
 
 
 def elementwise(node: fx.Node, layout: Layout) -> Marks:
-    """Each entry of the result, or of all results, reads the entries that line up with it."""
-    axes, uses = lined_up(node, layout)
+    """Return the value of an op whose results' entries read the entries that line up with them."""
+    axes, uses = broadcast_inputs(node, layout)
     results = val(node)
     if isinstance(results, tuple | list):
         return tuple(Value(axes, operands=uses) for _ in results)
     return Value(axes, fact=elementwise_fact(node), operands=uses)
 
 
-def lined_up(node: fx.Node, layout: Layout) -> tuple[Axes, Uses]:
-    """The axes of what is broadcast from all tensors of the op, and ``Value.operands``."""
+def broadcast_inputs(node: fx.Node, layout: Layout) -> tuple[Axes, Uses]:
+    """Broadcast all tensors of the op. Return the axes of the result and ``Value.operands``."""
     return broadcast(layout, [operand(arg) for arg in tensor_inputs(node)])

@@ -1,9 +1,9 @@
-"""flex_attention: a mask in two parts, a predicate on pairs and a table of blocks.
+"""flex_attention: its mask has two parts, a predicate on pairs and tables of blocks.
 
-In the blocks that the table lists as partial the predicate hides pairs; in full ones nothing is hidden, and blocks
-that are not listed are. The predicate is read as any mask is. The tables are inputs: two rows see the same keys if
-their tables say the same, so what those say is part of the rows' keys, and each call checks that no full block is
-above the diagonal (``block_tables``).
+In blocks listed as partial the predicate decides which pairs are visible; in blocks listed as full all pairs are
+visible; blocks that are not listed are hidden. The predicate is read like any other mask. The tables are inputs, and
+part of the row keys, because two rows see the same keys only if their tables agree. Each call checks that no full block
+is above the diagonal (``block_tables``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLEX = torch.ops.higher_order.flex_attention
 
 
 class Flex(NamedTuple):
-    """The arguments of a flex_attention: ``blocks`` are its tables of blocks."""
+    """The arguments of a flex_attention; ``blocks`` are its block tables."""
 
     query: fx.Node
     key: fx.Node
@@ -43,9 +43,10 @@ class Flex(NamedTuple):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tables ``[B or 1, H or 1, query blocks(, key blocks)]``: how many key blocks are listed, and which.
+    """Block tables: pairs of the number of listed key blocks and their indices.
 
-    ``full`` are those in which nothing is hidden, if there may be any.
+    The number is ``[B or 1, H or 1, query blocks]``, the indices are ``[B or 1, H or 1, query blocks, key blocks]``.
+    ``full`` lists the blocks in which all pairs are visible, None if there are none.
     """
 
     partial: tuple[fx.Node, fx.Node]
@@ -69,40 +70,35 @@ def arguments_of(node: fx.Node) -> Flex:
 
 
 def flex_attention(node: fx.Node, layout: Layout) -> Marks:
-    found = arguments_of(node)
-    q, k, v = (value_of(one) for one in (found.query, found.key, found.value))
-    for what, source in (("query", q), ("key", k), ("value", v)):
-        batch = (BATCH,) if layout.batch != 1 else ()
-        if not source.is_row or source.axes[0] != batch or source.axes[2] != (SEQ,):
+    arguments = arguments_of(node)
+    q, k, v = map(value_of, (arguments.query, arguments.key, arguments.value))
+    batch = (BATCH,) if layout.batch != 1 else ()
+    for name, source in (("query", q), ("key", k), ("value", v)):
+        is_by_row = source.is_row and source.axes[0] == batch and source.axes[2] == (SEQ,)
+        if not is_by_row or has_tokens(source.axes[1]) or has_tokens(source.axes[3]):
             raise Mixes(
-                f"the {what} of attention does not have one vector for each row", RefusalCode.ATTENTION_NOT_UNDERSTOOD
+                f"the {name} of attention does not have one vector for each row", RefusalCode.ATTENTION_NOT_UNDERSTOOD
             )
-        if has_tokens(source.axes[1]) or has_tokens(source.axes[3]):
-            raise Mixes(
-                f"the {what} of attention does not have one vector for each row", RefusalCode.ATTENTION_NOT_UNDERSTOOD
-            )
-    if any(table.op != "placeholder" for table in found.blocks.tables):
+    if any(table.op != "placeholder" for table in arguments.blocks.tables):
         raise Mixes(
             "the block mask is made in the graph: make it outside of the compiled function",
             RefusalCode.BLOCK_MASK_IN_GRAPH,
         )
-    if not all(isinstance(size, int) for size in (found.blocks.query_size, found.blocks.key_size)):
+    if not all(isinstance(size, int) for size in (arguments.blocks.query_size, arguments.blocks.key_size)):
         raise Mixes(
             "the size of the block mask's blocks is a symbol: it is a number without dynamic=True",
             RefusalCode.SYMBOLIC_SIZE,
         )
     visible = _visible(node, layout)
-    if found.blocks.full is not None:
-        visible = disjunction(visible, Given(found.blocks.full[1], -2, -1))
+    if arguments.blocks.full is not None:
+        visible = disjunction(visible, Given(arguments.blocks.full[1], -2, -1))
     if not implies_causal(visible, -2, -1):
         raise Mixes("the mask_mod lets a token see later ones (or is not understood)", RefusalCode.MASK_NOT_CAUSAL)
-    buffers = [value_of(one) for one in (*found.score_buffers, *found.mask_buffers) if is_tensor(one)]
-    for source in (k, v, *buffers):
+    buffers = [arg for arg in (*arguments.score_buffers, *arguments.mask_buffers) if is_tensor(arg)]
+    for source in (k, v, *map(value_of, buffers)):
         if not all(hides(visible, fully_masked, -1) for fully_masked in source.fully_masked):
-            raise Mixes(
-                "a row that sees no key in an earlier layer is seen by others here", RefusalCode.ROWS_WITHOUT_KEYS
-            )
-    # A row that sees no key is zero, whatever the others are.
+            raise Mixes("other rows see a row that is fully masked in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
+    # Fully masked rows are zero, so they are determined.
     weights = Weights(visible, -2, -1)
     result = Value((*q.axes[:3], v.axes[3]), full_only=True, attends=weights)
     statistics = Value(q.axes[:3], full_only=True)
@@ -110,12 +106,12 @@ def flex_attention(node: fx.Node, layout: Layout) -> Marks:
 
 
 def _visible(node: fx.Node, layout: Layout) -> Formula:
-    """The keys that ``mask_mod`` shows, if ``score_mod`` makes scores out of scores."""
+    """Return the formula of the keys that ``mask_mod`` shows. Raises :class:`Mixes` for unsupported functions."""
     mask_node, scores_node = inlined(node)
     mask, scores = value_of(mask_node), value_of(scores_node)
-    for what, value in (("mask_mod", mask), ("score_mod", scores)):
+    for name, value in (("mask_mod", mask), ("score_mod", scores)):
         if value.mixed is not None:
-            raise Mixes(f"the {what} {value.mixed.reason}", value.mixed.code)
+            raise Mixes(f"the {name} {value.mixed.reason}", value.mixed.code)
     if not scores.is_pair:
         raise Mixes("the score_mod is not understood", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     try:
@@ -126,12 +122,12 @@ def _visible(node: fx.Node, layout: Layout) -> Formula:
 
 
 def mask_of(node: fx.Node) -> Formula:
-    """The keys that the ``mask_mod`` of a flex_attention shows."""
+    """Return the formula of the keys that the ``mask_mod`` of a flex_attention shows."""
     return as_formula(value_of(inlined(node)[0]))
 
 
 def inlined(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The nodes with all that ``mask_mod`` and ``score_mod`` return. Needs ``inline_flex_functions``."""
+    """Return the nodes with the results of ``mask_mod`` and ``score_mod``. Requires ``inline_flex_functions``."""
     visible, scores = facts(node).visible, facts(node).scores
     assert visible is not None
     assert scores is not None

@@ -1,4 +1,4 @@
-"""Looking things up: tables by token, columns by index, features by position."""
+"""Lookups: embeddings, gather and scatter, and indexing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def embedding(node: fx.Node, layout: Layout) -> Value:
     weight, indices = value_of(argument(node, "weight")), value_of(argument(node, "indices"))
     if not weight.is_constant:
         raise Mixes("the table differs from row to row", RefusalCode.DIFFERS_BY_ROW)
-    # The gradient of this one depends on how often a token occurs in the batch.
+    # The gradient depends on how often a token occurs in the batch.
     return Value((*indices.axes, *weight.axes[1:]), full_only=bool(argument(node, "scale_grad_by_freq")))
 
 
 def gather(node: fx.Node, layout: Layout) -> Value:
-    """Features taken or written by index; the other dimensions line up (these ops do not broadcast, they cut)."""
+    """Return the value of features read or written by index. Other dimensions line up, and must have equal sizes."""
     rank = len(shape_of(node))
     dim = argument(node, "dim") % rank
     tensors = tensor_inputs(node)
@@ -44,9 +44,9 @@ def gather(node: fx.Node, layout: Layout) -> Value:
         if other != dim and len(set(sizes)) != 1:
             raise Mixes("looks up only a part of the rows", RefusalCode.INDEXES_ROWS)
     axes, uses = broadcast(layout, parts, exact=True)
-    along = value_of(tensors[1]).axes[dim] if from_table else ()
-    found = along if has_tokens(along) else plain_axes(node)[dim]
-    return Value((*axes[:dim], found, *axes[dim + 1 :]), operands=uses)
+    axis = value_of(tensors[1]).axes[dim] if from_table else ()
+    axis = axis if has_tokens(axis) else plain_axes(node)[dim]
+    return Value((*axes[:dim], axis, *axes[dim + 1 :]), operands=uses)
 
 
 def index_select(node: fx.Node, layout: Layout) -> Value:
@@ -61,7 +61,7 @@ def index_select(node: fx.Node, layout: Layout) -> Value:
 
 
 def index(node: fx.Node, layout: Layout) -> Value:
-    """``source[i, j, ...]``: a table look-up, or indices that are known to count ``0, 1, 2, ...``."""
+    """Return the value of ``source[i, j, ...]``: a table lookup, or indices that count ``0, 1, 2, ...``."""
     source, indices = argument(node, "self"), argument(node, "indices")
     value = value_of(source)
     if any(value_of(i).arrangement for i in (source, *indices) if i is not None):
@@ -71,9 +71,9 @@ def index(node: fx.Node, layout: Layout) -> Value:
     if any(val(i).dtype in (torch.bool, torch.uint8) for i in indices):
         raise Mixes("selects by a mask", RefusalCode.INDEXES_ROWS)
     if all(value_of(i).is_constant for i in indices):
-        counted = _counted(node, value, source, indices)
-        if counted is not None:
-            return counted
+        reordered = _reordered(node, value, source, indices)
+        if reordered is not None:
+            return reordered
     if not value.is_constant:
         raise Mixes("looks up rows by an index that is not known to leave them in place", RefusalCode.INDEXES_ROWS)
     axes, uses = broadcast(layout, [operand(i) for i in indices])
@@ -81,16 +81,19 @@ def index(node: fx.Node, layout: Layout) -> Value:
 
 
 def _some_features(node: fx.Node, value: Value, indices: list[fx.Node | None]) -> Value:
-    """``source[..., i]`` with one index, the same for all rows, along features."""
-    (dim, chosen), *others = [(dim, i) for dim, i in enumerate(indices) if i is not None]
-    if others or not value_of(chosen).is_constant or len(shape_of(chosen)) != 1:
+    """Return the value of ``source[..., i]`` with a single index that is constant, along features."""
+    (dim, index), *others = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if others or not value_of(index).is_constant or len(shape_of(index)) != 1:
         raise Mixes("indexes some dimensions and skips others", RefusalCode.UNSUPPORTED_ARGUMENTS)
     feature(value.axes[dim], "selects along")
     return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]))
 
 
-def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node]) -> Value | None:
-    """Every index counts all of its dimension from zero, each along a dimension of its own: entries stay in place."""
+def _reordered(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node]) -> Value | None:
+    """Return the value if the lookup only reorders dimensions, else None.
+
+    It does if each index is ``arange`` over the whole source dimension, along a separate dimension of the result.
+    """
     if len(indices) != len(value.axes):
         return None
     rank = len(shape_of(node))
@@ -101,7 +104,7 @@ def _counted(node: fx.Node, value: Value, source: fx.Node, indices: list[fx.Node
         fact = value_of(counter).fact
         own = [size for size in shape_of(counter) if size != 1]
         if value.axes[dim] == () and own == []:
-            continue  # whatever the index is, there is one entry only
+            continue  # a dimension of size one has a single entry to look up
         if not isinstance(fact, Index) or fact.offset != 0 or own != [sizes[dim]] or fact.dim in moved.values():
             return None
         axes[fact.dim] = value.axes[dim]

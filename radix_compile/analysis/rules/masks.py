@@ -1,4 +1,4 @@
-"""Facts through elementwise ops: comparisons of indices become predicates, predicates become masks."""
+"""Facts of elementwise ops: comparisons of indices are predicates, and predicates make masks."""
 
 from __future__ import annotations
 
@@ -47,27 +47,28 @@ from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
-LONGEST = 2**30
-"""The longest sequence whose length may be a symbol: a mask of its columns would have 2**60 entries."""
+MAX_SYMBOLIC_SIZE = 2**30
+"""The assumed bound on symbolic sizes. A mask of 2**30 columns would have 2**60 entries."""
 
 LARGEST_OFFSET = 2**30
-"""The most that may be added to an integer of a row, so that none wraps around that ``PlanInputs.orders`` lets pass."""
+"""The largest offset of a row's integer; with integers that ``PlanInputs.orders`` accepts, no sum wraps around."""
 
 
 def elementwise_fact(node: fx.Node) -> Fact | None:
+    """Return the fact of an elementwise op's result by the op's row in the table."""
     derive = info_of(node.target).fact
     return derive(node) if derive else None
 
 
 def fact_of(argument: Any) -> Fact | None:
-    """The fact of a tensor argument; a Python number is a tensor filled with it."""
+    """Return the fact of a tensor, or of a Python number as a filled tensor."""
     if isinstance(argument, fx.Node):
         return value_of(argument).fact if isinstance(val(argument), torch.Tensor) else None
     return Filled(float(argument)) if isinstance(argument, bool | int | float) else None
 
 
 def as_formula(value: Value) -> Formula:
-    """A bool tensor as a formula."""
+    """Return the formula of a bool tensor."""
     match value.fact:
         case Predicate(formula):
             return formula
@@ -80,15 +81,15 @@ def as_formula(value: Value) -> Formula:
 
 
 def is_hidden(fact: Fact | None, dtype: torch.dtype) -> bool:
-    """Is this the floor of a mask: minus infinity, or so near the lowest number that no score comes near it?
+    """Is this the floor of a mask: minus infinity, or so near the dtype's lowest number that no score is near it?
 
-    A floor such as -1e9 is not: there is no proof that scores are smaller than that.
+    A number such as -1e9 is not a floor: scores are not proved to be smaller in magnitude.
     """
     return isinstance(fact, Filled) and fact.value <= torch.finfo(dtype).min / 2
 
 
 def size_of(value: Any) -> float:
-    """The largest magnitude that an entry of a tensor, or a number, can have; infinite if that is not known."""
+    """Return the largest possible magnitude of a tensor's entries or of a number; infinite if unknown."""
     fact = fact_of(value)
     if isinstance(fact, Score):
         return fact.size
@@ -97,7 +98,7 @@ def size_of(value: Any) -> float:
 
 
 def _score(size: float, dtype: torch.dtype) -> Score | None:
-    """Scores of that size, if the dtype holds them."""
+    """Return scores of that size, or None if the dtype cannot represent them."""
     return Score(size) if dtype.is_floating_point and size <= torch.finfo(dtype).max else None
 
 
@@ -105,20 +106,20 @@ def _score(size: float, dtype: torch.dtype) -> Score | None:
 
 
 def compare(node: fx.Node, sign: int, slack: int) -> Fact | None:
-    """``sign * (left - right) <= slack``, for indices or for the same per-row quantity at two columns."""
+    """Return the fact of ``sign * (left - right) <= slack``, for indices or for one node's integers at two columns."""
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     if isinstance(left, Index) and isinstance(right, Index) and left.dim != right.dim:
         a, b = (left, right) if sign > 0 else (right, left)
         return Predicate(Diff(a.dim, b.dim, slack - (a.offset - b.offset)))
     first, second = _as_shifted(left), _as_shifted(right)
     if first and second and first.source is second.source and first.dim != second.dim:
-        one, other = (first, second) if sign > 0 else (second, first)
-        return Predicate(AtMost(one.source, one.dim, other.dim, slack - (one.offset - other.offset)))
+        p, q = (first, second) if sign > 0 else (second, first)
+        return Predicate(AtMost(p.source, p.dim, q.dim, slack - (p.offset - q.offset)))
     return None
 
 
 def compare_distance(node: fx.Node, sign: int, slack: int) -> Fact | None:
-    """``sign * (distance - number) <= slack``."""
+    """Return the fact of ``sign * (distance - number) <= slack``."""
     fact, number = fact_of(node.args[0]), node.args[1]
     if not isinstance(fact, Distance) or isinstance(number, bool) or not isinstance(number, int):
         return None
@@ -133,12 +134,12 @@ def _as_shifted(fact: Fact | None) -> Shifted | None:
 
 
 def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
-    """An index or a row's integer plus a number, in a type in which that does not wrap around.
+    """Return the fact of an index or a row's integer plus a number, or None if the sum may wrap around.
 
-    Of the integers of rows nothing is known before the call, which looks at them (``PlanInputs.orders``).
+    The integers of rows are unknown when compiling; each call checks them (``PlanInputs.orders``).
     """
     if isinstance(fact, Index | Distance):
-        return counted(node, replace(fact, offset=fact.offset + amount))
+        return if_representable(node, replace(fact, offset=fact.offset + amount))
     shifted = _as_shifted(fact)
     if shifted is None or val(node).dtype not in (torch.int32, torch.int64):
         return None
@@ -146,12 +147,12 @@ def _shifted(node: fx.Node, fact: Fact | None, amount: int) -> Fact | None:
     return Shifted(shifted.source, shifted.dim, offset) if abs(offset) <= LARGEST_OFFSET else None
 
 
-def counted(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
-    """The fact, if the integer type of the node holds all numbers that it says are there: else some wrap around."""
+def if_representable(node: fx.Node, fact: Index | Distance) -> Index | Distance | None:
+    """Return the fact, or None if the node's integer dtype is too small for its numbers, so that some wrap around."""
     shape, limits = shape_of(node), torch.iinfo(val(node).dtype)
 
     def last(dim: int) -> int:
-        return int(shape[dim]) - 1 if shape[dim].is_Integer else LONGEST
+        return int(shape[dim]) - 1 if shape[dim].is_Integer else MAX_SYMBOLIC_SIZE
 
     if isinstance(fact, Index):
         low, high = fact.offset, fact.offset + last(fact.dim)
@@ -249,7 +250,7 @@ def add(node: fx.Node) -> Fact | None:
 
 
 def _added(mask: Masked, size: float) -> Masked:
-    """A mask plus numbers of that size, which are finite whatever else they are."""
+    """Return a mask plus finite numbers of at most that magnitude."""
     return Masked.of(mask.visible, _floor_plus(mask, size), mask.size + size)
 
 
@@ -257,17 +258,17 @@ def _floor_plus(mask: Masked, size: float) -> float:
     return -math.inf if mask.is_strict else mask.floor + size
 
 
-def in_attention(mask: Masked) -> Masked:
-    """A mask that is added to query-key products."""
+def added_to_products(mask: Masked) -> Masked:
+    """Return the masked scores if the mask is added to query-key products."""
     return _added(mask, ORDINARY)
 
 
 def biased_scores(bias: fx.Node, beta: Any, alpha: Any, dtype: torch.dtype) -> Fact | None:
-    """``beta * bias + alpha * product`` of queries and keys."""
-    if not all(isinstance(one, int | float) and math.isfinite(one) for one in (alpha, beta)):
+    """Return the fact of ``beta * bias + alpha * product``, a product of queries and keys."""
+    if not all(isinstance(factor, int | float) and math.isfinite(factor) for factor in (alpha, beta)):
         return None
     products, fact = ORDINARY * abs(alpha), fact_of(bias)
-    if beta == 0:  # then the bias is not read
+    if beta == 0:  # the bias is ignored
         return _score(products, dtype)
     if isinstance(fact, Masked):
         scaled = _times(fact, beta, dtype)
@@ -281,16 +282,16 @@ def sub(node: fx.Node) -> Fact | None:
         return _shifted(node, fact, -node.args[1]) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Index) and isinstance(other, Index) and fact.dim != other.dim:
         distance = Distance(fact.dim, other.dim, fact.offset - other.offset)
-        return counted(node, distance) if argument(node, "alpha") == 1 else None
+        return if_representable(node, distance) if argument(node, "alpha") == 1 else None
     if isinstance(fact, Masked) and isinstance(other, RowMax) and other.of is node.args[0]:
-        # The largest visible entry of a row is zero now, and how far hidden ones are below it has not changed.
+        # The largest visible entry of each row becomes zero, and the gap to hidden entries stays the same.
         floor = -math.inf if fact.is_strict else -fact.gap
         return Masked(fact.visible, floor, math.inf, fact.gap) if argument(node, "alpha") == 1 else None
     return None
 
 
 def scale(node: fx.Node) -> Fact | None:
-    """Scores stay scores under a factor, masks masks under one that is positive, zero weights stay zero under any."""
+    """Return the fact of scores, weights or a mask times (or divided by) a number, which must be positive for masks."""
     fact, factor = fact_of(node.args[0]), fact_of(node.args[1])
     if not isinstance(factor, Filled) or not math.isfinite(factor.value) or factor.value == 0:
         return None
@@ -306,25 +307,25 @@ def scale(node: fx.Node) -> Fact | None:
 def _times(mask: Masked, by: float, dtype: torch.dtype) -> Masked | None:
     if by <= 0:
         return None
-    scaled = _held(replace(mask, floor=mask.floor * by, size=mask.size * by, gap=mask.gap * by), dtype)
-    return scaled if scaled.is_certain or not mask.is_certain else None  # lifted off the floor, it is no mask
+    scaled = _in_dtype(replace(mask, floor=mask.floor * by, size=mask.size * by, gap=mask.gap * by), dtype)
+    return scaled if scaled.is_certain or not mask.is_certain else None  # the factor may make the gap too small
 
 
-def _held(mask: Masked, dtype: torch.dtype) -> Masked:
-    """A mask in a dtype in which large visible entries may be infinite (and hidden ones, which is no harm)."""
+def _in_dtype(mask: Masked, dtype: torch.dtype) -> Masked:
+    """Return a mask after rounding to ``dtype``, where large visible entries (and hidden entries) may be infinite."""
     fits = not mask.size < math.inf or mask.size <= torch.finfo(dtype).max
     return mask if fits else Masked.of(mask.visible, mask.floor, math.inf)
 
 
 def in_other_dtype(fact: Fact | None, dtype: torch.dtype) -> Fact | None:
-    """The fact of a floating point tensor cast to another such dtype. A floor stays, and is none in a wider dtype."""
+    """Return the fact after a cast between floating-point dtypes. The floor keeps its value, also in a wider dtype."""
     if isinstance(fact, Masked):
-        return _held(fact, dtype)
+        return _in_dtype(fact, dtype)
     return _score(fact.size, dtype) if isinstance(fact, Score) else fact
 
 
 def maximum(node: fx.Node) -> Fact | None:
-    """Nothing visible is as low as the floor, so raising everything to it keeps the mask."""
+    """Return the fact of a maximum with the floor, which is below all visible entries, so that the mask stays."""
     left, right = fact_of(node.args[0]), fact_of(node.args[1])
     for fact, other in ((left, right), (right, left)):
         if isinstance(fact, Masked) and is_hidden(other, val(node).dtype):
@@ -338,44 +339,46 @@ def tanh(node: fx.Node) -> Fact | None:
     return Score(1.0)
 
 
-def blanked(node: fx.Node) -> frozenset[FullyMasked]:
-    """Masks whose fully masked rows are zero from here on: padding is multiplied by zero before a scan."""
+def zeroed_rows(node: fx.Node) -> frozenset[FullyMasked]:
+    """Return the fully masked rows that a product with a padding mask sets to zero (before a scan)."""
     if node.target is not aten.mul.Tensor:
         return frozenset()
-    found: set[FullyMasked] = set()
+    result: set[FullyMasked] = set()
     for fact, rows in (node.args[:2], node.args[1::-1]):
         mask = fact_of(fact)
         if isinstance(mask, PerRow) and isinstance(rows, fx.Node) and value_of(rows).is_row:
             axes = value_of(rows).axes
             if -mask.dim <= len(axes) and axes[mask.dim] == (SEQ,):
-                found |= {b for b in value_of(rows).fully_masked if b.source is mask.source and b.truth}
-    return frozenset(found)
+                fully_masked = value_of(rows).fully_masked
+                result |= {masked for masked in fully_masked if masked.source is mask.source and masked.truth}
+    return frozenset(result)
 
 
 # ------------------------------------------------------------------------------------------------- applying masks
 
 
 def _masked(visible: Formula, source: Any, floor: Fact | None) -> Fact:
-    kept = fact_of(source)
+    """Return the fact of ``source`` where ``visible`` holds, and ``floor`` elsewhere."""
+    fact = fact_of(source)
     assert isinstance(floor, Filled)
-    if isinstance(kept, Masked):
-        both = conjunction(visible, kept.visible)
-        return Masked.of(both, max(floor.value, kept.floor), kept.size, kept.zero)
-    return Masked.of(visible, floor.value, size_of(source), zero=kept == Filled(0))
+    if isinstance(fact, Masked):
+        both = conjunction(visible, fact.visible)
+        return Masked.of(both, max(floor.value, fact.floor), fact.size, fact.zero)
+    return Masked.of(visible, floor.value, size_of(source), zero=fact == Filled(0))
 
 
 def where(node: fx.Node) -> Fact | None:
-    condition, first, second = node.args
+    condition, if_true, if_false = node.args
     assert isinstance(condition, fx.Node)
     dtype = val(node).dtype
     if not dtype.is_floating_point:
         return None
     formula = as_formula(value_of(condition))
-    kept, other = fact_of(first), fact_of(second)
-    if is_hidden(other, dtype):
-        return _masked(formula, first, other)
-    if is_hidden(kept, dtype):
-        return _masked(negation(formula), second, kept)
+    first, second = fact_of(if_true), fact_of(if_false)
+    if is_hidden(second, dtype):
+        return _masked(formula, if_true, second)
+    if is_hidden(first, dtype):
+        return _masked(negation(formula), if_false, first)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Ops that read along named dimensions: sums, norms, softmax, sorting. Position-wise where those hold no tokens."""
+"""Ops that read along given dimensions: sums, norms, softmax, topk. Position-wise if these have no tokens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ aten = torch.ops.aten
 
 
 def _results(node: fx.Node, axes: Axes) -> Marks:
+    """Return a value with these axes for each result."""
     outputs = val(node)
     return tuple(Value(axes) for _ in outputs) if isinstance(outputs, tuple | list) else Value(axes)
 
 
-def _dims(named: int | Sequence[int] | None, rank: int) -> set[int]:
-    if named is None or (not isinstance(named, int) and len(named) == 0):
+def _dims(given: int | Sequence[int] | None, rank: int) -> set[int]:
+    """Return the dimensions that an op reduces, counted from the left: all if none is given."""
+    if given is None or (not isinstance(given, int) and len(given) == 0):
         return set(range(rank))
-    return {dim % max(rank, 1) for dim in ([named] if isinstance(named, int) else named)}
+    return {dim % max(rank, 1) for dim in ([given] if isinstance(given, int) else given)}
 
 
 def reduce(node: fx.Node, layout: Layout) -> Marks:
@@ -44,7 +46,10 @@ def reduce(node: fx.Node, layout: Layout) -> Marks:
 
 
 def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
-    """Over the keys of causally masked scores, whose hidden entries are never the largest; for rows that see a key."""
+    """Return the value of a maximum over the keys of causally masked scores.
+
+    Hidden entries are never the largest in rows that see a key.
+    """
     value = value_of(source)
     (dim,) = dims if len(dims) == 1 else (0,)
     if not (len(dims) == 1 and argument(node, "keepdim")):
@@ -53,13 +58,13 @@ def _largest_score(node: fx.Node, source: fx.Node, *dims: int) -> Marks:
         )
     weights = _weights(value, dim)
     axes = (*value.axes[:dim], (), *value.axes[dim + 1 :])
-    which = attend(axes, weights, value)
-    largest = which.with_fact(RowMax(source))
+    index = attend(axes, weights, value)
+    largest = index.with_fact(RowMax(source))
     if node.target is aten.amax.default:
         return largest
-    if any(user.args[1] == 1 and user.users for user in node.users):  # its number is where it is in the sequence
-        raise Mixes("asks which of the keys has the largest score", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
-    return largest, which
+    if any(user.args[1] == 1 and user.users for user in node.users):  # the index of a key is its column
+        raise Mixes("reads the index of the key with the largest score", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
+    return largest, index
 
 
 def reduce_all(node: fx.Node, layout: Layout) -> Marks:
@@ -70,18 +75,18 @@ def reduce_all(node: fx.Node, layout: Layout) -> Marks:
 
 
 def along(node: fx.Node, layout: Layout) -> Marks:
-    """Entries along one dimension are rearranged or normalised together; ``topk`` also shortens it."""
+    """Return the value of an op that reads and writes along one dimension, which ``topk`` also shortens."""
     value = value_of(source_of(node))
     dim = argument(node, "dim") % max(len(value.axes), 1)
     feature(value.axes[dim], "reads along")
     outputs = val(node)
     size = (outputs[0] if isinstance(outputs, tuple | list) else outputs).shape[dim]
-    axis = plain_axis(as_size(size))  # even if the source is uniform: the indices are not
+    axis = plain_axis(as_size(size))  # also if the source is uniform, because indices are not
     return _results(node, (*value.axes[:dim], axis, *value.axes[dim + 1 :]))
 
 
 def softmax(node: fx.Node, layout: Layout) -> Value:
-    """Position-wise over features. Over the keys of causally masked scores it makes attention weights."""
+    """Return the value of a softmax: position-wise over features, attention weights over causally masked scores."""
     value = value_of(source_of(node))
     rank = len(value.axes)
     dim = argument(node, "dim") % rank
@@ -91,7 +96,7 @@ def softmax(node: fx.Node, layout: Layout) -> Value:
 
 
 def _weights(value: Value, dim: int) -> Weights:
-    """The result of a softmax of causally masked scores over the keys in ``dim``."""
+    """Return the fact of a softmax of causally masked scores over the keys in ``dim``. Raises for other scores."""
     rank, axis = len(value.axes), value.axes[dim]
     if not value.is_pair or not (axis == (SEQ,) or is_longer(axis)):
         feature(axis, "normalises over")
@@ -114,15 +119,15 @@ def _weights(value: Value, dim: int) -> Weights:
 
 def layer_norm(node: fx.Node, layout: Layout) -> Marks:
     value = value_of(source_of(node))
-    normalised = len(argument(node, "normalized_shape"))
-    for axis in value.axes[len(value.axes) - normalised :]:
+    num_dims = len(argument(node, "normalized_shape"))
+    for axis in value.axes[len(value.axes) - num_dims :]:
         feature(axis, "normalises over")
-    for other in node.all_input_nodes[1:]:
-        if not value_of(other).is_constant:
+    for weight in node.all_input_nodes[1:]:
+        if not value_of(weight).is_constant:
             raise Mixes("the norm's weights differ from row to row", RefusalCode.DIFFERS_BY_ROW)
-    kept = value.axes[: len(value.axes) - normalised]
-    axes = (*kept, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
+    leading = value.axes[: len(value.axes) - num_dims]
+    axes = (*leading, *(plain_axis(as_size(size)) for size in argument(node, "normalized_shape")))
     if node.target is aten.native_layer_norm.default:
-        statistics = (*kept, *((),) * normalised)
+        statistics = (*leading, *((),) * num_dims)
         return Value(axes), Value(statistics), Value(statistics)
     return Value(axes)

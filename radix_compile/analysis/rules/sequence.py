@@ -1,4 +1,4 @@
-"""Ops along the sequence that are causal by nature, and the random ones that are not random here."""
+"""Cumulative ops and differences along the sequence, which are causal, and dropout."""
 
 from __future__ import annotations
 
@@ -30,59 +30,61 @@ def cumulative(node: fx.Node, layout: Layout) -> Value:
 
 
 def _along_sequence(value: Value, dim: int, what: str) -> None:
+    """Raise :class:`Mixes` unless ``dim`` is the sequence and no row is fully masked in an earlier layer."""
     if value.axes[dim] != (SEQ,) or not value.is_row:
         if BATCH in value.axes[dim]:
             raise Mixes(f"{what} the batch axis", RefusalCode.MIXES_SEQUENCES)
         raise Mixes(f"{what} the key axis", RefusalCode.ATTENTION_NOT_UNDERSTOOD)
     if value.fully_masked:
-        raise Mixes("reads rows that saw no key in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
+        raise Mixes("reads rows that are fully masked in an earlier layer", RefusalCode.ROWS_WITHOUT_KEYS)
 
 
 def _runs(node: fx.Node, value: Value, dim: int) -> PerRow | None:
-    """Counting the breaks in the positions so far numbers their runs, in a type that does not overflow."""
-    counts = node.target is aten.cumsum.default and _counts(node)
-    if not counts or not isinstance(value.fact, Break) or dim != len(value.axes) - 1:
+    """Return the fact of a running count of breaks in positions, which numbers packed sequences, or None."""
+    is_count = node.target is aten.cumsum.default and _is_integer(node)
+    if not is_count or not isinstance(value.fact, Break) or dim != len(value.axes) - 1:
         return None
     return PerRow(node, -1, counted_from=value.fact.source)
 
 
-def _counts(node: fx.Node) -> bool:
+def _is_integer(node: fx.Node) -> bool:
+    """Is the dtype an integer wide enough for any column or position?"""
     return val(node).dtype in (torch.int32, torch.int64)
 
 
 def diff(node: fx.Node, layout: Layout) -> Value:
-    """The step from each column to the next, in the one form that is row by row: something put in front of column 0."""
+    """Return the value of the differences between columns, with a column prepended so that each row has one."""
     source = source_of(node)
     value = value_of(source)
     prepend = argument(node, "prepend")
     if value.mixed is not None:
         return value
     dim = argument(node, "dim") % max(len(value.axes), 1)
-    steps = argument(node, "n") == 1 and argument(node, "append") is None
-    steps = steps and _is_first_column_less_one(prepend, source, dim)
+    is_step = argument(node, "n") == 1 and argument(node, "append") is None
+    is_step = is_step and _is_first_column_less_one(prepend, source, dim)
     fact = value.fact
-    # The truth of positions, differences that wrap around or run over the batch are not steps of the positions.
-    exact = isinstance(fact, PerRow) and fact.exact and fact.dim == dim - len(value.axes) == -1
-    step = Step(fact.source) if steps and isinstance(fact, PerRow) and exact and _counts(node) else None
-    if all(value_of(one).is_constant for one in node.all_input_nodes):
-        # Its entries may all be equal, and steps are not: the first may be one.
+    # Inexact positions, narrow dtypes (which may wrap around) and other dimensions do not give steps of positions.
+    is_exact = isinstance(fact, PerRow) and fact.exact and fact.dim == dim - len(value.axes) == -1
+    step = Step(fact.source) if is_step and isinstance(fact, PerRow) and is_exact and _is_integer(node) else None
+    if all(value_of(arg).is_constant for arg in node.all_input_nodes):
+        # The first difference may be 1 and the others 0, also where the source is uniform.
         return Value((*value.axes[:dim], *plain_axes(node)[dim : dim + 1], *value.axes[dim + 1 :]), fact=step)
-    if not steps:
+    if not is_step:
         raise Mixes("takes differences along the sequence", RefusalCode.MIXES_TOKENS)
     _along_sequence(value, dim, "takes differences along")
     return Value(value.axes, full_only=True, fact=step)
 
 
 def _is_first_column_less_one(node: fx.Node | None, source: fx.Node, dim: int) -> bool:
-    """``x[:, :1] - 1`` of the same ``x``, in front of ``diff(x)``: the first step is one by construction."""
+    """Is the node ``x[:, :1] - 1``, for the same ``x`` as in ``diff(x)``, so that the first difference is 1?"""
     if node is None or node.target is not aten.sub.Tensor or node.args[1] != 1 or argument(node, "alpha") != 1:
         return False
-    cut = source_of(node)
-    if cut.target is not aten.slice.Tensor or (argument(cut, "start") or 0, argument(cut, "end")) != (0, 1):
+    first = source_of(node)
+    if first.target is not aten.slice.Tensor or (argument(first, "start") or 0, argument(first, "end")) != (0, 1):
         return False
-    value, origin = value_of(source), value_of(source_of(cut))
-    same = source_of(cut) is source or (isinstance(value.fact, PerRow) and origin.fact == value.fact)
-    return same and argument(cut, "dim") % len(value.axes) == dim
+    value, origin = value_of(source), value_of(source_of(first))
+    is_same = source_of(first) is source or (isinstance(value.fact, PerRow) and origin.fact == value.fact)
+    return is_same and argument(first, "dim") % len(value.axes) == dim
 
 
 def dropout(node: fx.Node, layout: Layout) -> Value:

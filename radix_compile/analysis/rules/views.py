@@ -1,4 +1,4 @@
-"""Views and copies: entries move, none is computed. Reshapes are followed atom by atom."""
+"""Views and copies, which move entries and compute none. Reshapes are followed atom by atom."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from radix_compile.ir.axes import (
     shape_of,
 )
 from radix_compile.ir.errors import RefusalCode
-from radix_compile.ir.facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, negation, remap, stored
+from radix_compile.ir.facts import Fact, Filled, Index, Masked, Ones, PerRow, Predicate, cast_filled, negation, remap
 from radix_compile.ir.value import Value, broadcast, value_of
 from radix_compile.torch_internals import val
 
@@ -40,17 +40,17 @@ aten = torch.ops.aten
 
 
 def _moved(fact: Fact | None, old_rank: int, new_rank: int, dims: Mapping[int, int]) -> Fact | None:
-    """The fact after dimension ``d`` (from the left) of ``old_rank`` has become ``dims[d]`` of ``new_rank``."""
+    """Return the fact after dimension ``d`` (from the left) of ``old_rank`` becomes ``dims[d]`` of ``new_rank``."""
     return remap(fact, {old - old_rank: new - new_rank for old, new in dims.items()})
 
 
 def type_as(node: fx.Node, layout: Layout) -> Value:
-    """A cast; of the other tensor only the dtype is read."""
+    """Return the value of a cast. Only the dtype of the other tensor is read."""
     return same_entries(node, layout)
 
 
 def same_entries(node: fx.Node, layout: Layout) -> Value:
-    """The same entries, perhaps in another dtype. Facts about exact values do not survive a cast to floating point."""
+    """Return the value of a copy or a cast. A cast from integers to floating point loses facts about exact values."""
     source = source_of(node)
     value = value_of(source)
     before, after = val(source).dtype, val(node).dtype
@@ -59,7 +59,7 @@ def same_entries(node: fx.Node, layout: Layout) -> Value:
 
 def _cast(fact: Fact | None, before: torch.dtype, after: torch.dtype) -> Fact | None:
     if isinstance(fact, Filled):
-        return stored(fact, after)
+        return cast_filled(fact, after)
     if before == after:
         return fact
     if before.is_floating_point and after.is_floating_point:
@@ -85,10 +85,10 @@ def reshape(node: fx.Node, layout: Layout) -> Value:
 
 
 def regroup(layout: Layout, axes: Axes, shape: Sequence[Size]) -> tuple[Axes, dict[int, int]]:
-    """The axes after a reshape to ``shape``, and which dimensions survive it as they are.
+    """Return the axes after a reshape to ``shape``, and a map from unchanged dimensions to their new numbers.
 
-    Entries keep their order in memory, so walking both shapes from the left says exactly which atoms make up each new
-    dimension. A feature dimension may be cut anywhere, a token axis never.
+    A reshape keeps the order of entries, so walking both shapes from the left tells which atoms make up each new
+    dimension. A feature atom may be split anywhere, a token atom never.
     """
     queue: list[tuple[Atom, int]] = [(atom, dim) for dim, axis in enumerate(axes) for atom in axis]
     queue.reverse()
@@ -96,34 +96,34 @@ def regroup(layout: Layout, axes: Axes, shape: Sequence[Size]) -> tuple[Axes, di
     dims: dict[int, int] = {}
     for new, size in enumerate(shape):
         taken: list[tuple[Atom, int]] = []
-        left = size
-        while left != 1:
+        remaining = size
+        while remaining != 1:
             if not queue:
                 raise Mixes("cannot follow the tokens through this reshape", RefusalCode.UNCLEAR_DIMENSIONS)
             atom, dim = queue.pop()
             atom_size = layout.atom_size(atom)
-            ratio = left / atom_size
+            ratio = remaining / atom_size
             if not ratio.is_integer:
                 if isinstance(atom, Token):
                     raise Mixes("a reshape cuts through a token axis", RefusalCode.MIXES_TOKENS)
-                rest = atom_size / left
+                rest = atom_size / remaining
                 if not rest.is_integer:
                     raise Mixes("cannot follow the tokens through this reshape", RefusalCode.UNCLEAR_DIMENSIONS)
                 queue.append((type(atom)(rest), -1))
-                atom, dim, ratio = type(atom)(left), -1, sympy.Integer(1)
+                atom, dim, ratio = type(atom)(remaining), -1, sympy.Integer(1)
             taken.append((atom, dim))
-            left = ratio
-        result.append(_tidy(tuple(atom for atom, _ in taken)))
-        whole_dims = {dim for _, dim in taken}
-        if len(whole_dims) == 1 and (dim := whole_dims.pop()) >= 0 and len(taken) == len(axes[dim]):
+            remaining = ratio
+        result.append(_merge_runs(tuple(atom for atom, _ in taken)))
+        old_dims = {dim for _, dim in taken}
+        if len(old_dims) == 1 and (dim := old_dims.pop()) >= 0 and len(taken) == len(axes[dim]):
             dims[dim] = new
     if queue:
         raise Mixes("cannot follow the tokens through this reshape", RefusalCode.UNCLEAR_DIMENSIONS)
     return tuple(result), dims
 
 
-def _tidy(axis: Axis) -> Axis:
-    """One atom for each run of features; of uniform ones, which stay apart, as of something repeated."""
+def _merge_runs(axis: Axis) -> Axis:
+    """Merge each run of feature atoms into one, and each run of uniform atoms into one."""
     result: list[Atom] = []
     for atom in axis:
         last = result[-1] if result else None
@@ -150,19 +150,19 @@ def expand(node: fx.Node, layout: Layout) -> Value:
 def unsqueeze(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     rank = len(source.axes) + 1
-    at = argument(node, "dim") % rank
-    dims = {dim: dim + (dim >= at) for dim in range(rank - 1)}
-    return Value((*source.axes[:at], (), *source.axes[at:]), fact=_moved(source.fact, rank - 1, rank, dims))
+    new = argument(node, "dim") % rank
+    dims = {dim: dim + (dim >= new) for dim in range(rank - 1)}
+    return Value((*source.axes[:new], (), *source.axes[new:]), fact=_moved(source.fact, rank - 1, rank, dims))
 
 
 def squeeze(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
     rank = len(source.axes)
-    named = argument(node, "dim")
-    gone = {dim % rank for dim in ([named] if isinstance(named, int) else named)}
-    if any(has_tokens(source.axes[dim]) for dim in gone):
+    given = argument(node, "dim")
+    squeezed = {dim % rank for dim in ([given] if isinstance(given, int) else given)}
+    if any(has_tokens(source.axes[dim]) for dim in squeezed):
         raise Mixes("squeezes a token axis", RefusalCode.UNCLEAR_DIMENSIONS)
-    kept = [dim for dim in range(rank) if dim not in gone or source.axes[dim] != ()]
+    kept = [dim for dim in range(rank) if dim not in squeezed or source.axes[dim] != ()]
     dims = {dim: new for new, dim in enumerate(kept)}
     return Value(tuple(source.axes[dim] for dim in kept), fact=_moved(source.fact, rank, len(kept), dims))
 
@@ -196,11 +196,12 @@ def slice_(node: fx.Node, layout: Layout) -> Value:
         return Value((*value.axes[:dim], (SEQ,), *value.axes[dim + 1 :]), fact=value.fact)
     feature(value.axes[dim], "slices")
     axes = (*value.axes[:dim], plain_axis(after), *value.axes[dim + 1 :])
-    from_start = step == 1 and start == 0
-    return Value(axes, fact=value.fact if from_start else _shifted(value.fact, dim - len(axes), start, step))
+    starts_at_zero = step == 1 and start == 0
+    return Value(axes, fact=value.fact if starts_at_zero else _shifted(value.fact, dim - len(axes), start, step))
 
 
 def _shifted(fact: Fact | None, dim: int, start: object, step: object) -> Fact | None:
+    """Return the fact after a slice along ``dim`` that does not start at zero, or has a step."""
     if isinstance(fact, Filled):
         return fact
     if isinstance(fact, Index) and fact.dim == dim and isinstance(start, int) and start >= 0 and step == 1:
@@ -221,8 +222,8 @@ def split(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
     value = value_of(source_of(node))
     dim = argument(node, "dim") % len(value.axes)
     feature(value.axes[dim], "splits")
-    pieces = [piece.shape[dim] for piece in val(node)]
-    return tuple(Value((*value.axes[:dim], plain_axis(as_size(size)), *value.axes[dim + 1 :])) for size in pieces)
+    sizes = [part.shape[dim] for part in val(node)]
+    return tuple(Value((*value.axes[:dim], plain_axis(as_size(size)), *value.axes[dim + 1 :])) for size in sizes)
 
 
 def unbind(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
@@ -233,20 +234,19 @@ def unbind(node: fx.Node, layout: Layout) -> tuple[Value, ...]:
 
 
 def cat(node: fx.Node, layout: Layout) -> Value:
-    # torch ignores one-dimensional empty tensors here: an empty key-value cache is one.
+    # torch ignores one-dimensional empty tensors here, such as an empty key-value cache.
     tensors = [arg for arg in argument(node, "tensors") if tuple(val(arg).shape) != (0,)]
     rank = len(shape_of(node))
     if len(tensors) == 1:
         value = value_of(tensors[0])
-        if val(tensors[0]).dtype != val(node).dtype:  # a cast, as under autocast
+        if val(tensors[0]).dtype != val(node).dtype:  # a cast, for example under autocast
             return Value(value.axes)
         return Value(value.axes, fact=value.fact, identity=tensors[0])
     dim = argument(node, "dim") % rank
     if _are_scores(value_of(tensors[0]), dim):
         return _with_sinks(tensors, dim, shape_of(node)[dim], layout)
-    if any(has_tokens(value_of(tensor).axes[dim]) for tensor in tensors) and any(
-        t.op == "placeholder" for t in tensors
-    ):
+    joins_rows = any(has_tokens(value_of(tensor).axes[dim]) for tensor in tensors)
+    if joins_rows and any(tensor.op == "placeholder" for tensor in tensors):
         raise Mixes(
             "appends rows to an input, as to a cache that is filled: prompts fold if they come in one call",
             RefusalCode.FILLED_CACHE,
@@ -261,18 +261,18 @@ def cat(node: fx.Node, layout: Layout) -> Value:
 
 
 def _are_scores(value: Value, dim: int) -> bool:
-    """Masked scores whose keys lie in that dimension?"""
+    """Does the value hold masked scores, with keys along ``dim``?"""
     return value.is_pair and value.axes[dim] == (SEQ,) and isinstance(value.fact, Masked)
 
 
 def _with_sinks(tensors: list[fx.Node], dim: int, size: Size, layout: Layout) -> Value:
-    """Scores, and after them for each query some that belong to no key (attention sinks, which take up weight)."""
+    """Return the value of masked scores joined with entries that belong to no key (attention sinks)."""
     scores, *sinks = (value_of(tensor) for tensor in tensors)
     for value in sinks:
         feature(value.axes[dim], "joins tensors along")
     parts = [operand(t, (*value_of(t).axes[:dim], (), *value_of(t).axes[dim + 1 :])) for t in tensors]
     axes, uses = broadcast(layout, parts, exact=True)
-    # A sink may be as large as it likes: what is hidden is still far below the keys that the row sees.
+    # A sink may be arbitrarily large: hidden entries are still far below the keys that the row sees.
     keys = (Longer("keys", size - layout.seq),)
     return Value((*axes[:dim], keys, *axes[dim + 1 :]), fact=scores.fact, operands=uses)
 
@@ -288,7 +288,7 @@ def view_as_real(node: fx.Node, layout: Layout) -> Value:
 
 
 def slice_scatter(node: fx.Node, layout: Layout) -> Value:
-    """Some features written over; the rest, and the rows, are where they were."""
+    """Return the value of a tensor with some features overwritten."""
     source, written = source_of(node), argument(node, "src")
     dim = argument(node, "dim") % len(shape_of(node))
     parts = []
@@ -309,23 +309,23 @@ def stack(node: fx.Node, layout: Layout) -> Value:
 
 def repeat(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
-    repeats = [val(times) if isinstance(times, fx.Node) else times for times in argument(node, "repeats")]
-    axes: Axes = ((),) * (len(repeats) - len(source.axes)) + source.axes
-    for axis, times in zip(axes, repeats, strict=True):
-        if times != 1:
+    counts = [val(count) if isinstance(count, fx.Node) else count for count in argument(node, "repeats")]
+    axes: Axes = ((),) * (len(counts) - len(source.axes)) + source.axes
+    for axis, count in zip(axes, counts, strict=True):
+        if count != 1:
             feature(axis, "repeats")
-    before = [() if times == 1 else (Uniform(as_size(times)),) for times in repeats]
-    return Value(tuple(_tidy((*more, *axis)) for more, axis in zip(before, axes, strict=True)))
+    repeats: list[Axis] = [() if count == 1 else (Uniform(as_size(count)),) for count in counts]
+    return Value(tuple(_merge_runs((*outer, *axis)) for outer, axis in zip(repeats, axes, strict=True)))
 
 
 def repeat_interleave(node: fx.Node, layout: Layout) -> Value:
     source = value_of(source_of(node))
-    named = argument(node, "dim")
-    if named is None:
+    given = argument(node, "dim")
+    if given is None:
         if not source.is_constant:
             raise Mixes("repeats the flattened tensor", RefusalCode.UNCLEAR_DIMENSIONS)
         return Value(plain_axes(node))
-    dim = named % len(source.axes)
+    dim = given % len(source.axes)
     feature(source.axes[dim], "repeats along")
     return Value((*source.axes[:dim], plain_axis(shape_of(node)[dim]), *source.axes[dim + 1 :]))
 

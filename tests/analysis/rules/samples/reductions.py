@@ -43,7 +43,7 @@ REDUCTIONS: dict[OpOverload | str, list[Sample]] = {
         refused("reduces over the sequence", lambda t, op: t(op, t.scores, [-1], True)),
     ],
     aten.amin.default: reducing([-1], [-2], [0]),
-    aten.max.dim: [*reducing_to_two(2, 1), full(sinks(LOWEST, aten.max.dim)), refused("which of the keys", which_key)],
+    aten.max.dim: [*reducing_to_two(2, 1), full(sinks(LOWEST, aten.max.dim)), refused("index of the key", which_key)],
     aten.min.dim: reducing_to_two(2, 1),
     aten.argmax.default: [*reducing(2, 1, 0), refused("reduces over", over_features(None))],
     aten.argmin.default: [*reducing(2, 1, 0), refused("reduces over", over_features(None))],

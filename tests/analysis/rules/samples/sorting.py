@@ -42,11 +42,11 @@ SORTING: dict[OpOverload | str, list[Sample]] = {
     ],
     "aten::_grouped_mm": [
         arranged(experts(aten._grouped_mm.default)),
-        refused("no weights", experts(aten._grouped_mm.default, by_token)),
+        refused("without weights", experts(aten._grouped_mm.default, by_token)),
     ],
     "transformers::grouped_mm_fallback": [
         arranged(experts()),
-        refused("no weights", experts(choose=by_token)),
+        refused("without weights", experts(choose=by_token)),
     ],
     aten.index_select.default: [
         compact(lambda t, op: t(op, t.x, 2, t(aten.arange.start_step, 0, FEATURES, 2))),
@@ -72,8 +72,8 @@ SORTING: dict[OpOverload | str, list[Sample]] = {
         compact(lambda t, op: t(op, t.x, [None, None, t(aten.arange.start_step, 0, FEATURES, 2)])),
         full(counted),
         full(swapped),
-        refused("order that is not theirs", experts(divisor=3)),
-        refused("order that is not theirs", experts(place="order")),
+        refused("order of other rows", experts(divisor=3)),
+        refused("order of other rows", experts(place="order")),
         refused("not known to leave them in place", counted_from_one),
         refused("not known to leave them in place", lambda t, op: t(op, t.x, [t(aten.remainder.Scalar, t.ids, BATCH)])),
         refused("selects along the sequence", lambda t, op: t(op, t.x, [None, t(aten.arange.default, SEQ)])),
