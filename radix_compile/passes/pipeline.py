@@ -93,9 +93,10 @@ def fold_as(variant: FoldVariant, captured: fx.GraphModule, options: Options, ob
     """
     fold = Fold(captured, variant, options, program=captured)
     for apply in FOLDING:
+        code = fold.program.code
         with _mistakes_of(apply.__name__, options.verify):
             apply(fold)
-        _check(apply.__name__, fold.program, fold, observe, options.verify)
+        _check(apply.__name__, fold.program, fold, observe, options.verify, code)
     return fold
 
 
@@ -112,11 +113,13 @@ def _mistakes_of(name: str, verify: bool) -> Iterator[None]:
     log.debug("%s: %.1f ms", name, 1e3 * (time.perf_counter() - started))
 
 
-def _check(name: str, gm: fx.GraphModule, fold: Fold | None, observe: Observer | None, verify: bool) -> None:
-    """Check the graph that a pass has left (all the more with ``verify``), and show it to the observer."""
+def _check(
+    name: str, gm: fx.GraphModule, fold: Fold | None, observe: Observer | None, verify: bool, code: str = ""
+) -> None:
+    """Check the graph that a pass has left, and show it to the observer. ``code`` is that of the graph before."""
     gm.graph.lint()
     gm.recompile()
     if verify or ALWAYS_VERIFY:
-        verify_graph(gm, None if fold is None else fold.homes)
+        verify_graph(gm, None if fold is None else fold.homes, with_shapes=gm.code != code)
     if observe is not None:
         observe(name, gm, fold)
