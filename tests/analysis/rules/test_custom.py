@@ -123,7 +123,7 @@ def test_a_registered_rule_can_be_checked() -> None:
 
     radix_compile.register_rule(OPS.scan.default, "causal")
     check_rule(OPS.scan.default, full(scanned))
-    with pytest.raises(AssertionError, match="said to be full, and it is compact"):
+    with pytest.raises(AssertionError, match="verdict is 'full', expected 'compact'"):
         check_rule(OPS.scan.default, compact(scanned))
 
 
