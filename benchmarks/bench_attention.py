@@ -193,7 +193,7 @@ def measure(tensors: Tensors, runs: int, backward: bool) -> Iterator[tuple[str, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_attention", description="Measure attention on the prefix tree.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--model", choices=list(SHAPES), default="8B", help="use the heads of this model on a GPU")
     parser.add_argument("--backward", action="store_true", help="time forward and backward")
     parser.add_argument("--runs", type=positive, default=20, help="timed runs (on a GPU, times 10 ms of runs)")

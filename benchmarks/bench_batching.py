@@ -50,7 +50,7 @@ def epoch(run: Callable[..., object], batches: Batches) -> Callable[[], None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_batching", description="Measure orders of a data set.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--queries", type=positive, default=16, help="(default: %(default)s)")
     parser.add_argument("--passages", type=positive, default=8, help="for each query (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help="(default: %(default)s)")

@@ -96,7 +96,7 @@ def compiled(program: Callable[..., Any], as_indexing: bool) -> Callable[..., An
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_cuts", description="Measure index ops fused and as kernels.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--runs", type=positive, default=20, help="timed runs (on a GPU, milliseconds of runs)")
     options = parser.parse_args(argv)
     try:

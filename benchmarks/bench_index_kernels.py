@@ -169,7 +169,7 @@ def cases(device: torch.device, rows: int) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_index_kernels", description="Measure the index ops.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--runs", type=positive, default=20, help="timed runs (on a GPU, milliseconds of runs)")
     parser.add_argument("--rows", type=positive, help="rows of the full tensors (default: a size for the device)")
     options = parser.parse_args(argv)

@@ -233,7 +233,7 @@ def step_without_gradients(parameters: list[torch.nn.Parameter], call: Call, bac
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_models", description="Measure models on batches that share prefixes.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--model", choices=list(MODELS), help="sizes of the model (default: 8B, small on a CPU)")
     parser.add_argument("--layers", type=positive, help="number of layers (default: the model's)")
     parser.add_argument("--cases", type=positive, default=99, metavar="N", help="only the first N batches")

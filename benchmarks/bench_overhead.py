@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=positive, default=16, help="sequences in the batch (default: %(default)s)")
     parser.add_argument("--length", type=positive, default=128, help="tokens in each of them (default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=25, help="timed runs of each backend (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     options = parser.parse_args(argv)
     max_rows = len(workloads.tokenizer()) - 1
     if options.rows > max_rows:

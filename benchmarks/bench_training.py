@@ -88,7 +88,7 @@ def format_bytes(count: int | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_training", description="Measure training steps.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--sequences", type=positive, default=16, help="a multiple of 16 (default: %(default)s)")
     parser.add_argument("--length", type=positive, help="tokens in each (default: 1024, 128 on a CPU)")
     parser.add_argument("--layers", type=positive, help="layers of the model (default: 28, 4 on a CPU)")

@@ -120,7 +120,7 @@ class Explanation:
             lines.append(f"graph {number}: " + ("folded" if graph.folded else f"not folded: {graph.reason}"))
             lines += [f"  region: {region.ops} ops, {region.first} .. {region.last}" for region in graph.regions]
             for attention in graph.attentions:
-                lines.append(f"  attention in {attention.module}: {attention.status}")
+                lines.append(f"  attention in {attention.module or 'the model'}: {attention.status}")
             lines += [f"  refused: {refusal}" for refusal in graph.refusals]
             lines += [f"  note: {note}" for note in graph.notes]
         return lines

@@ -44,11 +44,11 @@ def verify_graph(gm: fx.GraphModule, homes: Mapping[fx.Node, Form] | None = None
     node in that form, and each output those of the captured output.
     """
     gm.graph.lint()
-    known = graph_facts(gm)
-    if known.source is not None:
+    stated = graph_facts(gm)
+    if stated.source is not None:
         _verify_forms(gm)
         _verify_shapes(gm)
-    elif known.tokens is not None:
+    elif stated.tokens is not None:
         _verify_marks(gm, homes or {})
 
 
@@ -71,7 +71,7 @@ def _verify_marks(gm: fx.GraphModule, homes: Mapping[fx.Node, Form]) -> None:
                 shape = [as_size(size) for size in result.shape]
                 _expect(_same(sizes, shape), node, f"its axes {value.axes} are not those of its shape {shape}")
         if homes.get(node) is Form.COMPACT:
-            _expect(has_compact_form(node), node, "it is planned to run compact, but has not one entry per row")
+            _expect(has_compact_form(node), node, "it is planned to run compact, but does not have one entry per row")
 
 
 # -------------------------------------------------------------------------------------------------- after the fold

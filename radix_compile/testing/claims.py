@@ -249,19 +249,19 @@ class _Claims:
                 step = step if isinstance(fact, Step) else step != 1
                 return _same(tensor.reshape(-1, tensor.shape[-1])[: len(step)], step[:, : tensor.shape[-1]])
             case Predicate(formula):
-                known, maybe = frame.formula(formula)
-                return bool(((tensor | ~known) & (maybe | ~tensor)).all())
+                certain, possible = frame.formula(formula)
+                return bool(((tensor | ~certain) & (possible | ~tensor)).all())
             case Ones(formula):
-                known, maybe = frame.formula(formula)
-                return bool((((tensor == 1) | ~known) & ((tensor == 0) | maybe)).all())
+                certain, possible = frame.formula(formula)
+                return bool((((tensor == 1) | ~certain) & ((tensor == 0) | possible)).all())
             case Score(size):
                 return bool(tensor.double().abs().max() <= size * (1 + BOUND_TOLERANCE))
             case Masked():
                 return self._is_masked(frame, fact, tensor)
             case Weights(visible, _, key):
-                known, maybe = frame.formula(visible)
-                sees = known.expand_as(frame.keys_only(tensor)).any(key, keepdim=True)
-                return bool(((frame.keys_only(tensor) == 0) | maybe | ~sees).all())
+                certain, possible = frame.formula(visible)
+                sees = certain.expand_as(frame.keys_only(tensor)).any(key, keepdim=True)
+                return bool(((frame.keys_only(tensor) == 0) | possible | ~sees).all())
             case RowMax(of):
                 scores = self.env[of]
                 (dim,) = [d for d in range(rank) if tensor.shape[d] != scores.shape[d]] or (0,)
@@ -270,15 +270,15 @@ class _Claims:
                 return fact is None
 
     def _is_masked(self, frame: _Frame, fact: Masked, tensor: Tensor) -> bool:
-        known, maybe = frame.formula(fact.visible)
+        certain, possible = frame.formula(fact.visible)
         tensor = frame.keys_only(tensor).double()
-        known, hidden = known.expand_as(tensor), ~maybe.expand_as(tensor)
+        certain, hidden = certain.expand_as(tensor), ~possible.expand_as(tensor)
         # If the largest entry of each row is subtracted, the floor does not apply to fully masked rows.
         is_centred = fact.size == math.inf and math.isfinite(fact.gap)
         floor = fact.floor if fact.is_strict else fact.floor + BOUND_TOLERANCE * abs(fact.floor)
         is_low = is_centred or not hidden.any() or bool(tensor[hidden].max() <= floor)
         size = 0.0 if fact.zero else fact.size * (1 + BOUND_TOLERANCE)
-        return is_low and (not known.any() or bool(tensor[known].abs().max() <= size))
+        return is_low and (not certain.any() or bool(tensor[certain].abs().max() <= size))
 
     def _counts_breaks(self, source: fx.Node, counted_from: fx.Node) -> bool:
         counts, positions = self._entries(source), self._entries(counted_from)
@@ -335,12 +335,12 @@ class _Frame:
                 holds = None if first is None or second is None else first.double() - second.double() <= bound
             case And(terms) | Or(terms):
                 is_and = isinstance(formula, And)
-                known = maybe = torch.full([1] * self.rank, is_and)
+                certain = possible = torch.full([1] * self.rank, is_and)
                 for term in terms:
-                    term_known, term_maybe = self.formula(term)
-                    known = known & term_known if is_and else known | term_known
-                    maybe = maybe & term_maybe if is_and else maybe | term_maybe
-                return known, maybe
+                    term_certain, term_possible = self.formula(term)
+                    certain = certain & term_certain if is_and else certain | term_certain
+                    possible = possible & term_possible if is_and else possible | term_possible
+                return certain, possible
         if holds is None:
             return torch.full([1] * self.rank, False), torch.full([1] * self.rank, True)
         return holds, holds

@@ -357,7 +357,7 @@ FULL: dict[str, tuple[Attend, str]] = {
     ),
     "a negative factor": (
         lambda q, k, v: torch.where(causal(), q @ k.mT * -0.5, -math.inf).softmax(-1) @ v,
-        "not a positive number",
+        "a number that is not positive",
     ),
 }
 
