@@ -125,7 +125,7 @@ class _SmallModel(nn.Module):
 
 
 def _fold(device: str, inner: str) -> Check:
-    """Return whether a small model folds, with the outputs of the plain model."""
+    """Check that a small model folds, and that its outputs are those of the plain model."""
     name = f"fold with {inner}"
     before = radix_compile.stats()
     try:

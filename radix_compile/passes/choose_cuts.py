@@ -22,8 +22,8 @@ def choose_cuts(fold: Fold) -> None:
 
     Position-wise ops on rows are compact, and so is attention on the prefix tree, with two exceptions. Values that
     cheap ops compute from the row keys (masks, positions) run in the form that their readers need. Views of a full
-    value that are no narrower stay full, so that the fold is of the narrower tensor. (``fold_graph`` runs views of a
-    compact value in the form that their readers need. So do views by which outputs share memory.)
+    value that are no wider stay full, so that the fold is of the narrower tensor. (``fold_graph`` runs views of a
+    compact value in the form that their readers need. Views by which outputs share memory run in either form.)
     """
     graph = fold.captured.graph
     for node in graph.nodes:

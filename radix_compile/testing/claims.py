@@ -105,7 +105,7 @@ class _Claims:
         return all(not product.numel() or bool(product.abs().max() <= ORDINARY) for product in products)
 
     def _is_used(self, node: fx.Node, value: Value) -> bool:
-        """Whether a product that is proved causal reads these weights. (Not if some of the rows are fully masked.)"""
+        """Whether a product that is not refused reads these weights. (Fully masked rows may be a reason to refuse.)"""
         if not isinstance(value.fact, Weights):
             return True
         users = [(user, result) for user in node.users if user.op != "output" for result in values_of(user)]
@@ -347,7 +347,7 @@ class _Frame:
 
 
 class _Run(fx.Interpreter):
-    """Runs a program with zeros for uninitialised memory, so that a run is reproducible."""
+    """Runs a program with zeros for uninitialised memory, about which there are no claims."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_function(target, args, kwargs)

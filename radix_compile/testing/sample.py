@@ -51,7 +51,7 @@ def constant(build: Build) -> Sample:
 
 
 def arranged(build: Build) -> Sample:
-    """A sample whose op returns sorted rows or their indices, which are others in compact form."""
+    """A sample whose op returns sorted rows or indices of them, which differ in compact form."""
     return Sample(build, "arranged")
 
 
