@@ -1,15 +1,15 @@
-"""Attention of one layer: in full form, packed, and on the prefix tree by several ways.
+"""Time the attention of one layer: in full form, packed, and on the prefix tree in several implementations.
 
-Run as `python -m benchmarks.bench_attention`, with `--backward` for forward and backward. The ways:
+Run as `python -m benchmarks.bench_attention`, with `--backward` for forward and backward. The rows:
 
     full      torch's attention on all rows, padding included
     packed    `varlen_attn` on all rows without padding
-    varlen    `varlen_attn` with the new nodes of each sequence for queries, and keys and values spread along its path
-    flex      compiled FlexAttention on the nodes, its block mask computed from the plan
+    varlen    `varlen_attn` with the new nodes of each sequence as queries, and the gathered keys and values of its path
+    flex      compiled FlexAttention on the nodes, with a block mask computed from the plan
     tree      the op `radix::tree_attention`
 
-`varlen_attn` is for GPUs; FlexAttention has no backward on a CPU. TFLOP/s count what the tree needs: four times the
-number of pairs of a node and an ancestor (or itself), times heads and head size; for the backward 2.5 times that more.
+`varlen_attn` needs a GPU; FlexAttention has no backward on a CPU. TFLOP/s count the FLOPs that the tree needs: the
+pairs of a node and an ancestor (or itself), times 4 * heads * head size, and 2.5 times that for the backward.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cases(on_gpu: bool) -> Iterator[PrefixBatch]:
 
 
 class Tensors:
-    """Query, key and value of a case, by row and by node."""
+    """Random queries, keys and values of a case, in full, packed and compact form."""
 
     def __init__(self, case: PrefixBatch, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
         self.case, self.plan, self.device = case, case.plan(), device
@@ -69,12 +69,12 @@ class Tensors:
         self.tree = TreeArrays(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
         rows = self.tree.scatter.clamp(min=0)
         batch, columns = case.ids.shape
-        full = [one[0, rows].view(batch, columns, -1, size) for one in compact]
-        self.compact = [self._leaf(one.transpose(1, 2)) for one in compact]
-        self.full = [self._leaf(one.transpose(1, 2)) for one in full]
+        full = [tensor[0, rows].view(batch, columns, -1, size) for tensor in compact]
+        self.compact = [self._leaf(tensor.transpose(1, 2)) for tensor in compact]
+        self.full = [self._leaf(tensor.transpose(1, 2)) for tensor in full]
         kept = self.tree.scatter >= 0
-        self.packed = [self._leaf(one.flatten(0, 1)[kept]) for one in full]
-        self.nodes = [self._leaf(one[0].clone()) for one in compact]
+        self.packed = [self._leaf(tensor.flatten(0, 1)[kept]) for tensor in full]
+        self.nodes = [self._leaf(tensor[0].clone()) for tensor in compact]
         self.pairs = self.plan.pairs
 
     @staticmethod
@@ -82,29 +82,28 @@ class Tensors:
         return tensor.detach().requires_grad_()
 
 
-def ways(given: Tensors) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
-    """Name, leaves and call."""
+def ways(tensors: Tensors) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
+    """Yield each implementation: its name, the tensors that it has gradients for, and the call."""
     mask = None
-    if given.case.is_padded:
-        columns = torch.arange(given.case.ids.shape[1], device=given.device)
-        shown = given.case.mask.to(given.device).bool()
-        mask = (columns <= columns[:, None]) & shown[:, None, None, :]
-    q, k, v = given.full
+    if tensors.case.is_padded:
+        columns = torch.arange(tensors.case.ids.shape[1], device=tensors.device)
+        is_token = tensors.case.mask.to(tensors.device).bool()
+        mask = (columns <= columns[:, None]) & is_token[:, None, None, :]
+    q, k, v = tensors.full
 
     def full() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
-    yield "full", given.full, full
-    if given.device.type == "cuda":
-        yield "packed", given.packed, _varlen_of_rows(given)
-        yield "varlen", given.nodes, _varlen_of_nodes(given)
-    yield "flex", given.compact, _flex(given)
-    a, b, c = given.compact
-    plan, scale = given.tree, q.shape[3] ** -0.5
+    yield "full", tensors.full, full
+    if tensors.device.type == "cuda":
+        yield "packed", tensors.packed, _varlen_of_rows(tensors)
+        yield "varlen", tensors.nodes, _varlen_of_nodes(tensors)
+    yield "flex", tensors.compact, _flex(tensors)
+    compact, scale = tensors.compact, q.shape[3] ** -0.5
     yield (
         "tree",
-        given.compact,
-        lambda: torch.ops.radix.tree_attention(a, b, c, *plan, None, None, scale, None, None)[0],
+        compact,
+        lambda: torch.ops.radix.tree_attention(*compact, *tensors.tree, None, None, scale, None, None)[0],
     )
 
 
@@ -122,53 +121,57 @@ def _starts(lengths: Tensor, device: torch.device) -> Tensor:
     return F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
-def _varlen_of_rows(given: Tensors) -> Callable[[], Tensor]:
-    starts, longest = _starts(given.case.lengths, given.device), int(given.case.lengths.max())
-    q, k, v = given.packed
+def _varlen_of_rows(tensors: Tensors) -> Callable[[], Tensor]:
+    starts, longest = _starts(tensors.case.lengths, tensors.device), int(tensors.case.lengths.max())
+    q, k, v = tensors.packed
     return lambda: _varlen(q, k, v, starts, starts, (longest, longest))
 
 
-def _varlen_of_nodes(given: Tensors) -> Callable[[], Tensor]:
-    plan, lengths = given.plan, given.case.lengths
+def _varlen_of_nodes(tensors: Tensors) -> Callable[[], Tensor]:
+    plan, device = tensors.plan, tensors.device
     order = torch.from_numpy(plan.order)
-    whole = lengths[order]
-    new = whole - torch.from_numpy(plan.shared)
-    starts_q, starts_k = _starts(new, given.device), _starts(whole, given.device)
-    columns = given.case.ids.shape[1]
-    rows = torch.cat([order[i] * columns + torch.arange(int(whole[i])) for i in range(len(order))]).to(given.device)
-    path = given.tree.scatter[rows]
-    longest = int(new.max()), int(whole.max())
-    q, k, v = given.nodes
+    num_keys = tensors.case.lengths[order]
+    num_queries = num_keys - torch.from_numpy(plan.shared)
+    starts_q, starts_k = _starts(num_queries, device), _starts(num_keys, device)
+    columns = tensors.case.ids.shape[1]
+    rows = torch.cat([order[i] * columns + torch.arange(int(num_keys[i])) for i in range(len(order))]).to(device)
+    path = tensors.tree.scatter[rows]
+    longest = int(num_queries.max()), int(num_keys.max())
+    q, k, v = tensors.nodes
     return lambda: _varlen(q, k.index_select(0, path), v.index_select(0, path), starts_q, starts_k, longest)
 
 
-def _flex(given: Tensors) -> Callable[[], Tensor]:
-    begin, end = given.tree.begin, given.tree.end
+def _flex(tensors: Tensors) -> Callable[[], Tensor]:
+    begin, end = tensors.tree.begin, tensors.tree.end
     nodes, block = len(begin), BLOCK
-    count = -(-nodes // block)
-    first = torch.arange(count, device=given.device) * block
-    padded = F.pad(end, (0, count * block - nodes)).view(count, block)
+    num_blocks = -(-nodes // block)
+    first = torch.arange(num_blocks, device=tensors.device) * block
+    padded = F.pad(end, (0, num_blocks * block - nodes)).view(num_blocks, block)
     some = (padded.max(1).values > first[:, None]) & (first <= first[:, None])
     every = (padded.min(1).values >= first[:, None] + block) & (first + block - 1 <= first[:, None])
 
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    def counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
         order = blocks.to(torch.int32).argsort(dim=1, descending=True, stable=True).to(torch.int32)
         return blocks.sum(1, dtype=torch.int32)[None, None], order[None, None]
 
     def ancestor(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i < end[j])
 
-    blocks = BlockMask.from_kv_blocks(
-        *listed(some & ~every), *listed(every), BLOCK_SIZE=block, mask_mod=ancestor, seq_lengths=(nodes, nodes)
+    block_mask = BlockMask.from_kv_blocks(
+        *counts_and_indices(some & ~every),
+        *counts_and_indices(every),
+        BLOCK_SIZE=block,
+        mask_mod=ancestor,
+        seq_lengths=(nodes, nodes),
     )
     call: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
-    on_cpu = given.device.type == "cpu"  # which is for inference only
-    leaves = [one.detach() for one in given.compact] if on_cpu else given.compact
-    return lambda: call(*leaves, block_mask=blocks, enable_gqa=True)
+    on_cpu = tensors.device.type == "cpu"  # there it has no backward
+    leaves = [tensor.detach() for tensor in tensors.compact] if on_cpu else tensors.compact
+    return lambda: call(*leaves, block_mask=block_mask, enable_gqa=True)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, runs: int) -> float:
-    """Median seconds."""
+    """Return the median seconds of a call."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -177,26 +180,27 @@ def seconds_of(call: Callable[[], object], device: torch.device, runs: int) -> f
     return sorted(workloads.interleaved({"": call}, runs, device)[""])[runs // 2]
 
 
-def measure(given: Tensors, runs: int, backward: bool) -> Iterator[tuple[str, float]]:
-    for name, leaves, attend in ways(given):
-        if backward and name == "flex" and given.device.type == "cpu":
+def measure(tensors: Tensors, runs: int, backward: bool) -> Iterator[tuple[str, float]]:
+    """Yield the name and the median seconds of each implementation."""
+    for name, leaves, attend in ways(tensors):
+        if backward and name == "flex" and tensors.device.type == "cpu":
             continue
 
-        def both(leaves: list[Tensor] = leaves, attend: Callable[[], Tensor] = attend) -> object:
+        def forward_and_backward(leaves: list[Tensor] = leaves, attend: Callable[[], Tensor] = attend) -> object:
             result = attend()
             return torch.autograd.grad(result, leaves, result.detach())
 
         with torch.set_grad_enabled(backward):
-            yield name, seconds_of(both if backward else attend, given.device, runs)
+            yield name, seconds_of(forward_and_backward if backward else attend, tensors.device, runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints as it goes and returns the exit code."""
+    """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_attention", description="Measure attention on the prefix tree.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--model", choices=list(SHAPES), default="8B", help="whose heads, on a GPU")
-    parser.add_argument("--backward", action="store_true", help="forward and backward")
-    parser.add_argument("--runs", type=positive, default=20, help="timed runs, on a GPU tens of milliseconds of them")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--model", choices=list(SHAPES), default="8B", help="use the heads of this model on a GPU")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward")
+    parser.add_argument("--runs", type=positive, default=20, help="timed runs (on a GPU, times 10 ms of runs)")
     options = parser.parse_args(argv)
     try:
         device = pick_device(options.device)
@@ -211,13 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"measured {'forward and backward' if options.backward else 'forward'}, medians")
     torch._dynamo.config.recompile_limit = 64
     for case in cases(on_gpu):
-        given = Tensors(case, shape, device, dtype)
-        needed = 4 * given.pairs * shape[0] * shape[2] * (3.5 if options.backward else 1)
-        print(f"{case.name}: {case.tokens} tokens, {len(given.plan.fold)} nodes, {given.pairs:.3g} pairs")
+        tensors = Tensors(case, shape, device, dtype)
+        flops = 4 * tensors.pairs * shape[0] * shape[2] * (3.5 if options.backward else 1)
+        print(f"{case.name}: {case.tokens} tokens, {len(tensors.plan.fold)} nodes, {tensors.pairs:.3g} pairs")
         first = None
-        for name, seconds in measure(given, options.runs, options.backward):
+        for name, seconds in measure(tensors, options.runs, options.backward):
             first = first or seconds
-            rate = needed / seconds / 1e12
+            rate = flops / seconds / 1e12
             print(f"  {name:<8}{seconds * 1e3:>10.3f} ms{first / seconds:>9.2f}x{rate:>9.3g} TFLOP/s", flush=True)
     return 0
 

@@ -1,7 +1,7 @@
-"""What the order of a data set is worth: the same prompts in batches sorted by length, and in batches that share.
+"""Time a data set in batches of several orders: as it comes, sorted by length, and ordered for sharing.
 
 Run as `python -m benchmarks.bench_batching`. The prompts are a reranker's: an instruction, a query, a passage.
-Each row of the table runs all of them through one model, with plain inductor and with radix.
+Each row of the table runs all prompts through one model, with plain inductor and with radix.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ Batches = list[dict[str, Tensor]]
 
 
 def orders(prompts: list[str], size: int) -> dict[str, list[list[int]]]:
-    """Batches of indices: as the prompts come, sorted by length as tools for embedding do, and for sharing."""
+    """Return batches of indices for each order: as the prompts come, by length (as embedding tools do), for sharing."""
     as_they_come = list(range(len(prompts)))
     lengths = [len(ids) for ids in workloads.tokenizer()(prompts)["input_ids"]]
     by_length = sorted(as_they_come, key=lengths.__getitem__)
-    cut = range(0, len(prompts), size)
+    starts = range(0, len(prompts), size)
     return {
-        "as they come": [as_they_come[i : i + size] for i in cut],
-        "by length": [by_length[i : i + size] for i in cut],
+        "as they come": [as_they_come[start : start + size] for start in starts],
+        "by length": [by_length[start : start + size] for start in starts],
         "for sharing": list(SharedPrefixBatchSampler(prompts, size)),
     }
 
 
 def epoch(run: Callable[..., object], batches: Batches) -> Callable[[], None]:
-    def once() -> None:
+    """Return a function that runs all batches."""
+
+    def run_batches() -> None:
         with torch.no_grad():
             for batch in batches:
                 run(**batch, use_cache=False)
 
-    return once
+    return run_batches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints as it goes and returns the exit code."""
+    """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_batching", description="Measure orders of a data set.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--queries", type=positive, default=16, help="(default: %(default)s)")
     parser.add_argument("--passages", type=positive, default=8, help="for each query (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help="(default: %(default)s)")

@@ -1,8 +1,8 @@
-"""Where compact meets full form: is it faster to fuse the gather with its neighbours, or to move rows in a kernel?
+"""Time folds and scatters as indexing that inductor fuses with the ops around it, and as kernels.
 
-Run as `python -m benchmarks.bench_cuts`. Each cut is compiled by inductor twice: with the index op as plain indexing,
-which inductor fuses with what surrounds it, and with the op left whole, which runs our kernel (on a CPU torch's own
-`index_select`). `radix_compile.kernels.index_ops.decompositions` is the choice made from these figures.
+Run as `python -m benchmarks.bench_cuts`. Inductor compiles each program twice: with the index op decomposed to plain
+indexing, which it fuses, and with the op as an extern kernel, which is ours (on a CPU torch's `index_select`).
+`radix_compile.kernels.index_ops.decompositions` is the choice made from these figures.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def cuts(case: Case, device: torch.device, dtype: torch.dtype, width: int, heads: tuple[int, int]) -> list[Cut]:
-    """The op, the program around it, and the program's inputs, for one layer of a model of these sizes."""
+    """Return the name, the program and its inputs of each cut in one layer of a model of these sizes."""
     fold, scatter, *_ = case.indices(device)
     batch, seq, nodes = case.batch, case.seq, len(fold)
-    many, few = heads
+    query_heads, key_heads = heads
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
     def attention_inputs(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        q, k, v = (one.unflatten(-1, (-1, 128)) for one in (q, k, v))
-        q, k, v = (one.transpose(1, 2) for one in (rms_norm(q, weight), rms_norm(k, weight), v))
-        moved = [rotated(q, cos, sin), rotated(k, cos, sin), v]
+        q, k, v = (tensor.unflatten(-1, (-1, 128)) for tensor in (q, k, v))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (rms_norm(q, weight), rms_norm(k, weight), v))
+        compact = [rotated(q, cos, sin), rotated(k, cos, sin), v]
         result: list[Tensor] = radix.foreach_scatter_rows(
-            moved, scatter, *[None] * 4, batch, seq, [0] * 3, [2] * 3, False
+            compact, scatter, *[None] * 4, batch, seq, [0] * 3, [2] * 3, False
         )
         return result
 
     def scattered(x: Tensor) -> Tensor:
         return radix.scatter_rows(x, scatter, *[None] * 4, batch, seq, 0, 1, False)  # type: ignore[no-any-return]
 
-    qkv = (random(1, nodes, many * 128), random(1, nodes, few * 128), random(1, nodes, few * 128))
+    qkv = tuple(random(1, nodes, num_heads * 128) for num_heads in (query_heads, key_heads, key_heads))
     tables = (random(128), random(1, 1, nodes, 128), random(1, 1, nodes, 128))
     hidden, weight = random(1, nodes, width), random(width)
     return [
@@ -71,12 +71,12 @@ def cuts(case: Case, device: torch.device, dtype: torch.dtype, width: int, heads
         (
             "fold of attention",
             lambda x: radix.fold_rows(x.transpose(1, 2).flatten(2), fold, scatter, 0, 1),
-            (random(batch, seq, many, 128).transpose(1, 2),),
+            (random(batch, seq, query_heads, 128).transpose(1, 2),),
         ),
         (
             "gradient of a fold",
             lambda x: radix.place_rows(x, fold, scatter, batch, seq, 0, 1),
-            (random(1, nodes, many * 128),),
+            (random(1, nodes, query_heads * 128),),
         ),
     ]
 
@@ -94,10 +94,10 @@ def compiled(program: Callable[..., Any], as_indexing: bool) -> Callable[..., An
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints as it goes and returns the exit code."""
+    """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_cuts", description="Measure index ops fused and as kernels.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--runs", type=positive, default=20, help="timed runs, on a GPU milliseconds of them")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--runs", type=positive, default=20, help="timed runs (on a GPU, milliseconds of runs)")
     options = parser.parse_args(argv)
     try:
         device = pick_device(options.device)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, program, inputs in cuts(case, device, dtype, width, heads):
             seconds = []
             for as_indexing in (True, False):
-                # Torch's compile caches do not look at decompositions, and would serve the one for the other.
+                # torch's compile caches ignore decompositions, and would return the other program.
                 with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
                     call = functools.partial(compiled(program, as_indexing), *inputs)
                     call()

@@ -1,25 +1,25 @@
-"""Whole models on batches that share prefixes: plain, without padding, position-wise folded, and folded with attention.
+"""Time whole models on batches that share prefixes: plain, packed, position-wise folded, and folded with attention.
 
-Run as `python -m benchmarks.bench_models`. The models have the sizes of Qwen3 and random weights; what is timed is the
-hidden states of a batch, or with `--backward` a forward and a backward pass. The columns:
+Run as `python -m benchmarks.bench_models`. The models have the sizes of Qwen3 and random weights. A run computes the
+hidden states of a batch, with `--backward` also the gradients. The rows:
 
     plain     inductor, padding included
-    packed    inductor on one row without padding, attention by `varlen_attn` (GPUs only)
-    reuse     inductor on each group's prefix once and then, with its cache repeated, on what follows: as one would
-              write it by hand for these batches; what comes out are the hidden states of what follows (forward only)
-    rows      radix with `fold_attention=False`, attention in full form: what RadixMLP does (arXiv 2601.15013)
+    packed    inductor on one row without padding, with `varlen_attn` (GPUs only)
+    reuse     inductor, with each group's prefix computed once and its cache repeated for the suffixes: the program that
+              one would write by hand for these batches. It returns the hidden states of the suffixes (forward only)
+    rows      radix with `fold_attention=False`, as RadixMLP does (arXiv 2601.15013)
     radix     radix
-    skip      radix with `padding="skip"`, for batches that are padded
-    auto      radix with its options as they are: it times its programs first, and then takes what is predicted fastest
+    skip      radix with `padding="skip"`, for padded batches
+    auto      radix with its default options: it times its programs, then runs the one that is predicted to be fastest
 
-In the columns before the last, whatever is shared folds (`fold="always"`).
+`rows`, `radix` and `skip` fold every call (`fold="always"`).
 
-With `--check` the error of each is printed too: its distance from the same model in the next wider type (float64 for
-float32, float32 for bfloat16), run one sequence at a time, over the norm of that. Of hidden states behind tokens, or of
-all gradients. Any that is more than twice that of plain fails the run.
+With `--check` the error of each row is printed too: the distance from the same model in a wider dtype (float64 for
+float32, float32 for bfloat16), run on one sequence at a time, relative to the norm of that result. It is the error of
+the tokens' hidden states, or of all gradients. The run fails if an error is more than twice that of plain.
 
-The token bound is tokens over distinct prefixes. The arithmetic bound counts multiplications, of weights for each token
-and of attention for each pair of query and key: those of plain, which sees no future, over those of the tree.
+The token bound is tokens / distinct prefixes. The arithmetic bound is the ratio of multiplications without and with
+folding: those of weights per token, and those of causal attention per pair of query and key.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def cases(on_gpu: bool, backward: bool) -> Iterator[PrefixBatch]:
 
 
 def bounds(case: PrefixBatch, sizes: dict[str, int]) -> tuple[float, float]:
-    """The token bound and the arithmetic bound over plain without padding."""
+    """Return the token bound and the arithmetic bound, both over plain without padding."""
     plan = case.plan()
     inner = sizes["heads"] * sizes["head_dim"]
     by_token = sizes["hidden"] * (2 * inner + 2 * sizes["kv_heads"] * sizes["head_dim"] + 3 * sizes["intermediate"])
@@ -77,7 +77,7 @@ def bounds(case: PrefixBatch, sizes: dict[str, int]) -> tuple[float, float]:
 
 
 class _Packed:
-    """Attention on one row of several sequences, by `varlen_attn`."""
+    """Attention on several sequences packed in one row, by `varlen_attn`."""
 
     starts: Tensor
     longest: int
@@ -88,7 +88,7 @@ class _Packed:
         options: dict[str, Any] = {"window_size": (-1, 0)}
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
-        q, k, v = (one[0].transpose(0, 1) for one in (q, k, v))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
         result: Any = varlen_attn(q, k, v, self.starts, self.starts, self.longest, self.longest, **options)
         return result[None], None
 
@@ -97,10 +97,10 @@ PACKED = _Packed()
 
 
 def reuse(model: Any, ids: Tensor, mask: Tensor | None, groups: int, prefix: int) -> Tensor:
-    """The hidden states behind the prefixes of groups, whose keys and values are computed once."""
-    members = len(ids) // groups
-    cache = model(input_ids=ids[::members, :prefix], use_cache=True).past_key_values
-    cache.batch_repeat_interleave(members)
+    """Return the hidden states of the suffixes. The prefix of each group is computed once."""
+    group_size = len(ids) // groups
+    cache = model(input_ids=ids[::group_size, :prefix], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(group_size)
     hidden: Tensor = model(input_ids=ids[:, prefix:], attention_mask=mask, past_key_values=cache).last_hidden_state
     return hidden
 
@@ -109,7 +109,7 @@ Call = Callable[[], Tensor]
 
 
 class Ways:
-    """The calls that are compared, each compiled when it is asked for. Its names are the columns of the table."""
+    """The programs that are compared, by the name of their row. Each is compiled when it is first called."""
 
     def __init__(self, model: Any, case: PrefixBatch, device: torch.device, mode: str | None = None) -> None:
         self.model, self.case, self.device, self.mode = model, case, device, mode
@@ -120,8 +120,8 @@ class Ways:
 
     def names(self, backward: bool) -> list[str]:
         on_gpu = self.device.type == "cuda"
-        there = {"packed": on_gpu, "reuse": not backward, "skip": self.case.is_padded}
-        return [name for name in NAMES if there.get(name, True)]
+        applies = {"packed": on_gpu, "reuse": not backward, "skip": self.case.is_padded}
+        return [name for name in NAMES if applies.get(name, True)]
 
     def make(self, name: str) -> Call:
         torch._dynamo.reset()
@@ -130,7 +130,7 @@ class Ways:
 
     def _compiled(self, inputs: dict[str, Any], attention: str = "sdpa", **options: Any) -> Call:
         self.model.config._attn_implementation = attention
-        call = torch.compile(lambda **given: self.model(**given).last_hidden_state, **options)
+        call = torch.compile(lambda **kwargs: self.model(**kwargs).last_hidden_state, **options)
         return lambda: call(**inputs)
 
     def _radix(self, **options: Any) -> Call:
@@ -149,8 +149,8 @@ class Ways:
 
     def reuse(self) -> Call:
         self.model.config._attn_implementation = "sdpa"
-        by_hand, case = torch.compile(reuse, mode=self.mode), self.case
-        return lambda: by_hand(self.model, self.ids, self.inputs.get("attention_mask"), case.groups, case.prefix)
+        compiled, case = torch.compile(reuse, mode=self.mode), self.case
+        return lambda: compiled(self.model, self.ids, self.inputs.get("attention_mask"), case.groups, case.prefix)
 
     def rows(self) -> Call:
         return self._radix(fold_attention=False, fold="always")
@@ -166,7 +166,7 @@ class Ways:
 
 
 def step(call: Call, backward: bool) -> Tensor:
-    """The hidden states; with ``backward``, after a backward pass of their sum."""
+    """Return the hidden states, with ``backward`` after a backward pass of their sum."""
     with torch.set_grad_enabled(backward):
         states = call()
         if backward:
@@ -174,10 +174,10 @@ def step(call: Call, backward: bool) -> Tensor:
     return states.detach()
 
 
-def wider(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -> list[Tensor]:
-    """Hidden states ``[B, S, hidden]``, zero behind the tokens, or the gradients of their sum, in a wider type.
+def reference(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -> list[Tensor]:
+    """Return the hidden states ``[B, S, hidden]``, zero at padding, or the gradients of their sum, in a wider dtype.
 
-    On the CPU, so that the memory of what is measured after it is its own.
+    The result is moved to the CPU, so that it does not count as memory of the programs that are measured.
     """
     model = copy.deepcopy(model).to(torch.float32 if model.dtype == torch.bfloat16 else torch.float64)
     model.config._attn_implementation = "sdpa"
@@ -189,58 +189,59 @@ def wider(model: Any, case: PrefixBatch, device: torch.device, backward: bool) -
     states = torch.zeros(*case.ids.shape, model.config.hidden_size, dtype=model.dtype, device=device)
     for ids, length, row in zip(case.ids.to(device), case.lengths.tolist(), states, strict=True):
         row[:length] = step(functools.partial(states_of, ids[None, :length]), backward)[0]
-    return [one.cpu() for one in ([one.grad for one in model.parameters()] if backward else [states])]
+    results = [parameter.grad for parameter in model.parameters()] if backward else [states]
+    return [result.cpu() for result in results]
 
 
-def distance(ways: Ways, name: str, ours: list[Tensor], wanted: list[Tensor], backward: bool) -> float:
-    """The distance of what the way ``name`` computes, over the norm of what is wanted."""
-    wanted = [one.to(ways.device) for one in wanted]
+def distance(ways: Ways, name: str, results: list[Tensor], expected: list[Tensor], backward: bool) -> float:
+    """Return the distance between the results of the row ``name`` and the expected ones, over the norm of these."""
+    expected = [tensor.to(ways.device) for tensor in expected]
     if not backward:
-        shown = ways.mask > 0
+        is_token = ways.mask > 0
         if name == "packed":
-            ours, wanted = [ours[0][0]], [wanted[0][shown]]
-        else:  # `reuse` has no rows of the prefix
-            behind = slice(shown.shape[1] - ours[0].shape[1], None)
-            shown = shown[:, behind]
-            ours, wanted = [ours[0][shown]], [wanted[0][:, behind][shown]]
+            results, expected = [results[0][0]], [expected[0][is_token]]
+        else:  # `reuse` has the columns of the suffixes only
+            columns = slice(is_token.shape[1] - results[0].shape[1], None)
+            is_token = is_token[:, columns]
+            results, expected = [results[0][is_token]], [expected[0][:, columns][is_token]]
+    differences = [result - tensor for result, tensor in zip(results, expected, strict=True)]
     norms = [
-        torch.stack([torch.linalg.vector_norm(one) for one in each])
-        for each in ([one - other for one, other in zip(ours, wanted, strict=True)], wanted)
+        torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]) for tensors in (differences, expected)
     ]
     return float(norms[0].norm() / norms[1].norm())
 
 
-def measure(once: Call, device: torch.device, runs: int) -> tuple[float, float, int | None]:
-    """Median seconds, those of the first call, which compiles, and the most memory allocated."""
-    started = time.perf_counter()
-    once()
-    first = time.perf_counter() - started
-    workloads.warm_up(once, device)
+def measure(call: Call, device: torch.device, runs: int) -> tuple[float, float, int | None]:
+    """Return the median seconds, the seconds of the first call, which compiles, and the peak memory (GPUs only)."""
+    start = time.perf_counter()
+    call()
+    first = time.perf_counter() - start
+    workloads.warm_up(call, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = statistics.median(workloads.interleaved({"": once}, runs, device)[""])
+    seconds = statistics.median(workloads.interleaved({"": call}, runs, device)[""])
     return seconds, first, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def from_no_gradients(parameters: list[torch.nn.Parameter], call: Call, backward: bool) -> Tensor:
-    """A ``step`` as training takes it: nothing is left of the one before, to which gradients would be added."""
-    for one in parameters:
-        one.grad = None
+def step_without_gradients(parameters: list[torch.nn.Parameter], call: Call, backward: bool) -> Tensor:
+    """Return the result of ``step`` after deleting all gradients, as an optimizer does."""
+    for parameter in parameters:
+        parameter.grad = None
     return step(call, backward)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints as it goes and returns the exit code."""
+    """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_models", description="Measure models on batches that share prefixes.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--model", choices=list(MODELS), help="whose sizes (default: 8B, small on a CPU)")
-    parser.add_argument("--layers", type=positive, help="fewer layers")
-    parser.add_argument("--cases", type=positive, default=99, help="only the first so many batches")
-    parser.add_argument("--only", default="", help="only batches with this in their name")
-    parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, help="only these columns")
-    parser.add_argument("--backward", action="store_true", help="forward and backward")
-    parser.add_argument("--check", action="store_true", help="errors too, compared with those of plain")
-    parser.add_argument("--mode", choices=list(torch._inductor.list_mode_options()), help="inductor's, for all columns")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--model", choices=list(MODELS), help="sizes of the model (default: 8B, small on a CPU)")
+    parser.add_argument("--layers", type=positive, help="number of layers (default: the model's)")
+    parser.add_argument("--cases", type=positive, default=99, metavar="N", help="only the first N batches")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only batches with TEXT in their name")
+    parser.add_argument("--ways", nargs="+", choices=NAMES, default=NAMES, help="only these rows")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward")
+    parser.add_argument("--check", action="store_true", help="print errors, and compare them with those of plain")
+    parser.add_argument("--mode", choices=list(torch._inductor.list_mode_options()), help="inductor's mode in all rows")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.check and "plain" not in options.ways:
@@ -265,34 +266,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model    Qwen3-{name}, {sizes['layers']} layers, {next(model.parameters()).dtype}")
     passes, mode = "forward and backward" if options.backward else "forward", f" in mode {options.mode}"
     print(f"measured {passes}{mode if options.mode else ''}, medians of {options.runs}")
-    wrong = False
-    chosen = [case for case in cases(on_gpu, options.backward) if options.only in case.name]
-    for case in chosen[: options.cases]:
+    is_wrong = False
+    selected = [case for case in cases(on_gpu, options.backward) if options.only in case.name]
+    for case in selected[: options.cases]:
         by_token, by_arithmetic = bounds(case, sizes)
         print(
             f"{case.name}: {case.tokens} tokens, bounds {by_token:.2f}x by tokens, {by_arithmetic:.2f}x by arithmetic"
         )
-        first, least = None, None
+        plain_seconds, plain_error = None, None
         ways = Ways(model, case, device, options.mode)
-        wanted = wider(model, case, device, options.backward) if options.check else []
+        expected = reference(model, case, device, options.backward) if options.check else []
         for way in (name for name in ways.names(options.backward) if name in options.ways):
-            once = functools.partial(from_no_gradients, parameters, ways.make(way), options.backward)
-            seconds, compiling, peak = measure(once, device, options.runs)
-            first = first or seconds
+            call = functools.partial(step_without_gradients, parameters, ways.make(way), options.backward)
+            seconds, first_seconds, peak = measure(call, device, options.runs)
+            plain_seconds = plain_seconds or seconds
             memory = "" if peak is None else f"{peak / 2**30:>9.2f} GiB"
-            row = f"  {way:<8}{seconds * 1e3:>10.1f} ms{first / seconds:>8.2f}x{memory}"
+            row = f"  {way:<8}{seconds * 1e3:>10.1f} ms{plain_seconds / seconds:>8.2f}x{memory}"
             if options.check:
-                states = once()
-                ours = [one.grad for one in parameters] if options.backward else [states]
-                found = distance(ways, way, ours, wanted, options.backward)
-                least = least or found
-                wrong |= not found <= 2 * least
-                row += f"   error {found:.2e}"
-            print(f"{row}   first call {compiling:.1f} s", flush=True)
+                states = call()
+                results = [parameter.grad for parameter in parameters] if options.backward else [states]
+                way_error = distance(ways, way, results, expected, options.backward)
+                plain_error = plain_error or way_error
+                is_wrong |= not way_error <= 2 * plain_error
+                row += f"   error {way_error:.2e}"
+            print(f"{row}   first call {first_seconds:.1f} s", flush=True)
             model.zero_grad()
-    if wrong:
+    if is_wrong:
         print("bench_models: an error is more than twice that of plain", file=sys.stderr)
-    return int(wrong)
+    return int(is_wrong)
 
 
 if __name__ == "__main__":

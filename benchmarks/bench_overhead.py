@@ -1,7 +1,7 @@
-"""What the radix backend costs when a batch shares nothing: random sequences that differ from their first token on.
+"""Time the overhead of the radix backend on a batch that shares nothing: all sequences start with different tokens.
 
-Run as `python -m benchmarks.bench_overhead` with the package installed. Exits with 1 when the radix backend is more
-than 2 % slower than plain inductor.
+Run as `python -m benchmarks.bench_overhead` with the package installed. Exits with 1 if the radix backend is more than
+2 % slower than plain inductor.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from benchmarks import workloads
 from benchmarks.demo import PLAIN, RADIX, UsageError, check_toolchain, describe, machine, pick_device, positive
 
 ALLOWED = 1.02
-"""How many times as long as plain inductor the radix backend may take."""
+"""The largest allowed ratio of the radix backend's time to plain inductor's."""
 
 
 def unshared_batch(rows: int, length: int, vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random token ids [rows, length] whose first tokens are all different, and a mask of ones."""
+    """Return random token ids [rows, length] whose first tokens are all different, and a mask of ones."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, vocabulary, (rows, length), generator=generator)
     ids[:, 0] = 1 + torch.randperm(vocabulary - 1, generator=generator)[:rows]
@@ -32,16 +32,16 @@ def unshared_batch(rows: int, length: int, vocabulary: int, seed: int = 0) -> di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures the overhead, prints it and returns the exit code."""
+    """Run the benchmark, print the overhead and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_overhead", description="Measure the cost of sharing nothing.")
     parser.add_argument("--rows", type=positive, default=16, help="sequences in the batch (default: %(default)s)")
     parser.add_argument("--length", type=positive, default=128, help="tokens in each of them (default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=25, help="timed runs of each backend (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     options = parser.parse_args(argv)
-    most = len(workloads.tokenizer()) - 1
-    if options.rows > most:
-        parser.error(f"no more than {most:,} sequences can all start differently")
+    max_rows = len(workloads.tokenizer()) - 1
+    if options.rows > max_rows:
+        parser.error(f"--rows must be at most {max_rows:,}, the number of different first tokens")
     try:
         device = pick_device(options.device)
         check_toolchain(device)
@@ -56,18 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model    {describe(model)}")
     print(f"batch    {options.rows} sequences of {options.length} tokens, none of them shared", flush=True)
 
-    def calls(backend: str) -> Callable[[], object]:
+    def call_with(backend: str) -> Callable[[], object]:
         forward: Callable[..., Any] = torch.compile(model.forward, backend=backend)
         return lambda: forward(**batch, use_cache=False).logits
 
-    both = {name: calls(name) for name in (PLAIN, RADIX)}
+    calls = {name: call_with(name) for name in (PLAIN, RADIX)}
     with torch.inference_mode():
-        workloads.interleaved(both, 2, device)  # compiles, then warms up
+        workloads.interleaved(calls, 2, device)  # compiles, then warms up
         radix_compile.reset_stats()
-        seconds = workloads.interleaved(both, options.runs, device)
+        seconds = workloads.interleaved(calls, options.runs, device)
     stats = radix_compile.stats()
 
-    # Runs of one round are neighbours in time: their ratio is steadier than that of the two medians.
+    # The two runs of a round are close in time, so their ratio varies less than the ratio of the medians.
     ratio = statistics.median(radix / plain for plain, radix in zip(seconds[PLAIN], seconds[RADIX], strict=True))
     print(f"folded   {stats.folded_calls:,} of {stats.calls:,} calls")
     print(f"plan     {stats.plan_seconds / max(stats.calls, 1) * 1e3:,.2f} ms a call")

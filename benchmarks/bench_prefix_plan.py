@@ -1,20 +1,20 @@
-"""How long the prefix plans take, against the radix-mlp package (the published RadixMLP, arXiv 2601.15013).
+"""Time prefix plans against the radix-mlp package (the published RadixMLP, arXiv 2601.15013).
 
     python -m benchmarks.bench_prefix_plan [--quick] [--without-extension] [--output FILE]
 
-Batches are random tokens behind one prefix that all sequences share; a share of 1 is one sequence over and over.
-`ours` is `compute_fold_and_scatter`, all four outputs included, on the same arrays and in turn with the package;
-`rows` is `PrefixPlan.from_rows` on int64 ids and positions, by itself.  Times are medians of warm calls.
+Batches are random tokens after one prefix that all sequences share; with a share of 100%, all sequences are equal.
+`ours` is `compute_fold_and_scatter`, with all four outputs, on the same arrays as the package, in alternating runs.
+`rows` is `PrefixPlan.from_rows` on int64 ids and positions. Times are medians of warm calls.
 
-The second table is what a call of a compiled model makes on the host before it starts, by itself: `rows`, `tree` for
-attention on it, `tiles` on GPUs, `lists` in training.
+The second table has the parts of a plan that a call of a compiled model computes on the CPU: `rows`, `tree` for
+attention on the prefix tree, `tiles` on GPUs, `lists` in training.
 
-The exit status is 1 if a batch of 8 sequences or more takes longer than the package takes, or if the batch of
-2048 x 512 tokens, a quarter of them shared, is less than ten times as fast.  There is no margin for noise in that,
-but a batch that misses is measured once more, and the second measurement counts.
+The exit status is 1 if a batch of 8 sequences or more takes longer than with the package, or if the batch of 2048 x 512
+tokens with a share of 25% is less than ten times as fast. There is no margin for noise, but a batch that fails is
+measured again, and the second measurement counts.
 
-Not in the table, and up to two and a half times slower than the package: hundreds of sequences of none to a few
-tokens with hardly a distinct one among them, in no order.  Such a batch takes microseconds either way.
+One kind of batch, not in the table, is up to two and a half times slower than with the package: hundreds of unsorted
+sequences of at most a few tokens, nearly all of them equal. Such a batch takes microseconds either way.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def machine() -> str:
 
 
 def packed_batch(batch: int, length: int, share: float, ragged: bool) -> tuple[np.ndarray[Any, Any], ...]:
-    """uint32 ids, positions and bounds; ragged sequences have half to one and a half times `length` tokens."""
+    """Return uint32 ids, positions and bounds. Ragged sequences have between 0.5 and 1.5 times `length` tokens."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(length // 2, length + length // 2 + 1, batch) if ragged else np.full(batch, length)
     ids = rng.integers(0, VOCABULARY, (batch, int(lengths.max())))
@@ -74,24 +74,24 @@ def packed_batch(batch: int, length: int, share: float, ragged: bool) -> tuple[n
 
 
 def medians(functions: list[Callable[[], object]], budget_s: float) -> list[float]:
-    """Median milliseconds of each function, called in turn until the budget is spent (three rounds at least)."""
+    """Return the median milliseconds of each function. They alternate for `budget_s` seconds, at least three rounds."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
     stop = time.perf_counter() + budget_s
     while len(times[0]) < 3 or (time.perf_counter() < stop and len(times[0]) < 2000):
-        for function, measured in zip(functions, times, strict=True):
+        for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
-            measured.append(time.perf_counter() - start)
-    return [statistics.median(measured) * 1e3 for measured in times]
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) * 1e3 for seconds in times]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer batches, less time for each")
-    parser.add_argument("--without-extension", action="store_true", help="measure the NumPy path")
-    parser.add_argument("--output", type=Path, help="write what is printed to this file too")
+    parser.add_argument("--quick", action="store_true", help="fewer batches, and less time for each")
+    parser.add_argument("--without-extension", action="store_true", help="measure NumPy in place of the C extension")
+    parser.add_argument("--output", type=Path, help="also write the output to this file")
     arguments = parser.parse_args()
     quick: bool = arguments.quick
     if arguments.without_extension:
@@ -109,7 +109,7 @@ def main() -> int:
 
     show(machine())
     show("sequences tokens shared lengths  package ms   ours ms  ratio   rows ms")
-    missed: list[str] = []
+    failures: list[str] = []
     budget_s = 0.2 if quick else 0.5
     for case in cases:
         batch, length, share, lengths = case
@@ -118,9 +118,9 @@ def main() -> int:
             partial(package, ids, positions, bounds),
             partial(compute_fold_and_scatter, ids, positions, bounds),
         ]
-        wanted = HEADLINE_RATIO if case == HEADLINE else 1.0
+        required = HEADLINE_RATIO if case == HEADLINE else 1.0
         theirs, ours = medians(pair, budget_s)
-        if theirs / ours < wanted:
+        if theirs / ours < required:
             theirs, ours = medians(pair, budget_s)
         rows = float("nan")
         if lengths == "equal":
@@ -128,10 +128,10 @@ def main() -> int:
             (rows,) = medians([partial(PrefixPlan.from_rows, *keys)], budget_s / 2)
         ratio = theirs / ours
         name = f"{batch:9} {length:6} {share:6.0%} {lengths:>7}"
-        mark = "  <" if ratio < wanted else ""
+        mark = "  <" if ratio < required else ""
         show(f"{name} {theirs:11.4f} {ours:9.4f} {ratio:5.1f}x {rows:9.4f}{mark}")
-        if batch >= 8 and ratio < wanted:
-            missed.append(f"{name}: {ratio:.2f}x, wanted {wanted:.0f}x")
+        if batch >= 8 and ratio < required:
+            failures.append(f"{name}: {ratio:.2f}x, required {required:.0f}x")
     show("\nbatch                    rows ms   tree ms  tiles ms  lists ms")
     for call in (one_prefix(15, 2047, 256), one_prefix(15, 512, 1024), one_prefix(16, 1024, 256), rerank()):
         plan = call.plan()
@@ -142,13 +142,13 @@ def main() -> int:
             plan.row_lists,
         ]
         show(f"{call.name:<22}{''.join(f'{ms:10.4f}' for ms in medians(parts, budget_s))}")
-    if missed:
-        show(f"\n{len(missed)} of {len(cases)} batches are slower than they have to be (marked <):")
-        show("\n".join(missed))
+    if failures:
+        show(f"\n{len(failures)} of {len(cases)} batches are too slow (marked <):")
+        show("\n".join(failures))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return 1 if missed else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

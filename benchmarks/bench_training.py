@@ -1,13 +1,12 @@
-"""Training steps on groups of completions: plain inductor against radix, in time and in memory.
+"""Time training steps on groups of completions, and their memory: plain inductor against radix.
 
-Run as `python -m benchmarks.bench_training`. A step is what policy training does with a batch of sequences: forward,
-the cross-entropy of the completions, backward, and an AdamW update. The batch has `--sequences` sequences of `--length`
-tokens, `G` for each prompt, and the prompts are a share of each sequence. Nothing is padded, so that plain inductor
-has no padding to lose time on. The model is an unmodified Qwen3 of transformers with random weights: on a GPU with the
-sizes of Qwen3-0.6B in bfloat16, on a CPU a small one.
+Run as `python -m benchmarks.bench_training`. A step is a forward pass, the cross-entropy of the completions, a backward
+pass, and an AdamW update. The batch has `--sequences` sequences of `--length` tokens without padding, `G` for each
+prompt; "prompt" is the share of the prompt in a sequence. The model is an unmodified Qwen3 of transformers with random
+weights: on a GPU with the sizes of Qwen3-0.6B in bfloat16, on a CPU a small one.
 
-The bound is the token bound, tokens over distinct prefixes: what the step would gain if all its cost were per token.
-"saved" is what autograd keeps between forward and backward, "peak" the most memory allocated in a step.
+"bound" is tokens / distinct prefixes, the speedup if all cost were per token. "saved" is the memory that autograd saves
+for the backward pass, "peak" the most memory allocated in a step, each with plain inductor and with radix.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ GROUPS = (1, 4, 16)
 
 
 def group_batch(sequences: int, length: int, group: int, share: float, vocabulary: int) -> dict[str, Tensor]:
-    """Random ids [sequences, length]: `group` sequences for each prompt; labels ignore the prompts (-100)."""
+    """Return random ids [sequences, length], `group` for each prompt, and labels that ignore the prompts (-100)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (sequences, length), generator=generator)
     prompt = round(share * length)
@@ -60,21 +59,21 @@ class Trained:
         self.optimizer.zero_grad()
 
     def saved_bytes(self, batch: dict[str, Tensor]) -> int:
-        """What is kept for the backward pass, parameters not counted, each storage once."""
-        kept: dict[int, int] = {}
+        """Return the bytes that autograd saves for the backward pass, without parameters, each storage once."""
+        storages: dict[int, int] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, torch.nn.Parameter):
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self.loss(**batch).backward()
         self.optimizer.zero_grad()
-        return sum(kept.values())
+        return sum(storages.values())
 
     def peak_bytes(self, batch: dict[str, Tensor], device: torch.device) -> int | None:
-        """The most memory allocated during a step, weights and optimiser state included; None on a CPU."""
+        """Return the peak memory of a step, weights and optimiser state included; None on a CPU."""
         if device.type != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats(device)
@@ -82,14 +81,14 @@ class Trained:
         return torch.cuda.max_memory_allocated(device)
 
 
-def sizes(number: int | None) -> str:
-    return "-" if number is None else f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.1f} MiB"
+def format_bytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints as it goes and returns the exit code."""
+    """Run the benchmark, print its rows and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench_training", description="Measure training steps.")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--sequences", type=positive, default=16, help="a multiple of 16 (default: %(default)s)")
     parser.add_argument("--length", type=positive, help="tokens in each (default: 1024, 128 on a CPU)")
     parser.add_argument("--layers", type=positive, help="layers of the model (default: 28, 4 on a CPU)")
@@ -136,14 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             distinct = len(radix_compile.plan.prefix_plan.PrefixPlan.from_rows(batch["input_ids"]).fold)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             steps: dict[str, Callable[[], object]] = {
-                name: functools.partial(one.step, batch) for name, one in trained.items()
+                name: functools.partial(training.step, batch) for name, training in trained.items()
             }
             workloads.interleaved(steps, 2, device)  # compiles, then warms up
             seconds = workloads.interleaved(steps, options.runs, device)
             plain, radix = (statistics.median(seconds[name]) for name in (PLAIN, RADIX))
             tokens = batch["input_ids"].numel()
-            saved = [sizes(one.saved_bytes(batch)) for one in trained.values()]
-            peak = [sizes(one.peak_bytes(batch, device)) for one in trained.values()]
+            saved = [format_bytes(training.saved_bytes(batch)) for training in trained.values()]
+            peak = [format_bytes(training.peak_bytes(batch, device)) for training in trained.values()]
             print(
                 f"{group:>4}{share:>8.0%}{tokens:>8,}{distinct:>9,}{plain * 1e3:>8,.1f} ms{radix * 1e3:>8,.1f} ms"
                 f"{plain / radix:>8.2f}x{tokens / distinct:>7.2f}x" + "".join(f"{size:>12}" for size in saved + peak),

@@ -1,10 +1,10 @@
-"""Compares `torch.compile(model, backend="radix")` with plain inductor on one batch of prompts.
+"""Compare `torch.compile(model, backend="radix")` with plain inductor on one batch of prompts.
 
-Run as `python -m benchmarks.demo` with the package installed (`make demo` does both). By default the batch holds
-few-shot prompts that share their instruction and examples, and the model is a Qwen3 with random weights; `--data` and
-`--model` put your own in their place.
+Run as `python -m benchmarks.demo` with the package installed (`make demo` does both). By default the batch has few-shot
+prompts that share their instruction and examples, and the model is a Qwen3 with random weights; `--data` and `--model`
+replace them.
 
-Exit codes: 0 when the outputs agree, 1 when they do not, 2 when the job cannot be run as asked.
+Exit codes: 0 if the outputs agree, 1 if they differ, 2 for wrong arguments or input.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ PLAIN = "inductor"
 RADIX = "radix"
 
 TOLERANCE = 10.0
-"""How many times plain inductor's error against fp64 the radix backend's may be."""
+"""The largest allowed ratio of the radix backend's error against fp64 to plain inductor's."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class UsageError(Exception):
-    """The job cannot be run as asked; the message is one line for the user."""
+    """Wrong arguments or input. The message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Errors:
 
     @property
     def acceptable(self) -> bool:
-        """Whether radix is about as close to the fp64 reference as plain inductor is; not if anything is NaN."""
+        """Whether radix is about as close to the fp64 reference as plain inductor. False if an output has a NaN."""
         return self.radix <= self.allowed
 
 
 class Progress:
-    """Stages of the job on stderr: bars on a terminal, one line per finished stage anywhere else."""
+    """Shows the stages on stderr: as progress bars on a terminal, else as a line per finished stage."""
 
     def __init__(self) -> None:
         self._bars: Any = None
@@ -77,16 +77,16 @@ class Progress:
                 progress.BarColumn(bar_width=24),
                 progress.TimeElapsedColumn(),
                 console=Console(stderr=True),
-                refresh_per_second=2,  # what it draws, the measured runs pay for
+                refresh_per_second=2,  # drawing takes time from the measured runs
             )
 
     def shown(self) -> AbstractContextManager[object]:
-        """The context in which stages are shown."""
+        """Return the context manager in which stages are shown."""
         return self._bars if self._bars is not None else nullcontext()
 
     @contextmanager
     def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[], None]]:
-        """One stage. Gives a function to call after each step, which a stage of one step need not call."""
+        """A context manager for one stage. It yields a function to call after each step (optional for one step)."""
         start = time.perf_counter()
         if self._bars is None:
             yield lambda: None
@@ -98,7 +98,7 @@ class Progress:
 
 
 class _InDouble(TorchFunctionMode):
-    """Models ask for float32 in places where half precision would not do; this gives them float64 there too."""
+    """Replaces float32 by float64. Models cast to float32 explicitly where half precision is not enough."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -106,14 +106,14 @@ class _InDouble(TorchFunctionMode):
         if func is Tensor.float:
             return args[0].double()
 
-        def widened(value: Any) -> Any:
+        def widen(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 
-        return func(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
+        return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison and returns the exit code."""
+    """Run the comparison and return the exit code."""
     options = _parser().parse_args(argv)
     try:
         return compare(options)
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("demo: out of device memory; a smaller --batch-size needs less of it", file=sys.stderr)
+        print("demo: out of device memory; try a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -132,29 +132,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="a causal language model with its weights and tokenizer"
     )
-    parser.add_argument("--data", metavar="FILE.jsonl", help='your prompts: a "prompt" or a "question" on each line')
+    parser.add_argument(
+        "--data", metavar="FILE.jsonl", help='your prompts: an object with a "prompt" or a "question" per line'
+    )
     parser.add_argument(
         "--examples",
         type=positive,
         default=2,
-        help="worked examples in the shared part, 8 at most (default: %(default)s)",
+        help="worked examples in the shared prefix, at most 8 (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=positive, default=32, help="prompts in the batch (default: %(default)s)")
     parser.add_argument("--runs", type=positive, default=7, help="timed runs of each backend (default: %(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="dtype of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     return parser
 
 
 def positive(text: str) -> int:
-    """Parses an option that counts something."""
+    """Return the positive integer in ``text``, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return int(text)
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Does what the options ask for, prints the results and returns 0 when the outputs agree, otherwise 1."""
+    """Run the comparison, print the results, and return 0 if the outputs agree, else 1."""
     device = pick_device(options.device)
     check_toolchain(device)
     prompts, source = _prompts(options.data, options.batch_size, options.examples)
@@ -167,7 +171,7 @@ def compare(options: argparse.Namespace) -> int:
         with progress.stage("tokenising"):
             batch = _batch(prompts, tokenizer, model, device)
         real = batch["attention_mask"].bool()
-        about = {
+        setup = {
             "machine": machine(device),
             "model": f"{options.model or 'random weights'}, {describe(model)}",
             "prompts": f"{len(prompts)} {source}, {int(real.sum()):,} tokens, {real.numel():,} with padding",
@@ -196,7 +200,7 @@ def compare(options: argparse.Namespace) -> int:
             eager = call(model.forward)[real]
             errors = _errors(model, batch, {"eager": eager, "plain": plain, "radix": radix}, done)
 
-    _print_table(about)
+    _print_table(setup)
     _print_table(_results(stats.tokens, stats.compact_tokens, seconds, errors))
     if not errors.acceptable:
         print(
@@ -209,7 +213,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, by default the GPU if there is one.
+    """Return the device of this name, by default the GPU if there is one.
 
     Raises:
         UsageError: there is no such device.
@@ -223,12 +227,12 @@ def pick_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch sees no such device here")
+        raise UsageError(f"--device {name}: torch finds no such device")
     return device
 
 
 def check_toolchain(device: torch.device) -> None:
-    """Makes sure that what inductor and the radix backend need is there.
+    """Check that the radix backend is registered and that inductor has a C++ compiler.
 
     Raises:
         UsageError: the backend is not registered, or no C++ compiler is found.
@@ -237,11 +241,11 @@ def check_toolchain(device: torch.device) -> None:
         raise UsageError('the backend "radix" is not registered; install the package first: pip install -e .')
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UsageError("inductor needs a C++ compiler, and none is installed; set CXX if it has another name")
+        raise UsageError("inductor needs a C++ compiler, and none was found; set CXX to its name")
 
 
 def machine(device: torch.device) -> str:
-    """The machine and the versions, in one line."""
+    """Return the machine and the versions in one line."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -253,30 +257,30 @@ def machine(device: torch.device) -> str:
 
 
 def describe(model: torch.nn.Module) -> str:
-    """The model's class, size and weights' type."""
+    """Return the model's class, number of parameters and dtype."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return f"{type(model).__name__}, {parameters / 1e6:,.1f} M parameters, {dtype}"
 
 
-def _prompts(path: str | None, most: int, examples: int) -> tuple[list[str], str]:
-    """The batch of prompts, and in words where it comes from."""
+def _prompts(path: str | None, batch_size: int, examples: int) -> tuple[list[str], str]:
+    """Return the prompts, and a description of their source."""
     if path is None:
-        return workloads.few_shot_prompts(most, examples), "few-shot prompts"
+        return workloads.few_shot_prompts(batch_size, examples), "few-shot prompts"
     try:
         prompts = workloads.load_prompts(path)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if len(prompts) <= most:
+    if len(prompts) <= batch_size:
         return prompts, f"of {path}"
-    return prompts[:most], f"of the {len(prompts):,} in {path}"
+    return prompts[:batch_size], f"of the {len(prompts):,} in {path}"
 
 
 def _model(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model of that name or path, or else the workloads' own, and its tokenizer."""
+    """Return the model of this name or path with its tokenizer, or without a name those of the workloads."""
     if name is None:
         return workloads.qwen3(), workloads.tokenizer()
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:  # no name on a hub looks like this
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:  # a path, not a name on the hub
         name = os.path.expanduser(name)
         if not os.path.isdir(name):
             raise UsageError(f"the model {name} cannot be loaded: there is no such directory")
@@ -284,15 +288,15 @@ def _model(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # alone, so that a bad name fails early
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # first, so that a wrong name fails early
         tokenizer = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto", trust_remote_code=False).eval()
-    except Exception as error:  # the loaders raise all kinds: no network, no such repository, a damaged file
+    except Exception as error:  # the loaders raise many types: no network, no such repository, a damaged file
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"the model {name} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UsageError(f"the tokenizer of {name} has no token to pad with")
+            raise UsageError(f"the tokenizer of {name} has no padding token and no end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
@@ -300,29 +304,28 @@ def _model(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
 def _batch(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
 ) -> dict[str, Tensor]:
-    """The tokenised prompts on the device."""
+    """Return the tokenised prompts on the device."""
     batch = workloads.tokenize(prompts, tokenizer)
     length = batch["input_ids"].shape[1]
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise UsageError(f"a prompt has {length:,} tokens, and the model takes no more than {most:,}")
+    max_length = getattr(model.config, "max_position_embeddings", None)
+    if max_length is not None and length > max_length:
+        raise UsageError(f"a prompt has {length:,} tokens, and the model takes at most {max_length:,}")
     if not batch["attention_mask"].any(dim=1).all():
-        raise UsageError("the tokenizer makes no tokens of a prompt; is the model's own tokenizer missing?")
+        raise UsageError("the tokenizer returns no tokens for a prompt; is the model's own tokenizer missing?")
     if batch["input_ids"].max() >= model.get_input_embeddings().num_embeddings:
-        raise UsageError("the tokenizer has tokens that the model does not know; they do not belong together")
+        raise UsageError("the tokenizer returns ids outside the model's vocabulary; they do not belong together")
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _errors(model: Any, batch: dict[str, Tensor], outputs: dict[str, Tensor], done: Callable[[], None]) -> Errors:
-    """Compares the outputs [real tokens, V] with each other and with the model in fp64, which it is turned into.
+    """Compare the outputs [real tokens, V] with each other and with the model in fp64. Converts ``model`` to fp64.
 
-    The reference runs eagerly, one unpadded prompt at a time, so that it shares neither batching nor padding with what
-    it judges.
+    The reference runs eagerly, on one unpadded prompt at a time, so that no error of batching or padding affects it.
     """
     dtype = next(model.parameters()).dtype
     model.double()
     lengths = batch["attention_mask"].sum(dim=1).tolist()
-    worst = {name: torch.zeros((), dtype=torch.float64, device=output.device) for name, output in outputs.items()}
+    largest = {name: torch.zeros((), dtype=torch.float64, device=output.device) for name, output in outputs.items()}
     scale = 0.0
     start = 0
     for ids, length in zip(batch["input_ids"], lengths, strict=True):
@@ -331,22 +334,22 @@ def _errors(model: Any, batch: dict[str, Tensor], outputs: dict[str, Tensor], do
         scale = max(scale, reference.abs().max().item())
         for name, output in outputs.items():
             difference = (output[start : start + length] - reference).abs().max()
-            worst[name] = torch.maximum(worst[name], difference)  # unlike max(), keeps a NaN
+            largest[name] = torch.maximum(largest[name], difference)  # unlike max(), keeps a NaN
         start += length
         done()
     eager, plain, radix = outputs["eager"], outputs["plain"], outputs["radix"]
     return Errors(
         radix_to_plain=(radix - plain).abs().max().item(),
         plain_to_eager=(plain - eager).abs().max().item(),
-        eager=worst["eager"].item(),
-        plain=worst["plain"].item(),
-        radix=worst["radix"].item(),
-        allowed=TOLERANCE * max(worst["plain"].item(), scale * torch.finfo(dtype).eps),
+        eager=largest["eager"].item(),
+        plain=largest["plain"].item(),
+        radix=largest["radix"].item(),
+        allowed=TOLERANCE * max(largest["plain"].item(), scale * torch.finfo(dtype).eps),
     )
 
 
 def _results(tokens: int, compact_tokens: int, seconds: dict[str, list[float]], errors: Errors) -> dict[str, str]:
-    """The rows of the table of results."""
+    """Return the rows of the table of results."""
     plain, radix = (statistics.median(seconds[name]) for name in (PLAIN, RADIX))
     speedup = plain / radix
     if compact_tokens:

@@ -1,4 +1,4 @@
-"""Batches that share prefixes, as token ids: the cases of the attention and model benchmarks."""
+"""Batches of token ids that share prefixes, for the benchmarks of attention and of models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from radix_compile.plan.prefix_plan import PrefixPlan
 
 @dataclass(frozen=True, eq=False)
 class PrefixBatch:
-    """Token ids ``[B, S]`` and how long each sequence is; what is behind that is padding.
+    """Right-padded token ids ``[B, S]`` and the length of each sequence.
 
-    The sequences are in ``groups`` of equal size, one behind the other, that share at least ``prefix`` columns each.
+    The batch has ``groups`` groups of equal size, in order. The sequences of a group share at least ``prefix`` tokens.
     """
 
     name: str
@@ -25,7 +25,7 @@ class PrefixBatch:
 
     @property
     def mask(self) -> Tensor:
-        """int64 ``[B, S]``: 1 for tokens, 0 for padding."""
+        """The attention mask, int64 ``[B, S]``: 1 for tokens, 0 for padding."""
         return (torch.arange(self.ids.shape[1]) < self.lengths[:, None]).long()
 
     @property
@@ -37,12 +37,12 @@ class PrefixBatch:
         return self.tokens < self.ids.numel()
 
     def plan(self) -> PrefixPlan:
-        """Without the padding."""
+        """Return the plan of the batch without its padding."""
         return PrefixPlan.from_rows(self.ids, self.mask, skip=self.mask == 0)
 
 
 def one_prefix(batch: int, prefix: int, suffix: int, vocabulary: int = 30_000) -> PrefixBatch:
-    """All sequences share the first ``prefix`` columns and nothing else."""
+    """Return a batch whose sequences share the first ``prefix`` tokens and nothing else."""
     ids = _random(batch, prefix + suffix, vocabulary)
     ids[:, :prefix] = ids[0, :prefix]
     return PrefixBatch(f"{batch} x ({prefix} + {suffix})", ids, torch.full((batch,), prefix + suffix), 1, prefix)
@@ -51,16 +51,16 @@ def one_prefix(batch: int, prefix: int, suffix: int, vocabulary: int = 30_000) -
 def rerank(
     queries: int = 8, passages: int = 8, instruction: int = 64, query: int = 40, vocabulary: int = 30_000
 ) -> PrefixBatch:
-    """An instruction that all share, queries that their passages share, and passages of 60 to 120 tokens."""
+    """Return a batch with a shared instruction, a query for each group, and passages of 60 to 120 tokens."""
     batch = queries * passages
     lengths = instruction + query + torch.randint(60, 121, (batch,), generator=_generator())
     ids = _random(batch, int(lengths.max()), vocabulary)
     ids[:, :instruction] = ids[0, :instruction]
     for first in range(0, batch, passages):
         ids[first : first + passages, : instruction + query] = ids[first, : instruction + query]
-    made = PrefixBatch(f"rerank {queries} x {passages}", ids, lengths, queries, instruction + query)
-    ids.masked_fill_(made.mask == 0, 0)
-    return made
+    batch_of_ids = PrefixBatch(f"rerank {queries} x {passages}", ids, lengths, queries, instruction + query)
+    ids.masked_fill_(batch_of_ids.mask == 0, 0)
+    return batch_of_ids
 
 
 def _random(batch: int, columns: int, vocabulary: int) -> Tensor:

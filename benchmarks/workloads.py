@@ -1,7 +1,7 @@
-"""What the benchmarks run on: prompts of real text, a tokenizer, a model, and a fair way to time two callables.
+"""Inputs of the benchmarks: prompts of real text, a tokenizer, a model, and functions that time calls.
 
-Nothing here is downloaded. The tokenizer is trained on the workloads' own text and the model has random weights, which
-is enough: what the backend saves depends on which prefixes the prompts share, not on what the weights are.
+Nothing is downloaded: the tokenizer is trained on the prompts, and the model has random weights. The speedup depends on
+the prefixes that the prompts share, not on the weights.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY = 4096
-"""The most tokens that the workloads' tokenizer may have."""
+"""The maximum vocabulary size of the tokenizer."""
 
 PAD = "<pad>"
 
-MOST_QUESTIONS = 10_000
-"""The most few-shot prompts that can be asked for."""
+MAX_QUESTIONS = 10_000
+"""The maximum number of few-shot prompts."""
 
-MOST_PASSAGES = 1_000
-"""The most reranking passages that can be asked for per query."""
+MAX_PASSAGES = 1_000
+"""The maximum number of reranking passages per query."""
 
 FEW_SHOT_INSTRUCTION = """\
 Solve the word problem in short steps, then give the number after "Answer:".
@@ -94,7 +94,7 @@ it has to state what was asked for. Reply with "yes" or "no".
 
 """
 
-# For each subject: what is asked about it, and statements that answer it more or less well.
+# For each subject: the question, and statements of which some answer it.
 _SUBJECTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "why bread dough has to rest before it is shaped",
@@ -197,20 +197,20 @@ _PHRASINGS = ("Explain {}.", "I would like to know {}.", "Can anyone say {}?", "
 
 
 def few_shot_prompts(n: int, examples: int = 8) -> list[str]:
-    """`n` prompts that share an instruction and worked examples (eight at most), each with a question of its own."""
+    """Return `n` prompts with different questions, which share an instruction and worked examples (at most eight)."""
     return [few_shot_prompt(question, examples) for question in _questions(n)]
 
 
 def few_shot_prompt(question: str, examples: int = 8) -> str:
-    """One question behind the shared instruction and examples."""
+    """Return a prompt with the shared instruction and examples, and the question."""
     shared = "\n\n".join(FEW_SHOT_INSTRUCTION.split("\n\n")[: examples + 1])
     return f"{shared.rstrip()}\n\nQuestion: {question}\nSteps:"
 
 
 def _questions(n: int) -> list[str]:
-    """`n` different questions, the same ones on every call."""
-    if n > MOST_QUESTIONS:
-        raise ValueError(f"there are {MOST_QUESTIONS} different questions, not {n}")
+    """Return `n` different questions, the same in every call."""
+    if n > MAX_QUESTIONS:
+        raise ValueError(f"there are only {MAX_QUESTIONS} different questions, not {n}")
     rng = random.Random(0)
     questions: dict[str, None] = {}
     for template, c_range in itertools.cycle(_QUESTIONS):
@@ -222,25 +222,25 @@ def _questions(n: int) -> list[str]:
 
 
 def rerank_prompts(queries: int, passages_per_query: int) -> list[str]:
-    """Prompts that each put a query and one passage behind a shared instruction, all passages of a query in a row.
+    """Return prompts with a shared instruction, a query and a passage, sorted by query.
 
-    All prompts share the instruction, and those of a query share the query too.
+    All prompts share the instruction; the prompts of a query also share the query.
     """
-    most = len(_SUBJECTS) * len(_PHRASINGS)
-    if queries > most:
-        raise ValueError(f"there are {most} different queries, not {queries}")
-    if passages_per_query > MOST_PASSAGES:
-        raise ValueError(f"there are {MOST_PASSAGES} different passages for a query, not {passages_per_query}")
-    statements = [statement for _, about in _SUBJECTS for statement in about]
+    max_queries = len(_SUBJECTS) * len(_PHRASINGS)
+    if queries > max_queries:
+        raise ValueError(f"there are only {max_queries} different queries, not {queries}")
+    if passages_per_query > MAX_PASSAGES:
+        raise ValueError(f"there are only {MAX_PASSAGES} different passages for a query, not {passages_per_query}")
+    all_statements = [statement for _, statements in _SUBJECTS for statement in statements]
     prompts = []
     for index in range(queries):
         rng = random.Random(index)
-        subject, about = _SUBJECTS[index % len(_SUBJECTS)]
+        subject, statements = _SUBJECTS[index % len(_SUBJECTS)]
         query = _PHRASINGS[index // len(_SUBJECTS)].format(subject)
         passages: dict[str, None] = {}
         while len(passages) < passages_per_query:
-            relevant = rng.choice(about)
-            passage = [relevant, *rng.sample([other for other in statements if other != relevant], 2)]
+            relevant = rng.choice(statements)
+            passage = [relevant, *rng.sample([other for other in all_statements if other != relevant], 2)]
             rng.shuffle(passage)
             passages[" ".join(passage)] = None
         prompts += [f"{RERANK_INSTRUCTION}Query: {query}\nPassage: {passage}\nReply:" for passage in passages]
@@ -248,13 +248,13 @@ def rerank_prompts(queries: int, passages_per_query: int) -> list[str]:
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """The prompts of a JSONL file, in its order.
+    """Return the prompts of a JSONL file in the order of its lines.
 
-    Each line is an object with a string "prompt", which is taken as it is, or else a string "question", which goes
-    behind the few-shot instruction. Blank lines are skipped.
+    Each line is an object with a string "prompt", or a string "question", which is appended to the few-shot
+    instruction. Blank lines are skipped.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not such an object; names the file and the line.
+        ValueError: the file cannot be read, or a line is not such an object. The message has the file and the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -276,13 +276,13 @@ def load_prompts(path: str | Path) -> list[str]:
 
 
 def _prompt(line: str) -> str:
-    """The prompt of one line of JSON."""
+    """Return the prompt of one line of JSON."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError("is not JSON that can be read: it is nested too deeply") from error
+        raise ValueError("is not readable JSON: it is nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError('is not an object with a "prompt" or a "question"')
     for field in ("prompt", "question"):
@@ -291,7 +291,7 @@ def _prompt(line: str) -> str:
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f'"{field}" is not a string with text in it')
             try:
-                value.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
+                value.encode()  # JSON can contain half of a surrogate pair, which tokenizers reject
             except UnicodeEncodeError as error:
                 raise ValueError(f'"{field}" is not valid Unicode') from error
             return value if field == "prompt" else few_shot_prompt(value)
@@ -300,7 +300,7 @@ def _prompt(line: str) -> str:
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the workloads' text: always the same one, and able to encode any text."""
+    """Return a byte-level BPE tokenizer that is trained on the prompts. It is always the same, and encodes any text."""
     text = [FEW_SHOT_INSTRUCTION, *_questions(256), *rerank_prompts(len(_SUBJECTS) * len(_PHRASINGS), 1)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -316,9 +316,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenize(prompts: Sequence[str], by: PreTrainedTokenizerBase | None = None) -> dict[str, torch.Tensor]:
-    """The prompts as `input_ids` and `attention_mask`, both int64 [B, S], in order and padded on the right.
+    """Return the prompts as `input_ids` and `attention_mask`, both int64 [B, S], padded on the right.
 
-    `by` is the tokenizer to use, by default the workloads' own.
+    `by` is the tokenizer, by default that of this module.
     """
     encoded = (by or tokenizer())(list(prompts), padding=True, padding_side="right", return_tensors="pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
@@ -335,9 +335,9 @@ def qwen3(
     vocabulary: int | None = None,
     seed: int = 0,
 ) -> Qwen3ForCausalLM:
-    """An unmodified Qwen3 of transformers with random weights, in eval mode.
+    """Return an unmodified Qwen3 of transformers with random weights, in eval mode.
 
-    `vocabulary` is by default that of the workloads' tokenizer. The caller's random state is left alone.
+    `vocabulary` is by default the size of the tokenizer of this module. The caller's random state is not changed.
     """
     config = Qwen3Config(
         vocab_size=len(tokenizer()) if vocabulary is None else vocabulary,
@@ -357,10 +357,10 @@ def qwen3(
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, device: torch.device, done: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds that each call takes in each round, in round order.
+    """Return the seconds of each call in each round.
 
-    Every round makes every call once, and every other round in the reverse order, so that a machine that warms up or
-    gets busy slows all of them alike. `done` is called after each round.
+    Every round runs every call once, every other round in reverse order, so that changes in the machine's speed affect
+    all calls alike. `done` is called after each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(rounds):
@@ -375,12 +375,12 @@ def interleaved(
 
 
 def warm_up(call: Callable[[], object], device: torch.device) -> None:
-    """Call for a second, once at least: while a program compiles, a GPU's clocks go down."""
-    started = time.perf_counter()
+    """Run the call once, on a GPU for a second: its clocks went down while the program compiled."""
+    start = time.perf_counter()
     while True:
         call()
         _synchronize(device)
-        if device.type == "cpu" or time.perf_counter() - started > 1:
+        if device.type == "cpu" or time.perf_counter() - start > 1:
             return
 
 

@@ -1,8 +1,8 @@
-"""A small DPO loop: pairs of a chosen and a rejected completion of one prompt, trained with any backend.
+"""A small DPO training loop, which runs with any `torch.compile` backend.
 
-Run as `python -m examples.dpo --backend radix`. Both completions of a pair are in one batch behind the same prompt; the
-radix backend computes the prompt once for the two of them, in the policy and in the frozen reference model. Nothing
-here is written for it but the name of the backend.
+Run as `python -m examples.dpo --backend radix`. A batch has the chosen and the rejected completion of each prompt. The
+radix backend computes the prompt once for both, in the policy and in the frozen reference model. The loop has no code
+for it except the name of the backend.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import radix_compile
 
-PAD, FIRST = 0, 1  # the token with a meaning, and the first one without
+PAD, FIRST = 0, 1  # the padding token, and the first ordinary token
 VOCABULARY = 96
 PAIRS = 4
-PROMPT_LENGTHS, COMPLETION_LENGTHS = (40, 64), (8, 16)  # the shortest and the longest
+PROMPT_LENGTHS, COMPLETION_LENGTHS = (40, 64), (8, 16)  # minimum and maximum
 LENGTH = PROMPT_LENGTHS[1] + COMPLETION_LENGTHS[1]
 BETA = 0.1
 LEARNING_RATE = 1e-3
 
 Pair = tuple[Tensor, Tensor, Tensor]
-"""Token ids of a prompt, of the chosen completion and of the rejected one, each of a length of its own."""
+"""Token ids of a prompt, of the chosen and of the rejected completion."""
 
 
 def small_qwen3(seed: int = 0) -> Any:
-    """An unmodified Qwen3 with random weights."""
+    """Return an unmodified Qwen3 with random weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -50,7 +50,7 @@ def small_qwen3(seed: int = 0) -> Any:
 
 
 def toy_pairs(generator: torch.Generator) -> list[Pair]:
-    """Random prompts; chosen completions are of the vocabulary's lower half, rejected ones of the upper half."""
+    """Return random pairs. Chosen completions are from the lower half of the vocabulary, rejected from the upper."""
 
     def tokens(lengths: tuple[int, int], first: int, end: int) -> Tensor:
         length = int(torch.randint(lengths[0], lengths[1] + 1, (), generator=generator))
@@ -68,10 +68,10 @@ def toy_pairs(generator: torch.Generator) -> list[Pair]:
 
 
 def collate(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and mask of the completions' tokens, each [2 * pairs, LENGTH]: all chosen, then all rejected.
+    """Return ids, attention mask and completion mask, each [2 * pairs, LENGTH]: all chosen, then all rejected.
 
-    Every batch is padded to the same length, so that one compilation serves all steps, and on the right, so that the
-    prompt of a pair starts in the same column twice.
+    All batches are padded to the same length, so that the model is compiled once. They are padded on the right, so that
+    both copies of a prompt start at the same position.
     """
     sequences = [(prompt, chosen) for prompt, chosen, _ in pairs]
     sequences += [(prompt, rejected) for prompt, _, rejected in pairs]
@@ -86,27 +86,27 @@ def collate(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sequence_log_probs(logits: Tensor, ids: Tensor, is_completion: Tensor) -> Tensor:
-    """The log-probability [B] of each completion: the logits of a column are for the token of the next one."""
+    """Return the log-probability [B] of each completion. The logits of a column predict the next column."""
     log_probs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return (log_probs * is_completion[:, 1:]).sum(1)
 
 
 def dpo_loss(policy: Tensor, reference: Tensor) -> Tensor:
-    """The sigmoid DPO loss of log-probabilities [2 * pairs]: all chosen, then all rejected."""
+    """Return the sigmoid DPO loss of log-probabilities [2 * pairs]: all chosen, then all rejected."""
     chosen, rejected = (policy - reference).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 def train(steps: int, backend: str | Callable[..., Any] | None, model: Any = None, seed: int = 0) -> list[float]:
-    """Trains `model` (by default a small Qwen3) for some steps and prints the loss of each.
+    """Train `model` (by default a small Qwen3) and return the loss of each step, which is printed too.
 
-    `backend` is what `torch.compile` takes, None: do not compile. Returns the losses; the first is log 2, because
-    training starts at the reference model.
+    `backend` is the backend of `torch.compile`; None: do not compile. The first loss is log 2, because training starts
+    at the reference model.
     """
     model = small_qwen3(seed) if model is None else model
     reference = copy.deepcopy(model).requires_grad_(False)
     compiled, compiled_reference = (
-        one if backend is None else torch.compile(one, backend=backend) for one in (model, reference)
+        module if backend is None else torch.compile(module, backend=backend) for module in (model, reference)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ def train(steps: int, backend: str | Callable[..., Any] | None, model: Any = Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command line says and returns the exit code."""
+    """Train with the options of the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="dpo", description="Train a small random Qwen3 with DPO.")
     parser.add_argument("--backend", choices=("radix", "inductor", "eager", "none"), default="radix")
     parser.add_argument("--steps", type=int, default=5, help="default: %(default)s")

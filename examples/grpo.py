@@ -1,8 +1,8 @@
-"""A small GRPO loop: groups of completions of one prompt, rewarded against each other, trained with any backend.
+"""A small GRPO training loop, which runs with any `torch.compile` backend.
 
-Run as `python -m examples.grpo --backend radix`. All completions of a group stand behind the same prompt, so that most
-tokens of a training batch are repeated; the radix backend computes each of them once, forward and backward. Nothing
-here is written for it but the name of the backend.
+Run as `python -m examples.grpo --backend radix`. The completions of a group share their prompt, so that most tokens of
+a training batch are repeated. The radix backend computes them once, forward and backward. The loop has no code for it
+except the name of the backend.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import radix_compile
 
-PAD, END, FIRST = 0, 1, 2  # the tokens with a meaning, and the first one without
+PAD, END, FIRST = 0, 1, 2  # the padding token, the end token, and the first ordinary token
 VOCABULARY = 96
 PROMPTS, GROUP = 2, 8
 PROMPT_LENGTH, COMPLETION_LENGTH = 64, 16
-UPDATES = 2  # with one update the policy that is trained is the one that sampled, and nothing is ever clipped
+UPDATES = 2  # in the first update after sampling all ratios are 1, and nothing is clipped
 CLIP = 0.2
 LEARNING_RATE = 1e-3
 
 
 def small_qwen3(seed: int = 0) -> Any:
-    """An unmodified Qwen3 with random weights."""
+    """Return an unmodified Qwen3 with random weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -47,40 +47,40 @@ def small_qwen3(seed: int = 0) -> Any:
 
 @torch.no_grad()
 def sample(model: Any, prompts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples `GROUP` completions of each prompt [N, P].
+    """Sample `GROUP` completions of each prompt [N, P].
 
     Returns ids and mask [N * GROUP, P + C], padded on the right where a completion ended early, and the
-    log-probabilities [N * GROUP, C] with which the completions' tokens were drawn.
+    log-probabilities [N * GROUP, C] of the sampled tokens.
     """
     ids = prompts.repeat_interleave(GROUP, dim=0)
     mask = torch.ones_like(ids)
-    drawn_with = []
-    # The shortest correct way, not a fast one: without a cache, each token runs the whole sequence again. In earnest,
-    # completions come from `model.generate` or from an inference server.
+    token_log_probs = []
+    # Simple, not fast: without a cache, each token runs the whole sequence again. Real training samples with
+    # `model.generate` or an inference server.
     for _ in range(COMPLETION_LENGTH):
         log_probs = model(input_ids=ids, attention_mask=mask).logits[:, -1].log_softmax(-1)
         token = torch.multinomial(log_probs.exp(), 1, generator=generator)
-        drawn_with.append(log_probs.gather(-1, token))
-        running = mask[:, -1:] * (ids[:, -1:] != END)
-        ids = torch.cat([ids, torch.where(running.bool(), token, PAD)], dim=1)
-        mask = torch.cat([mask, running], dim=1)
-    return ids, mask, torch.cat(drawn_with, dim=1)
+        token_log_probs.append(log_probs.gather(-1, token))
+        is_running = mask[:, -1:] * (ids[:, -1:] != END)
+        ids = torch.cat([ids, torch.where(is_running.bool(), token, PAD)], dim=1)
+        mask = torch.cat([mask, is_running], dim=1)
+    return ids, mask, torch.cat(token_log_probs, dim=1)
 
 
 def rewards(completions: Tensor, mask: Tensor) -> Tensor:
-    """The toy task: the share of a completion's tokens that lie in the lower half of the vocabulary."""
+    """Return the toy reward: the share of a completion's tokens that are in the lower half of the vocabulary."""
     return ((completions < VOCABULARY // 2) * mask).sum(1) / mask.sum(1)
 
 
 def group_advantages(reward: Tensor) -> Tensor:
-    """How much better than its group each completion is, in standard deviations of the group."""
+    """Return each completion's reward minus its group's mean, in standard deviations of the group."""
     groups = reward.view(-1, GROUP)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.flatten()
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The clipped policy-gradient loss: the mean over a completion's tokens, then over completions."""
+    """Return the clipped policy-gradient loss: the mean over a completion's tokens, then over completions."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     gain = torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
@@ -88,10 +88,10 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 
 def train(steps: int, backend: str | Callable[..., Any] | None, model: Any = None, seed: int = 0) -> list[float]:
-    """Trains `model` (by default a small Qwen3) for some steps and prints loss and mean reward of each.
+    """Train `model` (by default a small Qwen3), print loss and mean reward of each step, and return the losses.
 
-    A step samples once and updates `UPDATES` times. `backend` is what `torch.compile` takes, None: do not compile.
-    Returns the loss at each step's last update: at its first one all ratios are 1, and the advantages cancel.
+    A step samples once and updates `UPDATES` times. `backend` is the backend of `torch.compile`; None: do not compile.
+    A step's loss is that of its last update: in the first, all ratios are 1, and the advantages cancel.
     """
     model = small_qwen3(seed) if model is None else model
     compiled = model if backend is None else torch.compile(model, backend=backend)
@@ -103,14 +103,14 @@ def train(steps: int, backend: str | Callable[..., Any] | None, model: Any = Non
             FIRST, VOCABULARY, (PROMPTS, PROMPT_LENGTH), generator=generator, device=generator.device
         )
         ids, mask, old_log_probs = sample(model, prompts, generator)
-        completions, counted = ids[:, PROMPT_LENGTH:], mask[:, PROMPT_LENGTH:]
-        reward = rewards(completions, counted)
+        completions, completion_mask = ids[:, PROMPT_LENGTH:], mask[:, PROMPT_LENGTH:]
+        reward = rewards(completions, completion_mask)
         advantages = group_advantages(reward)
         for _ in range(UPDATES):
             logits = compiled(input_ids=ids, attention_mask=mask).logits
-            # The logits of a column are for the token of the next one.
+            # The logits of a column predict the next column.
             log_probs = logits[:, PROMPT_LENGTH - 1 : -1].log_softmax(-1).gather(-1, completions[..., None]).squeeze(-1)
-            loss = policy_loss(log_probs, old_log_probs, advantages, counted)
+            loss = policy_loss(log_probs, old_log_probs, advantages, completion_mask)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -120,7 +120,7 @@ def train(steps: int, backend: str | Callable[..., Any] | None, model: Any = Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command line says and returns the exit code."""
+    """Train with the options of the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="grpo", description="Train a small random Qwen3 with GRPO.")
     parser.add_argument("--backend", choices=("radix", "inductor", "eager", "none"), default="radix")
     parser.add_argument("--steps", type=int, default=5, help="default: %(default)s")

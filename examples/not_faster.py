@@ -1,6 +1,6 @@
-"""A decoder that does not get faster, and the same one mended: what docs/inspection.md finds out about.
+"""A decoder that does not get faster with the radix backend, and a corrected one. docs/inspection.md is about them.
 
-In `slow`, one layer's attention is called without `is_causal=True`, so its tokens look ahead.
+In `slow`, one layer calls attention without `is_causal=True`, so its tokens attend to later tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
     def __init__(self, causal: list[bool]) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(1000, WIDTH), nn.Embedding(512, WIDTH)
-        self.layers = nn.ModuleList(Layer(one) for one in causal)
+        self.layers = nn.ModuleList(map(Layer, causal))
 
     def forward(self, ids: Tensor) -> Tensor:
         x: Tensor = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))

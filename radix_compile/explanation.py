@@ -1,4 +1,4 @@
-"""Compile a model once, run it once, and say what the backend did to it."""
+"""``explain()``: compile a model, run it once, and report what the backend did to its graphs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from radix_compile.runtime.dispatch import Choice, Program
 
 @dataclass
 class Explanation:
-    """The findings of :func:`explain`. ``print`` them, or read the fields.
+    """The result of :func:`explain`. ``print`` it, or read its fields.
 
     ``graphs``          the report of each captured graph, in the order of compilation.
-    ``tokens``          rows (sequences times columns) of the folded calls of this one run.
-    ``compact_tokens``  nodes of the prefix tree, that is the rows the folded programs ran.
-    ``pairs``           pairs of a query and a key of its sequence, where attention runs on the tree.
-    ``tree_pairs``      pairs of a node and an ancestor, or itself, there.
-    ``predicted``       seconds by program ("plain", "full fold", ...) for the inputs, if calls of about their size were
-                        timed before, or with ``measure``.
-    ``measured``        with ``measure``, seconds of the call as "plain" (the inner backend alone) and as "radix".
-    ``graph_breaks``    how often Dynamo cut the model into pieces, by reason: what is between them is not in any graph.
+    ``tokens``          rows (sequences times columns) of the folded calls in this run.
+    ``compact_tokens``  nodes of the prefix tree: the rows that the folded programs computed.
+    ``pairs``           pairs of a query and a key of its sequence, in calls with attention on the prefix tree.
+    ``tree_pairs``      pairs of a node and an ancestor (or itself) that attention on the prefix tree computes.
+    ``predicted``       predicted seconds by program ("plain", "full fold", ...). Empty unless calls of about this size
+                        were timed before, or ``measure`` is set.
+    ``measured``        with ``measure``, the seconds of the call: "plain" (the inner backend alone) and "radix".
+    ``graph_breaks``    the number of graph breaks by reason. Code between the pieces is in no graph.
     ``diff``            each graph before and after: ``diff.text()``, ``diff.html(path)``, ...
     """
 
@@ -51,40 +51,40 @@ class Explanation:
 
     @property
     def folded(self) -> bool:
-        """Did a folded program run?"""
+        """Whether a folded program ran."""
         return self.compact_tokens > 0
 
     @property
     def regions(self) -> list[Any]:
-        """The stretches that run once per node, over all graphs."""
+        """The parts of all graphs that run once per node."""
         return [region for graph in self.graphs for region in graph.regions]
 
     @property
     def refusals(self) -> list[Refusal]:
-        """Where folding stops and why, over all graphs."""
+        """The ops of all graphs at which folding stops, with the reasons."""
         return [refusal for graph in self.graphs for refusal in graph.refusals]
 
     @property
     def flops_before(self) -> int:
-        """Floating-point operations of matrix products and attention in this run, as written."""
+        """FLOPs of the matrix products and attention of this run without folding."""
         return sum(graph.flops_compact + graph.flops_tree + graph.flops_full for graph in self.graphs)
 
     @property
     def flops_after(self) -> int:
-        """The same with token-wise work done once per node, and attention on the tree once per ancestor of a node."""
+        """FLOPs of the matrix products and attention of this run, folded where it folds."""
         if not self.folded:
             return self.flops_before
-        share = self.compact_tokens / self.tokens
-        tree_share = self.tree_pairs / self.pairs if self.pairs else 1.0
+        node_share = self.compact_tokens / self.tokens
+        pair_share = self.tree_pairs / self.pairs if self.pairs else 1.0
         return sum(
-            round(graph.flops_compact * share + graph.flops_tree * tree_share) + graph.flops_full
+            round(graph.flops_compact * node_share + graph.flops_tree * pair_share) + graph.flops_full
             if graph.folded
             else graph.flops_compact + graph.flops_tree + graph.flops_full
             for graph in self.graphs
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return the fields as data that ``json`` can write."""
         return {
             "folded": self.folded,
             "tokens": self.tokens,
@@ -107,26 +107,27 @@ class Explanation:
 
     def _lines(self) -> list[str]:
         if self.folded:
-            saved = f"{self.tokens} -> {self.compact_tokens} tokens ({self.tokens / self.compact_tokens:.2f}x)"
-            lines = [f"folded: {saved}", f"FLOPs:  {self.flops_before:.3g} -> {self.flops_after:.3g}"]
+            tokens = f"{self.tokens} -> {self.compact_tokens} tokens ({self.tokens / self.compact_tokens:.2f}x)"
+            lines = [f"folded: {tokens}", f"FLOPs:  {self.flops_before:.3g} -> {self.flops_after:.3g}"]
         else:
             lines = ["nothing folded"]
-        for what, seconds in (("predicted:", self.predicted), ("measured:", self.measured)):
-            if seconds:
-                lines.append(f"{what:10} " + ", ".join(f"{name} {1e3 * took:.3g} ms" for name, took in seconds.items()))
+        for label, times in (("predicted:", self.predicted), ("measured:", self.measured)):
+            if times:
+                listed = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items())
+                lines.append(f"{label:10} {listed}")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
         for number, graph in enumerate(self.graphs):
             lines.append(f"graph {number}: " + ("folded" if graph.folded else f"not folded: {graph.reason}"))
             lines += [f"  region: {region.ops} ops, {region.first} .. {region.last}" for region in graph.regions]
             for attention in graph.attentions:
-                lines.append(f"  attention in {attention.module}: {attention.status}")
+                lines.append(f"  attention in {attention.module or 'the model'}: {attention.status}")
             lines += [f"  refused: {refusal}" for refusal in graph.refusals]
             lines += [f"  note: {note}" for note in graph.notes]
         return lines
 
 
-class _Recording:
-    """A ``torch.compile`` backend that is radix, and keeps what it hears of: a pair for each graph, and predictions."""
+class _RecordingBackend:
+    """The radix backend for ``torch.compile``, which also records each graph before and after, and the predictions."""
 
     __name__ = RadixBackend.__name__
 
@@ -145,7 +146,7 @@ class _Recording:
 
     def on_choice(self, report: GraphReport, choice: Choice) -> None:
         number = next(i for i, pair in enumerate(self.pairs) if pair.report is report)
-        self.pairs[number] = self.pairs[number].of_call(choice.plan, choice.ids)
+        self.pairs[number] = self.pairs[number].with_call(choice.plan, choice.ids)
         for name, seconds in (choice.predicted or {}).items():  # summed over graphs
             self.predicted[name] = self.predicted.get(name, 0.0) + seconds
 
@@ -157,66 +158,68 @@ def explain(
     measure: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """Run ``model(*args, **kwargs)`` once through the backend, print what it did and return it.
+    """Run ``model(*args, **kwargs)`` once through the backend, print the explanation and return it.
 
-    ``model`` is a module or a function, compiled or not; its weights and its own compiled code are left alone, except
-    that, like ``torch._dynamo.explain``, this starts Dynamo afresh: what was compiled compiles again at its next call.
-    The programs run uncompiled (``inner_backend="eager"``), and whatever is shared folds (``fold="always"``), unless
-    ``options`` says otherwise. Gradient mode is the caller's. With ``measure``, the programs are compiled with
-    ``options`` as they are and time is taken: of the call as it would be, and of the plain program.
+    ``model`` is a module or a function, compiled or not. Its weights are not changed. Like ``torch._dynamo.explain``,
+    this resets Dynamo: functions that were compiled before are compiled again at their next call.
+
+    Unless ``options`` says otherwise, the programs run uncompiled (``inner_backend="eager"``), and every call that can
+    fold does (``fold="always"``). With ``measure``, the programs are compiled with ``options`` as given, and the call
+    and the plain program are timed. The call runs in the caller's gradient mode.
     """
-    explanation = look_at(model, args, kwargs, options, measure)
+    explanation = explanation_of(model, args, kwargs, options, measure)
     print(explanation)
     return explanation
 
 
 def graph_diff(model: Callable[..., Any], *args: Any, options: RadixOptions | None = None, **kwargs: Any) -> GraphDiff:
-    """Run ``model(*args, **kwargs)`` once through the backend, as :func:`explain` does, and return what it rewrote.
+    """Run ``model(*args, **kwargs)`` once, as :func:`explain` does, and return each graph before and after.
 
-    Of the graphs before and after there is ``text()``, ``html(path)`` and ``to_dict()``.
+    The result has ``text()``, ``html(path)`` and ``to_dict()``.
     """
-    return look_at(model, args, kwargs, options).diff
+    return explanation_of(model, args, kwargs, options).diff
 
 
-def look_at(
+def explanation_of(
     model: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     options: RadixOptions | None = None,
     measure: bool = False,
 ) -> Explanation:
-    """The explanation that :func:`explain` prints."""
+    """Return the explanation that :func:`explain` prints."""
     model = getattr(model, "_orig_mod", model)
-    given = Options().updated(options)
+    user_options = Options().updated(options)
     if measure:
-        recording = _Recording(given, predict_as=None)
+        backend = _RecordingBackend(user_options, predict_as=None)
     else:
-        recording = _Recording(Options(inner_backend="eager", fold="always").updated(options), predict_as=given)
+        run_options = Options(inner_backend="eager", fold="always").updated(options)
+        backend = _RecordingBackend(run_options, predict_as=user_options)
     torch.compiler.reset()
     internals.forget_graph_breaks()
-    before = stats()
+    stats_before = stats()
     reset_stats()
     try:
-        compiled = torch.compile(model, backend=recording)
+        compiled = torch.compile(model, backend=backend)
         compiled(*args, **kwargs)
-        counted, predicted = stats(), dict(recording.predicted)
+        counted, predicted = stats(), dict(backend.predicted)
         breaks = internals.graph_breaks()
-        measured = _measured(model, compiled, given, args, kwargs) if measure else {}
+        measured = _measure(model, compiled, user_options, args, kwargs) if measure else {}
     finally:
-        restore_stats(before)
+        restore_stats(stats_before)
         torch.compiler.reset()
     pairs = counted.pairs, counted.tree_pairs
-    diff = GraphDiff(tuple(recording.pairs), getattr(model, "__name__", type(model).__name__))
-    graphs = [pair.report for pair in recording.pairs]
+    diff = GraphDiff(tuple(backend.pairs), getattr(model, "__name__", type(model).__name__))
+    graphs = [pair.report for pair in backend.pairs]
     return Explanation(graphs, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff)
 
 
-def _measured(
+def _measure(
     model: Callable[..., Any], compiled: Callable[..., Any], options: Options, args: Any, kwargs: Any
 ) -> dict[str, float]:
-    """The call plain and as it is, whole, after warming up."""
+    """Return the seconds of a whole call, warmed up, of the inner backend alone and of radix."""
     plain = torch.compile(model, backend=options.inner_backend, options=dict(options.inner_options) or None)
-    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     runs = {"plain": lambda: plain(*args, **kwargs), "radix": lambda: compiled(*args, **kwargs)}
     return time_programs(runs, device)
@@ -224,27 +227,27 @@ def _measured(
 
 @dataclass
 class Recorder:
-    """Keeps the graph as it is behind each pass: an observer of the pipeline, for one captured graph."""
+    """An observer of the pipeline that keeps a view of one captured graph after each pass."""
 
     steps: list[GraphView] = field(default_factory=list)
     annotated: GraphView | None = None
 
     def __call__(self, after: str, gm: fx.GraphModule, fold: Fold | None = None) -> None:
         if any(step.after == after for step in self.steps):
-            return  # of another program of the same graph
+            return  # the passes run again for the other folded program of this graph
         self.steps.append(view_of(gm, after, fold))
         if self.annotated is None and fold is not None and gm is not fold.captured:
             self.annotated = view_of(fold.captured, after, fold)
 
     def pair(self, report: GraphReport) -> GraphPair:
-        """As captured, with what was found out about it since, and as it is now."""
-        if not self.steps:  # it could not be captured
-            nothing = GraphView("capture", ())
-            return GraphPair(report, (), nothing, nothing)
-        known = {node.name: node for node in (self.annotated or self.steps[-1]).nodes}
+        """Return the captured graph, annotated with the results of the analyses, and the final graph."""
+        if not self.steps:  # the graph could not be captured
+            empty = GraphView("capture", ())
+            return GraphPair(report, (), empty, empty)
+        annotated = {node.name: node for node in (self.annotated or self.steps[-1]).nodes}
         captured = self.steps[0]
-        nodes = tuple(replace(known.get(node.name, node), inputs=node.inputs) for node in captured.nodes)
-        if not report.folded:  # in which form it would have run is no longer true
+        nodes = tuple(replace(annotated.get(node.name, node), inputs=node.inputs) for node in captured.nodes)
+        if not report.folded:  # the forms that were chosen do not apply
             nodes = tuple(replace(node, form="") for node in nodes)
         before = GraphView("capture", nodes)
         return GraphPair(report, tuple(self.steps), before, self.steps[-1] if report.folded else before)

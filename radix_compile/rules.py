@@ -1,4 +1,4 @@
-"""Everything that a rule for an op is written with, and its registration: docs/add-an-op.md shows it on an example."""
+"""The functions and types with which rules for ops are written and registered. docs/add-an-op.md has an example."""
 
 from radix_compile.analysis.arguments import argument, operand, source_of, tensor_inputs
 from radix_compile.analysis.op_info import Rule

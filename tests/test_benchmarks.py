@@ -69,7 +69,7 @@ def test_errors_of_models(case: PrefixBatch) -> None:
     """Of rounding, whichever rows a way computes, and not of rows behind the tokens; of a row that is wrong, more."""
     model = build("Qwen3", head="Model", vocab_size=30_000)
     ways = bench_models.Ways(model, case, CPU)
-    wanted = bench_models.wider(model, case, CPU, backward=False)
+    wanted = bench_models.reference(model, case, CPU, backward=False)
     assert wanted[0].dtype == torch.float64
     with torch.no_grad():
         full = model(**ways.inputs).last_hidden_state
@@ -86,10 +86,10 @@ def test_errors_of_models(case: PrefixBatch) -> None:
 def test_errors_of_gradients() -> None:
     model, case = build("Qwen3", head="Model", vocab_size=30_000), one_prefix(4, 12, 5)
     ways = bench_models.Ways(model, case, CPU)
-    wanted = bench_models.wider(model, case, CPU, backward=True)
+    wanted = bench_models.reference(model, case, CPU, backward=True)
     parameters = list(model.parameters())
     for _ in range(2):  # nothing is left of the first time
-        bench_models.from_no_gradients(parameters, lambda: model(**ways.inputs).last_hidden_state, backward=True)
+        bench_models.step_without_gradients(parameters, lambda: model(**ways.inputs).last_hidden_state, backward=True)
     found = [one.grad for one in parameters]
     assert 0 < bench_models.distance(ways, "plain", found, wanted, backward=True) < 1e-5
     found[-1] = 2 * found[-1]

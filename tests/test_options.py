@@ -37,8 +37,8 @@ from radix_compile.options import Options, RadixOptions
         ({"padding": ["skip"]}, "'padding' must be \"exact\" or \"skip\", not \\['skip'\\]"),
         ({"strict": 1}, "'strict' must be True or False"),
         ({"inner_backend": 3}, "'inner_backend' must be a backend name or a callable"),
-        ({"inner_options": 3}, "'inner_options' must be a mapping with strings for keys"),
-        ({"inner_options": {3: 4}}, "'inner_options' must be a mapping with strings for keys, not {3: 4}"),
+        ({"inner_options": 3}, "'inner_options' must be a mapping with string keys"),
+        ({"inner_options": {3: 4}}, "'inner_options' must be a mapping with string keys, not {3: 4}"),
     ],
 )
 def test_bad_options_are_named(given: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Check what is installed, and fold something small to see that it works."""
+"""Check the installation, and fold a small model to see that it works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NATIVE = "radix-compile-native"
 
 @dataclass(frozen=True)
 class Check:
-    """A look at one thing: its name, the finding, and whether that is right (``None`` if that is no question)."""
+    """One line of the output. ``good`` is None where the line is for information only."""
 
     name: str
     found: str
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """0 if all that is needed is there and works, else 1."""
+    """Return 0 if no check fails, else 1."""
     checks = list(_checks(options.device))
     if options.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
         for check in checks:
-            mark = {None: " ", True: "[green]ok[/]", False: "[bold red]no[/]"}[check.good]
-            console.print(f"{mark:<2} {check.name}: {escape(check.found)}")
+            mark = {None: "      ", True: "[green]ok[/]    ", False: "[bold red]failed[/]"}[check.good]
+            console.print(f"{mark} {check.name}: {escape(check.found)}")
     return 1 if any(check.good is False for check in checks) else 0
 
 
@@ -56,10 +56,10 @@ def _checks(device: str) -> Iterator[Check]:
     yield _device(device)
     yield _triton(device)
     yield _fold_and_scatter()
-    yield Check("measurements", str(calibration_file() or "not kept: no home directory"))
+    yield Check("measurements", str(calibration_file() or "not saved: there is no home directory"))
     found = "radix" in torch.compiler.list_backends(exclude_tags=())
     yield Check('backend="radix"', "found" if found else "not found: install the package (pip install -e .)", found)
-    yield from _known_bad(device)
+    yield from _known_problems(device)
     if not _device(device).good:
         return
     for inner in ("eager", "inductor"):
@@ -77,38 +77,40 @@ def _device(device: str) -> Check:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        return Check("device", f"{device} is not there: {str(error).splitlines()[0]}", False)
+        return Check("device", f"{device} is not available: {str(error).splitlines()[0]}", False)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     return Check("device", f"{device}, {name}", True)
 
 
 def _triton(device: str) -> Check:
-    there = importlib.util.find_spec("triton") is not None
     if not device.startswith("cuda"):
-        return Check("kernels", "in torch, as on any CPU")
-    return Check("kernels", "by Triton" if there else "Triton is missing: attention on the tree runs in torch", there)
+        return Check("kernels", "plain torch: Triton kernels need a GPU")
+    if importlib.util.find_spec("triton") is None:
+        return Check("kernels", "plain torch: Triton is not installed", False)
+    return Check("kernels", "Triton", True)
 
 
 def _fold_and_scatter() -> Check:
     name = "compute_fold_and_scatter"
     if fold_and_scatter.extension is not None:
-        return Check(name, f"in C, by {NATIVE}")
+        return Check(name, f"in C, from {NATIVE}")
     if _version(NATIVE) == "not installed":
-        return Check(name, f"in NumPy; {NATIVE} does the same in C")
-    return Check(name, f"in NumPy: {NATIVE} is installed and cannot be imported", False)
+        return Check(name, f"in NumPy; install {NATIVE} for C")
+    return Check(name, f"in NumPy: {NATIVE} is installed but cannot be imported", False)
 
 
-def _known_bad(device: str) -> Iterator[Check]:
-    """The combinations that are known not to work, if they are installed."""
+def _known_problems(device: str) -> Iterator[Check]:
+    """Yield the installed combinations that are known not to work."""
     transformers = _version("transformers")
     if transformers != "not installed" and int(transformers.partition(".")[0]) < 5:
-        yield Check("transformers", f"{transformers}: masks are made in other ways before 5, and are not tested", False)
+        problem = f"{transformers}: versions before 5 build attention masks in other ways, and are not tested"
+        yield Check("transformers", problem, False)
     if device == "cpu" and importlib.util.find_spec("torch.nn.attention.flex_attention") is not None:
-        about = "on a CPU, inductor's flex_attention is wrong for heads of 8 and 16 features, with radix or without"
-        yield Check("flex_attention", about)
+        problem = "inductor's flex_attention on a CPU is wrong for head sizes of 8 and 16, with and without radix"
+        yield Check("flex_attention", problem)
 
 
-class _Small(nn.Module):
+class _SmallModel(nn.Module):
     """A causal model of one layer."""
 
     def __init__(self) -> None:
@@ -123,22 +125,22 @@ class _Small(nn.Module):
 
 
 def _fold(device: str, inner: str) -> Check:
-    """Does something small fold, with the outputs that it has without?"""
-    name = f"a fold by {inner}"
+    """Check that a small model folds, and that its outputs are those of the plain model."""
+    name = f"fold with {inner}"
     before = radix_compile.stats()
     try:
-        model = _Small().to(device)
+        model = _SmallModel().to(device)
         ids = torch.arange(40, device=device).view(4, 10) % 50
         ids[:, :6] = ids[0, :6]
         torch.compiler.reset()
         options: dict[str, Any] = {"inner_backend": inner, "fold": "always", "strict": True}
         with torch.no_grad():
-            ours = torch.compile(model, backend="radix", options=options)(ids)
-            error = float((ours - model(ids)).abs().max())
-    except (ImportError, OSError, *BUGS) as failure:  # what a broken installation ends in is what this is to show
-        return Check(name, f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", False)
-    counted = radix_compile.stats()
-    folded = counted.folded_calls > before.folded_calls
-    nodes = counted.compact_tokens - before.compact_tokens
-    found = f"40 rows -> {nodes}, largest difference {error:.1e}" if folded else "did not fold"
-    return Check(name, found, folded and nodes == 22 and error < 1e-4)
+            folded_output = torch.compile(model, backend="radix", options=options)(ids)
+            difference = float((folded_output - model(ids)).abs().max())
+    except (ImportError, OSError, *BUGS) as error:  # a broken installation is shown, not raised
+        return Check(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", False)
+    after = radix_compile.stats()
+    folded = after.folded_calls > before.folded_calls
+    nodes = after.compact_tokens - before.compact_tokens
+    found = f"40 rows -> {nodes} nodes, largest difference {difference:.1e}" if folded else "did not fold"
+    return Check(name, found, folded and nodes == 22 and difference < 1e-4)

@@ -1,7 +1,8 @@
-"""Say how much the sequences of a data set share, and what that is worth: no model is needed.
+"""Count the prefixes that the sequences of a data set share, and bound the speedup. No model is needed.
 
-Batches are made in the order of the file, sorted by length, and ordered for sharing. The predicted speedup is the bound
-by arithmetic, weights and attention, for a model of one of Qwen3's sizes, over batches without their padding.
+Three orders are compared: the order of the file, sorted by length, and ordered for sharing. "nodes per token" is
+distinct prefixes / tokens over all batches; "best", "median" and "worst" are those of single batches. The speedups are
+upper bounds from FLOPs, for models of the sizes of Qwen3, against batches without padding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from radix_compile.cli.inputs import load_tokenizer, positive, read
+from radix_compile.cli.inputs import FIELDS, load_tokenizer, positive, read_texts
 from radix_compile.inspection.prefix_tree import depth_and_fan_out, edges
 from radix_compile.plan.batching import SharedPrefixBatchSampler
 from radix_compile.plan.prefix_plan import PrefixPlan
@@ -33,7 +34,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Order:
-    """The outcome of one way to make batches: nodes per token, over all and by batch, and speedups by size of model."""
+    """The result for one order: nodes / tokens over all batches and of single ones, and speedups by size of model."""
 
     name: str
     batches: int
@@ -45,76 +46,85 @@ class Order:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE.jsonl", help="a text on each line, as a string or in a field")
-    parser.add_argument("--field", help="the field that has the text")
-    parser.add_argument("--tokenizer", metavar="NAME", help="a name on the hub or a path; without, bytes are counted")
+    parser.add_argument(
+        "file", metavar="FILE.jsonl", help="one text per line: a string, or an object with a text field"
+    )
+    parser.add_argument("--field", help=f"field with the text (default: the first of {', '.join(FIELDS)})")
+    parser.add_argument("--tokenizer", metavar="NAME", help="a name on the hub or a path (default: count bytes)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    by = load_tokenizer(options.tokenizer) if options.tokenizer else lambda text: list(text.encode())
-    rows = [list(by(text)) for text in read(options.file, options.field)]
-    orders = [_order(name, rows, batches) for name, batches in _ways(rows, options.batch_size).items()]
-    tree = _tree(rows)
+    tokenize = load_tokenizer(options.tokenizer) if options.tokenizer else lambda text: list(text.encode())
+    sequences = [list(tokenize(text)) for text in read_texts(options.file, options.field)]
+    batches_by_order = _batches_by_order(sequences, options.batch_size)
+    orders = [_evaluate(name, sequences, batches) for name, batches in batches_by_order.items()]
+    tree = _prefix_tree(sequences)
     unit = "tokens" if options.tokenizer else "bytes"
     if options.json:
         print(json.dumps({"unit": unit, "tree": tree, "orders": [asdict(order) for order in orders]}, indent=2))
         return 0
     console.print(
-        f"{len(rows):,} sequences, {tree['tokens']:,} {unit}, {tree['nodes']:,} distinct prefixes "
-        f"({tree['tokens'] / max(tree['nodes'], 1):.2f}x if all were one batch)"
+        f"{len(sequences):,} sequences, {tree['tokens']:,} {unit}, {tree['nodes']:,} distinct prefixes "
+        f"({tree['tokens'] / max(tree['nodes'], 1):.2f}x if all sequences were one batch)"
     )
-    console.print(f"the tree parts {tree['depth']} times on the longest way, into {tree['fan_out']:.1f} on average")
+    console.print(
+        f"prefix tree: at most {tree['depth']} branchings from root to leaf,"
+        f" {tree['fan_out']:.1f} branches each on average"
+    )
     table = Table(
         "batches of " + str(options.batch_size), f"nodes per {unit[:-1]}", "best", "median", "worst", box=None
     )
     for size in SIZES:
-        table.add_column(f"{size} up to", justify="right")
+        table.add_column(f"{size} at most", justify="right")
     for order in orders:
         numbers = (order.compression, order.best, order.median, order.worst)
         table.add_row(
-            order.name, *(f"{one:.3f}" for one in numbers), *(f"{one:.2f}x" for one in order.speedup.values())
+            order.name,
+            *(f"{number:.3f}" for number in numbers),
+            *(f"{speedup:.2f}x" for speedup in order.speedup.values()),
         )
     console.print(table)
     if unit == "bytes":
-        console.print("[dim]counted in bytes: with --tokenizer in tokens[/]")
+        console.print("[dim]counted in bytes; pass --tokenizer to count tokens[/]")
     return 0
 
 
-def _in_batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
+def _split(order: Sequence[int], size: int) -> list[Sequence[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _ways(rows: Sequence[list[int]], size: int) -> dict[str, list[Any]]:
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    sampler = SharedPrefixBatchSampler(rows, size)
+def _batches_by_order(sequences: Sequence[list[int]], size: int) -> dict[str, list[Any]]:
+    """Return the batches of each order, as indices into ``sequences``."""
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    sampler = SharedPrefixBatchSampler(sequences, size)
     return {
-        "as they come": _in_batches(range(len(rows)), size),
-        "by length": _in_batches(by_length, size),
+        "as they come": _split(range(len(sequences)), size),
+        "by length": _split(by_length, size),
         "for sharing": list(sampler),
     }
 
 
-def plan_of(rows: Sequence[list[int]]) -> PrefixPlan:
-    longest = max(1, *map(len, rows)) if rows else 1
-    ids = np.zeros((len(rows), longest), np.int64)
-    for row, found in zip(ids, rows, strict=True):
-        row[: len(found)] = found
-    lengths = np.array([len(row) for row in rows])
-    there = np.arange(longest) < lengths[:, None]
-    return PrefixPlan.from_rows(ids, there.astype(np.int64), skip=~there)
+def plan_of(sequences: Sequence[list[int]]) -> PrefixPlan:
+    """Return the plan of a right-padded batch whose padding is left out."""
+    longest = max(1, *map(len, sequences)) if sequences else 1
+    ids = np.zeros((len(sequences), longest), np.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    lengths = np.array([len(sequence) for sequence in sequences])
+    is_token = np.arange(longest) < lengths[:, None]
+    return PrefixPlan.from_rows(ids, is_token.astype(np.int64), skip=~is_token)
 
 
-def _order(name: str, rows: Sequence[list[int]], batches: Sequence[Sequence[int]]) -> Order:
+def _evaluate(name: str, sequences: Sequence[list[int]], batches: Sequence[Sequence[int]]) -> Order:
     counts = []
     for batch in batches:
-        chosen = [rows[i] for i in batch]
-        plan = plan_of(chosen)
-        counts.append(
-            (plan.tokens, plan.compact_tokens, sum(len(row) * (len(row) + 1) // 2 for row in chosen), plan.pairs)
-        )
+        members = [sequences[i] for i in batch]
+        plan = plan_of(members)
+        pairs = sum(len(sequence) * (len(sequence) + 1) // 2 for sequence in members)
+        counts.append((plan.tokens, plan.compact_tokens, pairs, plan.pairs))
     tokens, nodes, pairs, tree_pairs = (sum(column) for column in zip(*counts, strict=True))
-    shares = [batch[1] / batch[0] for batch in counts if batch[0]] or [1.0]
+    shares = [batch_nodes / batch_tokens for batch_tokens, batch_nodes, *_ in counts if batch_tokens] or [1.0]
     speedup = {size: _flops(size, tokens, pairs) / max(_flops(size, nodes, tree_pairs), 1) for size in SIZES}
     return Order(
         name, len(counts), nodes / tokens if tokens else 1.0, min(shares), median(shares), max(shares), speedup
@@ -122,21 +132,23 @@ def _order(name: str, rows: Sequence[list[int]], batches: Sequence[Sequence[int]
 
 
 def _flops(size: str, tokens: int, pairs: int) -> int:
-    """Multiplications of a layer: of weights by token, of attention by pair of a query and a key that it sees."""
-    of = SIZES[size]
-    inner = of["heads"] * of["head_dim"]
-    weights = of["hidden"] * (2 * inner + 2 * of["kv_heads"] * of["head_dim"] + 3 * of["intermediate"])
-    return tokens * weights + 2 * pairs * inner
+    """Return the multiplications of a layer: its weights once per token, attention once per visible query-key pair."""
+    layer = SIZES[size]
+    attention_width = layer["heads"] * layer["head_dim"]
+    kv_width = layer["kv_heads"] * layer["head_dim"]
+    weights = layer["hidden"] * (2 * attention_width + 2 * kv_width + 3 * layer["intermediate"])
+    return tokens * weights + 2 * pairs * attention_width
 
 
-def _tree(rows: Sequence[list[int]]) -> dict[str, Any]:
-    """The sum over all sequences."""
-    ordered = sorted(rows)
-    shared = [0, *(_common(one, other) for one, other in pairwise(ordered))][: len(ordered)]
-    tokens = sum(map(len, rows))
-    depth, fan_out = depth_and_fan_out(edges([len(row) for row in ordered], shared))
+def _prefix_tree(sequences: Sequence[list[int]]) -> dict[str, Any]:
+    """Return the size and shape of the prefix tree of all sequences."""
+    ordered = sorted(sequences)
+    shared = [0, *(_common_length(previous, sequence) for previous, sequence in pairwise(ordered))][: len(ordered)]
+    tokens = sum(map(len, sequences))
+    depth, fan_out = depth_and_fan_out(edges([len(sequence) for sequence in ordered], shared))
     return {"tokens": tokens, "nodes": tokens - sum(shared), "depth": depth, "fan_out": fan_out}
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common_length(first: list[int], second: list[int]) -> int:
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, min(len(first), len(second)))

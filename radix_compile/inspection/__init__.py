@@ -1,1 +1,1 @@
-"""Views of graphs for people, their differences, and the pages that show them."""
+"""Graphs before and after folding, as text, HTML pages and traces."""

@@ -1,66 +1,68 @@
-"""Advice: the change that would let a refused op, or a graph, fold."""
+"""The advice for each kind of refusal: what the user can change so that the op or the graph folds."""
 
 from __future__ import annotations
 
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.passes.report import GraphReport
 
-_MASK_OUT_OF_GRAPH = "Make the block mask outside of the compiled function, and pass it in."
+_MASK_OUT_OF_GRAPH = "Create the block mask outside the compiled function, and pass it as an argument."
+_TRIANGLES_ONLY = "(a mask in a buffer is only understood if it is a plain triangle)"
 
 ADVICE = {
     RefusalCode.NO_RULE: (
-        "If it reads no later token and no other sequence, give it a rule (register_rule, docs/add-an-op.md)."
+        "If this op reads no later token and no other sequence, register a rule for it (register_rule,"
+        " docs/add-an-op.md)."
     ),
     RefusalCode.CUSTOM_RULE: (
-        "If equal prefixes do give equal values here, mend the rule that was given to it (docs/add-an-op.md)."
+        "If equal prefixes give equal values here, correct the rule that was registered for this op"
+        " (docs/add-an-op.md)."
     ),
     RefusalCode.MIXES_TOKENS: (
         "Move it behind the model (pooling, picking the last token), or write it as attention, a running sum or a"
         " convolution that reads earlier tokens only."
     ),
     RefusalCode.MIXES_SEQUENCES: (
-        "Make what is mixed into the batch the same for all sequences, or do it after the model's token-wise part."
+        "Use a value that is the same for all sequences, or move this op behind the token-wise part of the model."
     ),
-    RefusalCode.DIFFERS_BY_ROW: "Use the same weights for every row, or gather them by a known op.",
-    RefusalCode.DROPOUT: "Put the model in evaluation mode (model.eval()), or set its dropout to 0 for training.",
+    RefusalCode.DIFFERS_BY_ROW: "Use the same weights for every row, or gather them with an op that has a rule.",
+    RefusalCode.DROPOUT: "Call model.eval(), or set the dropout to 0 for training.",
     RefusalCode.BIDIRECTIONAL: (
-        "If it is meant to be causal, pass is_causal=True or a causal mask. Behind one that is not, nothing folds."
+        "If it is meant to be causal, pass is_causal=True or a causal mask. Nothing folds behind bidirectional"
+        " attention."
     ),
     RefusalCode.MASK_NOT_CAUSAL: (
-        "Pass is_causal=True, or make a mask in forward that implies k <= q: of buffers only plain triangles are read."
+        f"Pass is_causal=True, or compute a mask in forward that implies k <= q {_TRIANGLES_ONLY}."
     ),
     RefusalCode.MASK_NOT_UNDERSTOOD: (
-        "Mask with minus infinity or the lowest number of the dtype, and make the mask of positions (k <= q), padding"
-        " and windows, in forward: of buffers only plain triangles are read."
+        "Mask with minus infinity or the lowest number of the dtype, and compute the mask in forward from positions"
+        f" (k <= q), padding and windows {_TRIANGLES_ONLY}."
     ),
-    RefusalCode.FUSED_LAYER: "torch.backends.mha.set_fastpath_enabled(False) before compiling.",
+    RefusalCode.FUSED_LAYER: "Call torch.backends.mha.set_fastpath_enabled(False) before compiling.",
     RefusalCode.BLOCK_MASK_IN_GRAPH: _MASK_OUT_OF_GRAPH,
     RefusalCode.FILLED_CACHE: (
-        "Send prompts in one call: with use_cache=True a first call folds, steps of decoding do not."
+        "Send whole prompts in one call: with use_cache=True the first call folds, and decoding steps do not."
     ),
     RefusalCode.SWITCHED_OFF: 'Set fold="auto" (the default), or "always".',
     RefusalCode.NOTHING_TO_SHARE: "Send several sequences that share prefixes in one batch.",
     RefusalCode.NO_TOKEN_IDS: (
-        "Compile the whole model, from its embedding on, not a part behind it, with token ids [batch, sequence]."
+        "Compile the whole model, including its embedding, and call it with token ids of shape [batch, sequence]."
     ),
     RefusalCode.EMBEDDINGS_WITH_GRADIENT: "Pass input_ids instead of inputs_embeds, or run under torch.no_grad().",
     RefusalCode.SYMBOLIC_SIZE: "Compile without dynamic=True, or mark only the batch and the sequence as dynamic.",
     RefusalCode.TORCH_FUNC: _MASK_OUT_OF_GRAPH,
-    RefusalCode.UNSUPPORTED_GRADIENT: "Run under torch.no_grad(), or use the op without a gradient of its own.",
-    RefusalCode.INTERNAL_ERROR: "It is a mistake in radix_compile, not in the model: please report it.",
+    RefusalCode.UNSUPPORTED_GRADIENT: "Run under torch.no_grad(), or avoid the op with a custom gradient.",
+    RefusalCode.INTERNAL_ERROR: "This is a bug in radix_compile, not in the model: please report it.",
 }
-"""By the code of a refusal or of a graph's verdict."""
+"""The advice by the code of a refusal, or of a graph that does not fold."""
 
 
 def advice_on(code: RefusalCode) -> str:
-    """Advice on a refusal, or the advice that fits any."""
-    return ADVICE.get(
-        code, "If equal prefixes do give equal values here, it is a rule that is missing: please report it."
-    )
+    """Return the advice on a refusal, or a general one if there is none for its code."""
+    return ADVICE.get(code, "If equal prefixes give equal values here, a rule is missing: please report it.")
 
 
 def advice_on_graph(report: GraphReport) -> str:
-    """Advice on a graph that does not fold, where its refusals have none; empty if there is none."""
+    """Return the advice on a graph that does not fold; empty if a refusal of it has the advice, or there is none."""
     if report.code is None or any(refusal.code is report.code for refusal in report.refusals):
         return ""
     return ADVICE.get(report.code, "")

@@ -1,4 +1,4 @@
-"""A model's graphs before and after, and how to show them."""
+"""A model's captured graphs before and after folding, for text, pages and JSON."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from radix_compile.inspection.prefix_tree import Edge, edges_of
 from radix_compile.passes.report import GraphReport
 from radix_compile.plan.prefix_plan import PrefixPlan
 
-LABEL = 24
-"""So many token ids of an edge are kept."""
+MAX_EDGE_IDS = 24
+"""The number of token ids that are kept of each edge."""
 
 
 @dataclass(frozen=True)
 class GraphPair:
-    """One captured graph, before and after.
+    """One captured graph before and after the passes.
 
-    ``steps``  the graph behind each pass; the first is as it was captured.
-    ``rows``   and ``nodes`` of the prefix tree, in the call that was looked at; 0 if it was not planned.
-    ``edges``  of the prefix tree of that call, and the token ids at their beginnings.
+    ``steps``     the graph after each pass; the first is the captured graph.
+    ``rows``      the rows of the recorded call; 0 if the call was not planned.
+    ``nodes``     the nodes of the prefix tree of that call.
+    ``edges``     the edges of that tree.
+    ``edge_ids``  the first token ids of each edge.
     """
 
     report: GraphReport
@@ -38,29 +40,27 @@ class GraphPair:
     edges: tuple[Edge, ...] = ()
     edge_ids: tuple[tuple[int, ...], ...] = ()
 
-    def of_call(self, plan: PrefixPlan, ids: torch.Tensor) -> GraphPair:
-        """With the prefix tree of a call."""
+    def with_call(self, plan: PrefixPlan, ids: torch.Tensor) -> GraphPair:
+        """Return this pair with the prefix tree of a call."""
         edges = tuple(edges_of(plan))
-        flat = ids.flatten().tolist() if ids.dtype == torch.int64 else []
+        flat_ids = ids.flatten().tolist() if ids.dtype == torch.int64 else []
         starts = (int(plan.bounds[plan.order[edge.first]]) for edge in edges)
-        first = [
-            flat[start + edge.start : start + min(edge.stop, edge.start + LABEL)]
+        edge_ids = tuple(
+            tuple(flat_ids[start + edge.start : start + min(edge.stop, edge.start + MAX_EDGE_IDS)])
             for start, edge in zip(starts, edges, strict=True)
-        ]
-        return replace(
-            self, rows=plan.tokens, nodes=plan.compact_tokens, edges=edges, edge_ids=tuple(map(tuple, first))
         )
+        return replace(self, rows=plan.tokens, nodes=plan.compact_tokens, edges=edges, edge_ids=edge_ids)
 
     def across(self, name: str) -> GraphPair:
-        """Only what the pass of that name did. Raises ``KeyError`` if it did not run on this graph."""
+        """Return the graph before and after the pass ``name``. Raises ``KeyError`` if it did not run on this graph."""
         names = [step.after for step in self.steps]
         if name not in names[1:]:
             raise KeyError(name)
-        at = names.index(name)
-        return replace(self, before=self.steps[at - 1], after=self.steps[at])
+        index = names.index(name)
+        return replace(self, before=self.steps[index - 1], after=self.steps[index])
 
     def blocks(self, layer: int | None = None) -> list[Block]:
-        """The lines of both graphs by layer; of one layer only, if it is given."""
+        """Return the lines of both graphs by layer, or only those of the layer ``layer``."""
         blocks = blocks_of(lines_of(self.before, self.after))
         if layer is None:
             return blocks
@@ -72,7 +72,7 @@ class GraphPair:
 
     @property
     def moved(self) -> int:
-        """Bytes that go from one form to the other, read and written, in the call that was looked at."""
+        """Bytes that folds and scatters read and write in the recorded call."""
         return sum(node.moved(self.nodes) for node in self.after.nodes)
 
 
@@ -80,7 +80,7 @@ class GraphPair:
 class GraphDiff:
     """The changes that the passes made to each captured graph of a model, as text, a page or data.
 
-    In a notebook it shows itself. Where a graph was left alone, both sides are the same, and its report says why.
+    A notebook displays it as the page. If a graph was not folded, both sides are equal and its report has the reason.
     """
 
     pairs: tuple[GraphPair, ...]
@@ -88,29 +88,29 @@ class GraphDiff:
     layer: int | None = None
 
     def across(self, name: str) -> GraphDiff:
-        """Only what one pass did, ``"fold_graph"`` for example. Raises ``ValueError`` if there is no such pass."""
-        ran = list(dict.fromkeys(step.after for pair in self.pairs for step in pair.steps[1:]))
-        if name not in ran:
-            raise ValueError(f"no pass {name!r} ran here; those that did are {', '.join(ran) or 'none'}")
+        """Return the changes of one pass, such as ``"fold_graph"``. Raises ``ValueError`` if no such pass ran."""
+        passes = list(dict.fromkeys(step.after for pair in self.pairs for step in pair.steps[1:]))
+        if name not in passes:
+            raise ValueError(f"no pass {name!r} ran here; the passes that ran: {', '.join(passes) or 'none'}")
         pairs = (pair for pair in self.pairs if any(step.after == name for step in pair.steps[1:]))
         return replace(self, pairs=tuple(pair.across(name) for pair in pairs), title=f"{self.title}, {name}")
 
     def of_layer(self, number: int) -> GraphDiff:
-        """Only the layers of that number. Raises ``ValueError`` if there are none."""
-        numbers = sorted({one for pair in self.pairs for block in pair.blocks() for one in block.numbers})
+        """Return the changes in the layers of this number. Raises ``ValueError`` if there are none."""
+        numbers = sorted({layer for pair in self.pairs for block in pair.blocks() for layer in block.numbers})
         if number not in numbers:
-            there = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
-            raise ValueError(f"there is no layer {number}; the layers are {there}")
+            layers = f"the layers are {numbers[0]} to {numbers[-1]}" if numbers else "there are no numbered layers"
+            raise ValueError(f"there is no layer {number}; {layers}")
         return replace(self, layer=number, title=f"{self.title}, layer {number}")
 
     def text(self) -> str:
-        """A diff to read: a line for each node, equal layers once."""
+        """Return the diff as text: a line for each node, and equal layers once."""
         from radix_compile.inspection.text import text
 
         return text(self)
 
     def html(self, path: str | Path | None = None) -> str:
-        """One page that needs nothing else, also written to ``path`` if that is given."""
+        """Return a self-contained HTML page, and write it to ``path`` if given."""
         from radix_compile.inspection.page import page
 
         content = page(self)
@@ -119,7 +119,7 @@ class GraphDiff:
         return content
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return the diff as data that ``json`` can write."""
         return {
             "title": self.title,
             "graphs": [
@@ -138,11 +138,11 @@ class GraphDiff:
 
     def __repr__(self) -> str:
         counts = Counter(line.kind for pair in self.pairs for line in lines_of(pair.before, pair.after))
-        what = {Kind.COMPACT: "run once per node", Kind.ADDED: "added", Kind.REMOVED: "gone"}
-        return f"<GraphDiff of {self.title}: {', '.join(f'{counts[kind]} {words}' for kind, words in what.items())}>"
+        labels = {Kind.COMPACT: "run once per node", Kind.ADDED: "added", Kind.REMOVED: "removed"}
+        return f"<GraphDiff of {self.title}: {', '.join(f'{counts[kind]} {label}' for kind, label in labels.items())}>"
 
     def _repr_html_(self) -> str:
-        """In a frame of its own, so that neither page changes how the other looks."""
+        """Return the page in an iframe, so that its style and the notebook's do not mix."""
         return (
             f'<iframe srcdoc="{escape(self.html())}" style="width:100%;height:640px;border:1px solid #8884"></iframe>'
         )

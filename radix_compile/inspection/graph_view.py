@@ -1,4 +1,4 @@
-"""A graph as plain data, node by node: what a reader wants to know of it, and nothing that keeps a model alive."""
+"""A graph as plain data, node by node. It holds no reference to the model."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from radix_compile.passes.verify import NODES, plan_shapes
 from radix_compile.torch_internals import val
 
 BOUNDARY = "boundary"
-"""The form of what leads from rows to nodes and back."""
+"""The form of folds, scatters and gathers, which convert between rows and nodes."""
 NODES_NAME = "T'"
+"""The number of nodes of the prefix tree in printed shapes."""
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """One node of a graph.
+    """One node of a graph, with its fields as text.
 
-    ``op``         as in ``linear`` or ``add.Tensor``; ``placeholder`` and ``output`` too.
+    ``op``         ``linear``, ``add.Tensor``, ``placeholder``, ``output``, ...
     ``inputs``     the names of the nodes that it reads.
-    ``arguments``  what it is given besides, as text; ``%`` for an input in a list.
-    ``shape``      as in ``[1, T', 512]``, with ``T'`` for the number of nodes of the prefix tree; that of the first of
-                   several results.
-    ``fixed``      bytes of its results, of what has no entry per node, and
-    ``per_node``   bytes of them for each node (see :meth:`size`).
-    ``form``       "full", "compact", or "boundary"; empty where nothing has been decided.
-    ``value``      what its value is to the tokens, in words; empty if it was not looked at.
-    ``rule``       the rule that said so, and what the rule is about.
-    ``reason``     why it is not prefix-determined, or not on the prefix tree.
-    ``origin``     the name of the captured node that it was made of.
+    ``arguments``  its other arguments; ``%`` stands for an input in a list.
+    ``shape``      the shape of its first result, as in ``[1, T', 512]``; ``T'`` is the number of nodes of the prefix
+                   tree.
+    ``fixed``      bytes of its results whose size does not depend on the number of nodes.
+    ``per_node``   bytes per node of its other results (see :meth:`size`).
+    ``form``       "full", "compact", "either" or "boundary"; empty before the form is chosen.
+    ``value``      whether its value is prefix-determined, in words; empty before the analysis.
+    ``rule``       the rule from which ``value`` follows, and its summary.
+    ``reason``     why it is not prefix-determined, or why attention does not run on the prefix tree.
+    ``origin``     the name of the captured node that it comes from.
     """
 
     name: str
@@ -62,22 +63,22 @@ class NodeView:
     origin: str = ""
 
     def size(self, nodes: int) -> int:
-        """Bytes of its results in a call with so many nodes."""
+        """Return the bytes of its results in a call with ``nodes`` nodes."""
         return self.fixed + self.per_node * nodes
 
     def moved(self, nodes: int) -> int:
-        """Bytes read and written to get from one form to the other; 0 of all other ops."""
+        """Return the bytes that a fold, scatter or gather reads and writes; 0 for all other ops."""
         return 2 * self.size(nodes) if self.form == BOUNDARY else 0
 
     @property
     def is_computed(self) -> bool:
-        """Not an input, a weight or the output."""
+        """Whether it is an op: not an input, a weight or the output."""
         return self.op not in ("placeholder", "get_attr", "output")
 
 
 @dataclass(frozen=True)
 class GraphView:
-    """A graph as it was behind the pass ``after``."""
+    """A graph after the pass ``after``."""
 
     after: str
     nodes: tuple[NodeView, ...]
@@ -87,7 +88,7 @@ class GraphView:
 
 
 def view_of(gm: fx.GraphModule, after: str, fold: Fold | None = None) -> GraphView:
-    """The graph as it is now, and what ``fold`` has decided. Sizes are those of the call that is compiled for."""
+    """Return a view of the graph with the decisions of ``fold``. Sizes are those of the call that is compiled."""
     results = _results_of(gm)
     return GraphView(after, tuple(_node_view(node, results.get(node), fold) for node in gm.graph.nodes))
 
@@ -96,21 +97,21 @@ def _node_view(node: fx.Node, result: Any, fold: Fold | None) -> NodeView:
     tensors = _tensors(result)
     origin = facts(node).origin or node
     marks = facts(origin).marks
-    of_rows = getattr(node.target, "namespace", "") == "radix"
+    is_radix_op = getattr(node.target, "namespace", "") == "radix"
     return NodeView(
         name=node.name,
         op=_op(node),
-        inputs=tuple(one.name for one in node.all_input_nodes),
+        inputs=tuple(arg.name for arg in node.all_input_nodes),
         arguments=_arguments(node),
         shape=_shape(tensors[0]) if tensors else "",
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         fixed=sum(_bytes(tensor) for tensor in tensors if not _has_nodes(tensor)),
         per_node=sum(_bytes(tensor) // NODES for tensor in tensors if _has_nodes(tensor)),
-        form=BOUNDARY if of_rows and not _is_compute(node) else _form(node, fold),
+        form=BOUNDARY if is_radix_op and not _is_compute(node) else _form(node, fold),
         module=module_of(node),
         source=source_line(node),
-        value="" if marks is None or of_rows else _in_words(values_of(origin)),
-        rule="" if marks is None or of_rows else _rule(origin),
+        value="" if marks is None or is_radix_op else _in_words(values_of(origin)),
+        rule="" if marks is None or is_radix_op else _rule(origin),
         reason="" if marks is None else _reason(origin, fold),
         origin=origin_name(node) or "",
     )
@@ -140,9 +141,9 @@ def _arguments(node: fx.Node) -> str:
         return ""
     if node.op == "get_attr":
         return str(node.target)
-    given = [_text(arg) for arg in node.args if not (arg is None or isinstance(arg, fx.Node))]
-    given += [f"{key}={_text(value)}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
-    return ", ".join(given)
+    arguments = [_text(arg) for arg in node.args if not (arg is None or isinstance(arg, fx.Node))]
+    arguments += [f"{key}={_text(value)}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
+    return ", ".join(arguments)
 
 
 def _text(value: Any) -> str:
@@ -157,7 +158,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, list | tuple):
-        return [tensor for one in result for tensor in _tensors(one)]
+        return [tensor for element in result for tensor in _tensors(element)]
     return []
 
 
@@ -167,8 +168,8 @@ def _shape(tensor: torch.Tensor) -> str:
 
 def _size(size: int | torch.SymInt) -> str:
     if isinstance(size, int) and _counts_nodes(size):
-        times = size // NODES
-        return NODES_NAME if times == 1 else f"{times} {NODES_NAME}"
+        factor = size // NODES
+        return NODES_NAME if factor == 1 else f"{factor} {NODES_NAME}"
     return f"{NODES_NAME} + 1" if size == NODES + 1 else str(size)
 
 
@@ -196,13 +197,13 @@ def _in_words(values: Iterable[Value]) -> str:
     if value.mixed is not None:
         return "mixing: not a function of the row's prefix alone"
     if value.arrangement is not None or value.is_arranged:
-        return "rows in an order that depends on all of them"
+        return "rows in an order that depends on all rows"
     if value.is_constant:
-        return "a constant of the call"
+        return "constant: the same for all rows of the call"
     if value.attends is not None:
-        return "prefix-determined: attends to earlier rows of its own sequence"
+        return "prefix-determined: attends to its own and earlier rows of its sequence"
     if value.is_pair:
-        return "prefix-determined: one entry for each query and key"
+        return "prefix-determined: one entry for each pair of query and key"
     causal = ", by an op that reads earlier rows" if value.full_only else ""
     return f"prefix-determined: one entry for each row{causal}"
 
@@ -214,16 +215,16 @@ def _rule(node: fx.Node) -> str:
         return _rule(node.args[0])
     rule = info_of(node.target).rule
     if rule is None:
-        return "none: an op without a rule is taken to mix rows"
-    about = (inspect.getdoc(rule) or "").splitlines()[:1]
-    place = inspect.getmodule(rule)
-    where = "" if place is None else place.__name__.removeprefix("radix_compile.").replace(".", "/") + ".py"
-    return f"{getattr(rule, '__name__', 'rule')} ({where})" + (f": {about[0]}" if about else "")
+        return "none: an op without a rule is assumed to mix rows"
+    summary = (inspect.getdoc(rule) or "").splitlines()[:1]
+    module = inspect.getmodule(rule)
+    file = "" if module is None else module.__name__.removeprefix("radix_compile.").replace(".", "/") + ".py"
+    return f"{getattr(rule, '__name__', 'rule')} ({file})" + (f": {summary[0]}" if summary else "")
 
 
 def _reason(node: fx.Node, fold: Fold | None) -> str:
     mixed = next((value.mixed for value in values_of(node) if value.mixed is not None), None)
     if mixed is not None:
         return str(mixed) if mixed.node != node.name else mixed.reason
-    found = None if fold is None else fold.attentions.get(node)
-    return found.reason if isinstance(found, Declined) else ""
+    attention = None if fold is None else fold.attentions.get(node)
+    return attention.reason if isinstance(attention, Declined) else ""

@@ -1,4 +1,4 @@
-"""Two graphs line by line: what is as it was, what runs on nodes now, what was added and what is gone."""
+"""Two graphs line by line: the ops that are unchanged, run once per node, are added or are removed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from itertools import groupby
 from radix_compile.inspection.graph_view import GraphView, NodeView
 
 REPLACEMENTS = ("tree_attention", "token_nll")
-"""Ops that stand for an op of another name."""
+"""Our ops that replace an op of another name."""
 SAME_OP = {"view": "reshape", "_unsafe_view": "reshape"}
 
 
 class Kind(Enum):
-    """The values are what the line starts with in text."""
+    """The kind of a line. The value is the first character of the line in text."""
 
     SAME = " "
     COMPACT = "~"
@@ -26,7 +26,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Line:
-    """A node before, after, or both."""
+    """A node of the graph before, of the graph after, or both."""
 
     kind: Kind
     before: NodeView | None
@@ -34,10 +34,10 @@ class Line:
 
     @property
     def node(self) -> NodeView:
-        """The node as it is now, or as it was if it is gone."""
-        found = self.after or self.before
-        assert found is not None
-        return found
+        """The node after, or the node before if it was removed."""
+        node = self.after or self.before
+        assert node is not None
+        return node
 
     @property
     def module(self) -> str:
@@ -45,20 +45,20 @@ class Line:
 
 
 def lines_of(before: GraphView, after: GraphView) -> Iterator[Line]:
-    """In the order of ``before``; what was added comes where it was made."""
-    known = {node.name for node in before.nodes}
-    made: dict[str, list[NodeView]] = {}
-    last = before.nodes[0].name if before.nodes else ""
+    """Yield the lines in the order of ``before``. An added node follows the node that it comes from."""
+    names_before = {node.name for node in before.nodes}
+    after_by_origin: dict[str, list[NodeView]] = {}
+    last_origin = before.nodes[0].name if before.nodes else ""
     for node in after.nodes:
         origin = node.origin or node.name
-        last = origin if origin in known else last
-        made.setdefault(last, []).append(node)
+        last_origin = origin if origin in names_before else last_origin
+        after_by_origin.setdefault(last_origin, []).append(node)
     for node in before.nodes:
-        yield from _lines_of_one(node, made.get(node.name, []))
+        yield from _lines_of_node(node, after_by_origin.get(node.name, []))
 
 
-def _lines_of_one(before: NodeView, made: Sequence[NodeView]) -> Iterator[Line]:
-    lines = [_line(before, node) for node in made]
+def _lines_of_node(before: NodeView, nodes_after: Sequence[NodeView]) -> Iterator[Line]:
+    lines = [_line(before, node) for node in nodes_after]
     if all(line.before is None for line in lines):
         yield Line(Kind.REMOVED, before, None)
     yield from lines
@@ -68,8 +68,8 @@ def _line(before: NodeView, after: NodeView) -> Line:
     same_op = SAME_OP.get(before.op, before.op) == SAME_OP.get(after.op, after.op)
     if not (same_op and after.origin in ("", before.name)) and after.op not in REPLACEMENTS:
         return Line(Kind.ADDED, None, after)
-    changed = after.op in REPLACEMENTS or (after.form == "compact" and after.origin)
-    return Line(Kind.COMPACT if changed else Kind.SAME, before, after)
+    is_compact = after.op in REPLACEMENTS or (after.form == "compact" and after.origin)
+    return Line(Kind.COMPACT if is_compact else Kind.SAME, before, after)
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -79,9 +79,9 @@ _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<number>\d+)(?=\.|$)")
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of lines: one layer, several equal ones that follow each other, or what is between layers.
+    """Consecutive lines: one layer, several equal layers, or the ops outside layers.
 
-    ``layers`` has the lines of each; but for the numbers in them they say the same.
+    ``layers`` has the lines of each layer; they differ in names and layer numbers only.
     """
 
     stack: str
@@ -95,7 +95,7 @@ class Block:
 
     @property
     def title(self) -> str:
-        """``model.layers.1 .. 27 (27 equal layers)``, or empty for what is between layers."""
+        """The name, as in ``model.layers.1 .. 27 (27 equal layers)``; empty outside layers."""
         if not self.numbers:
             return ""
         first, last = self.numbers[0], self.numbers[-1]
@@ -104,12 +104,17 @@ class Block:
 
 
 def blocks_of(lines: Iterable[Line]) -> list[Block]:
-    """The lines by layer, equal layers together."""
+    """Return the lines by layer, with consecutive equal layers in one block."""
     blocks: list[Block] = []
     for (stack, number), group in groupby(_with_layers(lines), key=lambda pair: pair[0]):
         layer = tuple(line for _, line in group)
         last = blocks[-1] if blocks else None
-        if last is not None and number is not None and last.stack == stack and _says(layer) == _says(last.lines):
+        if (
+            last is not None
+            and number is not None
+            and last.stack == stack
+            and _signature(layer) == _signature(last.lines)
+        ):
             blocks[-1] = Block(stack, (*last.numbers, number), (*last.layers, layer))
         else:
             blocks.append(Block(stack, () if number is None else (number,), (layer,)))
@@ -117,27 +122,27 @@ def blocks_of(lines: Iterable[Line]) -> list[Block]:
 
 
 def _with_layers(lines: Iterable[Line]) -> Iterator[tuple[tuple[str, int | None], Line]]:
-    """Each line with its layer; what belongs to no module (sizes) to that of the line before it."""
+    """Yield each line with its layer. A line without a module (sizes) has the layer of the line before."""
     layer: tuple[str, int | None] = ("", None)
     for line in lines:
         if line.module:
-            found = _LAYER.match(line.module)
-            layer = (found["stack"] or "", int(found["number"])) if found else ("", None)
+            match = _LAYER.match(line.module)
+            layer = (match["stack"] or "", int(match["number"])) if match else ("", None)
         yield layer, line
 
 
-def _says(lines: Sequence[Line]) -> list[tuple[object, ...]]:
-    """The part of a line by which layers are compared: all but names and numbers of layers."""
-    return [(line.kind, _said(line.before), _said(line.after)) for line in lines]
+def _signature(lines: Sequence[Line]) -> list[tuple[object, ...]]:
+    """Return the contents of the lines without names and layer numbers. Equal layers have equal signatures."""
+    return [(line.kind, _node_signature(line.before), _node_signature(line.after)) for line in lines]
 
 
-def _said(node: NodeView | None) -> tuple[object, ...]:
+def _node_signature(node: NodeView | None) -> tuple[object, ...]:
     if node is None:
         return ()
     return node.op, node.arguments, node.shape, node.dtype, node.form, within_layer(node.module), node.value
 
 
 def within_layer(module: str) -> str:
-    """``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``."""
-    found = _LAYER.match(module)
-    return module[found.end() :].lstrip(".") if found else module
+    """Return ``self_attn.q_proj`` for ``model.layers.3.self_attn.q_proj``."""
+    match = _LAYER.match(module)
+    return module[match.end() :].lstrip(".") if match else module

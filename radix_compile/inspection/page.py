@@ -1,4 +1,4 @@
-"""One page with both graphs side by side: a file that opens from disk and needs nothing else."""
+"""A self-contained HTML page with both graphs side by side."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 def page(diff: GraphDiff) -> str:
-    """The page, with its style, its code and its data inside."""
-    here = files("radix_compile.inspection") / "assets"
+    """Return the page, including its style, code and data."""
+    assets = files("radix_compile.inspection") / "assets"
     parts = {
         "title": escape(diff.title),
-        "style": (here / "page.css").read_text(encoding="utf-8"),
+        "style": (assets / "page.css").read_text(encoding="utf-8"),
         "data": _json(_data(diff)),
-        "code": "\n".join((here / name).read_text(encoding="utf-8") for name in ("graph.js", "tree.js", "page.js")),
+        "code": "\n".join((assets / name).read_text(encoding="utf-8") for name in ("graph.js", "tree.js", "page.js")),
     }
-    frame = (here / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{ (\w+) \}\}", lambda found: parts[found[1]], frame)
+    template = (assets / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: parts[match[1]], template)
 
 
 def _json(data: Any) -> str:
-    """To stand in a ``script`` element, which nothing in the data may end."""
+    """Return JSON for a ``script`` element. ``<`` is escaped, so that the data cannot close the element."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 class _Strings:
-    """Each string once: most of what is said of nodes is said of many."""
+    """A table of strings. The page has each string once, since many nodes have equal fields."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -47,7 +47,7 @@ class _Strings:
 
 
 FIELDS = ("op", "arguments", "shape", "dtype", "form", "module", "source", "value", "rule", "reason", "origin")
-"""The fields of a node that are words, in the order in which the page has them."""
+"""The text fields of a node, in the order of the page's data."""
 
 
 def _data(diff: GraphDiff) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
 
 
 def _node(node: NodeView, places: dict[str, int], nodes: int, strings: _Strings) -> list[Any]:
-    """``[name, inputs, bytes, bytes moved, *FIELDS]``, strings by number."""
+    """Return ``[name, inputs, bytes, bytes moved, *FIELDS]``, with numbers of strings for the fields."""
     inputs = [places[name] for name in node.inputs if name in places]
     node = replace(node, source=short(node.source))
     return [node.name, inputs, node.size(nodes), node.moved(nodes), *(strings(getattr(node, name)) for name in FIELDS)]
@@ -96,6 +96,6 @@ def _block(block: Block, places: list[dict[str, int]]) -> dict[str, Any]:
 
 
 def _line(line: Line, places: list[dict[str, int]]) -> list[Any]:
-    """``[kind, number of the node before, of the node after]``, -1 for none."""
+    """Return ``[kind, index of the node before, index of the node after]``; -1 if there is none."""
     sides = zip((line.before, line.after), places, strict=True)
-    return [line.kind.value, *(-1 if node is None else where[node.name] for node, where in sides)]
+    return [line.kind.value, *(-1 if node is None else side_places[node.name] for node, side_places in sides)]

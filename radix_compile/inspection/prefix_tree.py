@@ -1,4 +1,4 @@
-"""The prefix tree of a batch, for the page: which columns are shared by how many sequences."""
+"""The edges of a batch's prefix tree, for the page and for ``radix-compile estimate``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from radix_compile.plan.prefix_plan import PrefixPlan
 
 @dataclass(frozen=True)
 class Edge:
-    """Columns ``start`` to ``stop`` that ``count`` sequences have in common, from the ``first`` on in sorted order."""
+    """Columns ``start`` to ``stop``, which are equal in the ``count`` sequences from ``first`` on in sorted order."""
 
     start: int
     stop: int
@@ -20,52 +20,54 @@ class Edge:
 
 
 def edges_of(plan: PrefixPlan) -> list[Edge]:
-    """The edges of the tree of a batch. Rows left out are in none."""
+    """Return the edges of the prefix tree of a plan. Skipped rows are in no edge."""
     kept = (plan.scatter >= 0).cumsum()
     counts = kept[plan.bounds[1:] - 1] - kept[plan.bounds[:-1] - 1] * (plan.bounds[:-1] > 0)
     return edges(counts[plan.order].tolist(), plan.shared.tolist())
 
 
 def edges(lengths: Sequence[int], shared: Sequence[int]) -> list[Edge]:
-    """The edges of a tree, from left to right and from top to bottom as it is drawn.
+    """Return the edges of a prefix tree, sorted by first sequence and start column.
 
     Args:
         lengths: of the sequences, in lexicographic order.
-        shared: the length of the prefix that each has in common with the one before it; 0 for the first.
+        shared: the length of the common prefix of each sequence and the sequence before; 0 for the first.
     """
-    closed: list[Edge] = []
-    still_open: list[tuple[int, int, int]] = []
+    closed_edges: list[Edge] = []
+    open_edges: list[tuple[int, int, int]] = []  # start, stop, first sequence
 
-    def close(down_to: int, sequences: int) -> None:
-        """No later sequence goes through what is open behind column ``down_to``."""
-        while still_open and still_open[-1][1] > down_to:
-            start, stop, first = still_open.pop()
-            parts = max(start, down_to)
-            closed.append(Edge(parts, stop, first, sequences - first))
-            if start < parts:
-                still_open.append((start, parts, first))
+    def close(column: int, next_sequence: int) -> None:
+        """End the open edges at ``column``: ``next_sequence`` and those after it do not share what lies behind."""
+        while open_edges and open_edges[-1][1] > column:
+            start, stop, first = open_edges.pop()
+            branch = max(start, column)
+            closed_edges.append(Edge(branch, stop, first, next_sequence - first))
+            if start < branch:
+                open_edges.append((start, branch, first))
 
-    for place, (length, common) in enumerate(zip(lengths, shared, strict=True)):
-        close(common, place)
+    for sequence, (length, common) in enumerate(zip(lengths, shared, strict=True)):
+        close(common, sequence)
         if length > common:
-            still_open.append((common, length, place))
+            open_edges.append((common, length, sequence))
     close(0, len(lengths))
-    return sorted(closed, key=lambda edge: (edge.first, edge.start))
+    return sorted(closed_edges, key=lambda edge: (edge.first, edge.start))
 
 
 def depth_and_fan_out(tree: Sequence[Edge]) -> tuple[int, float]:
-    """How often the tree parts on the way to a leaf at most, and into how many edges where it does, on average.
+    """Return the largest number of branchings from root to leaf, and the mean number of branches of a branching.
 
-    That sequences begin with different tokens is the first time.
+    The root is a branching if sequences begin with different tokens.
     """
-    ways: Counter[Edge | None] = Counter()
-    above: list[Edge] = []
+    num_children: Counter[Edge | None] = Counter()
+    ancestors: list[Edge] = []
     depth = 0
     for edge in tree:
-        while above and not (above[-1].stop <= edge.start and edge.first < above[-1].first + above[-1].count):
-            above.pop()
-        ways[above[-1] if above else None] += 1
-        depth = max(depth, len(above))
-        above.append(edge)
-    several = [count for count in ways.values() if count > 1]
-    return depth + (ways[None] > 1), sum(several) / len(several) if several else 1.0
+        while ancestors and not (
+            ancestors[-1].stop <= edge.start and edge.first < ancestors[-1].first + ancestors[-1].count
+        ):
+            ancestors.pop()
+        num_children[ancestors[-1] if ancestors else None] += 1
+        depth = max(depth, len(ancestors))
+        ancestors.append(edge)
+    branchings = [count for count in num_children.values() if count > 1]
+    return depth + (num_children[None] > 1), sum(branchings) / len(branchings) if branchings else 1.0

@@ -1,4 +1,4 @@
-"""Hand a rewrite on to torch's own tools: TORCH_LOGS, depyf, tlparse, TORCH_COMPILE_DEBUG, the profiler."""
+"""Hand graphs and reports to torch's tools: TORCH_LOGS, depyf, tlparse, TORCH_COMPILE_DEBUG."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def trace_rewrite(captured: fx.GraphModule, folded: fx.GraphModule, report: GraphReport) -> None:
-    """Hand on a graph before and after, and its report.
+    """Hand a graph before and after, and its report, to torch's tools.
 
-    With ``TORCH_LOGS="+radix_compile"`` they are in the log, and depyf, which watches for that, keeps their code. What
-    ``TORCH_TRACE`` collects for tlparse has them as artifacts of the compilation, and with ``TORCH_COMPILE_DEBUG=1``
-    they are in a folder beside inductor's.
+    With ``TORCH_LOGS="+radix_compile"`` the graphs are in the log, from which depyf takes them. ``TORCH_TRACE`` has
+    them as artifacts for tlparse. ``TORCH_COMPILE_DEBUG=1`` writes them to a folder beside inductor's.
     """
     for name, gm in (("radix before", captured), ("radix after", folded)):
         log.debug("%s", internals.graph_code(name, gm))
@@ -32,7 +31,7 @@ def trace_rewrite(captured: fx.GraphModule, folded: fx.GraphModule, report: Grap
 
 
 def trace_report(report: GraphReport) -> None:
-    """Hand on what is said of a graph, folded or not."""
+    """Hand the report of a graph, folded or not, to torch's tools."""
     internals.keep_artifact("radix_report", "json", lambda: json.dumps(asdict(report)))
 
 
@@ -41,11 +40,11 @@ def _write(folder: Path, captured: fx.GraphModule, folded: fx.GraphModule, repor
     from radix_compile.inspection.graph_view import view_of
 
     number = len(list(folder.glob("graph_*"))) if folder.is_dir() else 0
-    place = folder / f"graph_{number}"
-    place.mkdir(parents=True)
-    (place / "before.py").write_text(internals.readable(captured))
-    (place / "after.py").write_text(internals.readable(folded))
-    (place / "report.json").write_text(json.dumps(asdict(report), indent=2))
+    graph_folder = folder / f"graph_{number}"
+    graph_folder.mkdir(parents=True)
+    (graph_folder / "before.py").write_text(internals.readable(captured))
+    (graph_folder / "after.py").write_text(internals.readable(folded))
+    (graph_folder / "report.json").write_text(json.dumps(asdict(report), indent=2))
     before, after = view_of(captured, "capture"), view_of(folded, "lower_index_ops")
-    GraphDiff((GraphPair(report, (before, after), before, after),), f"graph {number}").html(place / "diff.html")
-    log.info("graphs before and after are in %s", place)
+    GraphDiff((GraphPair(report, (before, after), before, after),), f"graph {number}").html(graph_folder / "diff.html")
+    log.info("wrote the graphs before and after to %s", graph_folder)

@@ -1,8 +1,8 @@
-"""From the graph that Dynamo captured to a functional graph of whole ATen ops, with autograd still to come.
+"""Lower a Dynamo graph to functional pre-dispatch ATen, before autograd.
 
-``aot_export_module(pre_dispatch=True)`` functionalises (``make_fx`` does not) and keeps ``linear``, attention and norms
-whole. It runs in the tracing context and fake mode that Dynamo is compiling in, so that guards and symbols stay valid.
-What it cannot carry over is refused here, before anything has been changed.
+``aot_export_module(pre_dispatch=True)`` functionalises (``make_fx`` does not) and does not decompose ``linear``,
+attention and norms. It runs in Dynamo's own tracing context and fake mode, so that guards and symbols stay valid.
+Programs that it would lower wrongly are refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 class CaptureError(Exception):
-    """The graph cannot be captured as functional ATen; the plain program is unaffected.
+    """The graph cannot be lowered to functional ATen. The plain program is not affected.
 
     The message is the reason, and ``code`` its kind.
     """
@@ -37,120 +37,121 @@ class CaptureError(Exception):
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Lower a Dynamo graph to functional pre-dispatch ATen.
+    """Return a Dynamo graph lowered to functional pre-dispatch ATen, with the facts of the graph and its inputs.
 
-    ``example_inputs`` are what Dynamo passed to the backend: tensors and symbolic sizes, one for each placeholder.
-    The result takes the same inputs in the same order, with the tensors inside in place of those that wrap others. Its
-    nodes carry ``val``, ``stack_trace`` and ``nn_module_stack``, and the facts of the graph and of its inputs are
-    stated. Raises :class:`CaptureError`; ``gm`` is left as it was.
+    ``example_inputs`` are the arguments of the backend: tensors and symbolic sizes, one for each placeholder. The
+    result takes the same inputs in the same order, with tensor subclasses replaced by their inner tensors. Its nodes
+    have ``val``, ``stack_trace`` and ``nn_module_stack``. ``gm`` is not changed. Raises :class:`CaptureError`.
     """
-    _refuse_what_would_go_wrong(gm)
-    _refuse_unknown_sizes(gm, example_inputs)
+    _refuse_unsupported_ops(gm)
+    _refuse_unbacked_sizes(gm, example_inputs)
     trains = _records_gradients(gm) and any(map(_has_gradient, example_inputs))
     if trains and any(
-        _has_gradient(one) and internals.flatten_subclasses([one])[0] is not one for one in example_inputs
+        _has_gradient(example) and internals.flatten_subclasses([example])[0] is not example
+        for example in example_inputs
     ):
         raise CaptureError(
-            "a weight with a gradient is made of several tensors: it folds under torch.no_grad()",
+            "a weight with a gradient is a tensor subclass: it can fold under torch.no_grad()",
             RefusalCode.UNSUPPORTED_GRADIENT,
         )
-    checkpointed = _tag_checkpointed_regions(gm)
+    has_checkpoints = _tag_checkpointed_regions(gm)
     try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # a failure may leave a region of the program open
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # restores the mode if lowering fails inside a region
             captured, mutated = internals.export_functional(_Replay(gm), example_inputs)
     except internals.CAPTURE_ERRORS as error:
         if internals.must_propagate(error):
             raise
         raise CaptureError(f"lowering to ATen failed: {first_line(error)}", RefusalCode.LOWERING_FAILED) from error
     if mutated:
-        raise CaptureError(_writes(gm, captured, mutated), RefusalCode.IN_PLACE)
-    parts = [internals.flatten_subclasses([example]) for example in example_inputs]
-    known = GraphFacts(
-        model=_model_of(captured.graph),
+        raise CaptureError(_describe_mutations(gm, captured, mutated), RefusalCode.IN_PLACE)
+    inner_tensors = [internals.flatten_subclasses([example]) for example in example_inputs]
+    graph_facts = GraphFacts(
+        model=_model_class(captured.graph),
         is_differentiable=trains,
         records_gradients=torch.is_grad_enabled(),
-        has_checkpoints=checkpointed,
-        has_wrapped_inputs=any(part[0] is not one for part, one in zip(parts, example_inputs, strict=True)),
+        has_checkpoints=has_checkpoints,
+        has_wrapped_inputs=any(
+            tensors[0] is not example for tensors, example in zip(inner_tensors, example_inputs, strict=True)
+        ),
     )
-    set_graph_facts(captured, known)
-    _state_facts_of_inputs(captured, example_inputs, parts, trains)
-    internals.keep_dynamo_annotations(gm, captured, inputs=not known.has_wrapped_inputs)
+    set_graph_facts(captured, graph_facts)
+    _state_facts_of_inputs(captured, example_inputs, inner_tensors, trains)
+    internals.keep_dynamo_annotations(gm, captured, inputs=not graph_facts.has_wrapped_inputs)
     _tidy(captured)
     return captured
 
 
-def _model_of(graph: fx.Graph) -> str:
-    """The class of the module that was compiled, or else of the outermost one that the function calls."""
+def _model_class(graph: fx.Graph) -> str:
+    """Return the class name of the compiled module, or of the outermost module that a compiled function calls."""
     stacks = (internals.module_stack(node).values() for node in graph.nodes)
     owners = (owner for stack in stacks for path, owner in stack if path)
     owner = internals.compiled_module() or next(owners, "function")
     return str(owner if isinstance(owner, str) else owner.__qualname__).rpartition(".")[2]
 
 
-def _writes(gm: fx.GraphModule, captured: fx.GraphModule, mutated: Sequence[str]) -> str:
+def _describe_mutations(gm: fx.GraphModule, captured: fx.GraphModule, mutated: Sequence[str]) -> str:
     before, after = gm.graph.find_nodes(op="placeholder"), captured.graph.find_nodes(op="placeholder")
     names = [internals.source_name(old) for old, new in zip(before, after, strict=True) if new.name in mutated]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    cache = any("past_key_values" in name or "cache" in name.lower() for name in names)
-    advice = ": a static cache; with use_cache=False or a DynamicCache it can fold" if cache else ""
-    return f"the program writes to its inputs ({names[0]}{more}){advice}"
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    is_cache = any("past_key_values" in name or "cache" in name.lower() for name in names)
+    advice = ": a static cache; with use_cache=False or a DynamicCache it can fold" if is_cache else ""
+    return f"the program writes to its inputs ({names[0]}{others}){advice}"
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """Return the class of an error and the first line of its message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"
 
 
-# ----------------------------------------------------------------------------------- what must not be lowered
+# ----------------------------------------------------------------------------------- refusals before lowering
 
 
-def _refuse_what_would_go_wrong(gm: fx.GraphModule) -> None:
-    inside = _records_gradients(gm)  # of a graph inside of this one it is not known where it is called
-    for module in _graphs_of(gm):
-        modes = grad_modes(module.graph, torch.is_grad_enabled() if module is gm else inside)
+def _refuse_unsupported_ops(gm: fx.GraphModule) -> None:
+    may_record = _records_gradients(gm)  # the gradient mode in which a nested graph is called is not known
+    for module in _graphs_in(gm):
+        modes = grad_modes(module.graph, torch.is_grad_enabled() if module is gm else may_record)
         for node in module.graph.nodes:
             if node.op != "call_function":
                 continue
             if internals.is_custom_autograd_function(node.target) and modes[node]:
                 raise CaptureError(
-                    "a custom autograd.Function would lose its gradient: where none is recorded it can fold",
+                    "a custom autograd.Function would lose its gradient: it can fold under torch.no_grad()",
                     RefusalCode.UNSUPPORTED_GRADIENT,
                 )
             if internals.is_functorch_transform(node.target):
-                # Lowering fails half way through these and leaves functorch's interpreter stack unbalanced.
+                # Lowering these fails half way and leaves functorch's interpreter stack unbalanced.
                 raise CaptureError(
-                    "the program uses torch.func transforms (vmap), as flex_attention's block masks do",
+                    "the program uses torch.func transforms (vmap), as the creation of a block mask does",
                     RefusalCode.TORCH_FUNC,
                 )
 
 
-def _graphs_of(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+def _graphs_in(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     return (module for module in gm.modules() if isinstance(module, fx.GraphModule))
 
 
 def _records_gradients(gm: fx.GraphModule) -> bool:
-    """Are gradients recorded anywhere in it? A program that is called without may switch them on."""
-    return any(any(grad_modes(one.graph, torch.is_grad_enabled()).values()) for one in _graphs_of(gm))
+    """Whether gradients are recorded anywhere in the program, which may switch the gradient mode itself."""
+    return any(any(grad_modes(module.graph, torch.is_grad_enabled()).values()) for module in _graphs_in(gm))
 
 
-def _refuse_unknown_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+def _refuse_unbacked_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     fakes = internals.fake_inputs(example_inputs)
     for node, fake in zip(gm.graph.find_nodes(op="placeholder"), fakes, strict=True):
         dim = internals.unknown_dim(fake)
         if dim is not None:
-            which = f"dimension {dim} of {internals.source_name(node)}"
             raise CaptureError(
-                f"{which} is an unbacked symbol (mark_unbacked), of which nothing is known when compiling",
+                f"dimension {dim} of {internals.source_name(node)} is an unbacked symbol (mark_unbacked)",
                 RefusalCode.SYMBOLIC_SIZE,
             )
 
 
-# -------------------------------------------------------------------------------------- regions with a meaning
+# --------------------------------------------------------------------------- autocast, gradient modes, checkpoints
 
 
 def _tag_checkpointed_regions(gm: fx.GraphModule) -> bool:
-    """Mark what activation checkpointing asked to recompute; the marks survive inlining, the regions do not."""
+    """Tag the nodes in activation checkpointing regions, which are inlined. Return whether there are any."""
     regions = [node for node in gm.graph.nodes if internals.is_checkpoint_region(node.target)]
     for number, region in enumerate(regions):
         body = getattr(gm, region.args[0].target)
@@ -160,11 +161,11 @@ def _tag_checkpointed_regions(gm: fx.GraphModule) -> bool:
 
 
 class _Replay(fx.Interpreter):
-    """Runs the Dynamo graph with the regions it only names made real: autocast entered, checkpointing inlined.
+    """Runs the Dynamo graph: enters its autocast regions and inlines its checkpointing regions.
 
-    Of ``torch.inference_mode()`` what is kept is that no gradients are recorded in it, as by ``torch.no_grad()``.
-    Entered, an autocast region is recorded and gives its ops their dtypes. The casts are not recorded, neither its own
-    nor those of a region around the call: whoever compiles the captured graph applies them, once.
+    ``torch.inference_mode()`` is replaced by ``torch.no_grad()``. An autocast region is recorded and sets the dtypes of
+    its ops. Its casts, and those of an autocast around the call, are not recorded: the backend that compiles the
+    captured graph adds them.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -189,9 +190,9 @@ class _Replay(fx.Interpreter):
             self.autocasts.pop().close()
             return None
         if internals.enters_inference_mode(target):
-            before = torch.is_grad_enabled()
+            was_enabled = torch.is_grad_enabled()
             internals.SET_GRAD_ENABLED(not args[0])
-            return before
+            return was_enabled
         if internals.exits_inference_mode(target):
             internals.SET_GRAD_ENABLED(args[0])
             return None
@@ -201,24 +202,24 @@ class _Replay(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-# --------------------------------------------------------------------------------------------------- afterwards
+# ----------------------------------------------------------------------------------------------- after lowering
 
 
 def _state_facts_of_inputs(
-    captured: fx.GraphModule, example_inputs: Sequence[Any], parts: Sequence[Sequence[Any]], trains: bool
+    captured: fx.GraphModule, example_inputs: Sequence[Any], inner_tensors: Sequence[Sequence[Any]], trains: bool
 ) -> None:
-    """``parts`` are the tensors of each example input: several, if it wraps others."""
+    """Set the facts of the placeholders. ``inner_tensors`` has the tensors of each example input (see ``capture``)."""
     inputs = iter(captured.graph.find_nodes(op="placeholder"))
-    for example, tensors in zip(example_inputs, parts, strict=True):
+    for example, tensors in zip(example_inputs, inner_tensors, strict=True):
         is_static = internals.is_parameter_or_buffer(example)
         is_buffer = is_static and not isinstance(example, torch.nn.Parameter)
         for node, tensor in zip(itertools.islice(inputs, len(tensors)), tensors, strict=True):
-            known = NodeFacts(
+            node_facts = NodeFacts(
                 is_static=is_static,
                 needs_gradient=trains and _has_gradient(example),
                 triangle=read_triangle(tensor) if is_buffer else None,
             )
-            set_facts(node, known)
+            set_facts(node, node_facts)
 
 
 def _has_gradient(example: Any) -> bool:
@@ -226,7 +227,7 @@ def _has_gradient(example: Any) -> bool:
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    """Drop assertions about metadata, which is known here, and give ``copy`` a form that has a derivative."""
+    """Remove metadata assertions, dead code, and ``copy``, which has no derivative."""
     graph = gm.graph
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -242,18 +243,18 @@ def _is_needed(node: fx.Node) -> bool:
 
 
 def _replace_copy(graph: fx.Graph, node: fx.Node) -> None:
-    """``copy(into, from)`` is ``from`` in the dtype and shape of ``into``."""
-    like, source = node.args[0], node.args[1]
-    assert isinstance(like, fx.Node)
+    """Replace ``copy(destination, source)`` by ``source`` in the dtype and shape of ``destination``."""
+    destination, source = node.args[0], node.args[1]
+    assert isinstance(destination, fx.Node)
     assert isinstance(source, fx.Node)
-    into, came = val(like), val(source)
+    new, old = val(destination), val(source)
     with graph.inserting_before(node):
-        if came.dtype != into.dtype:
-            source = graph.call_function(aten._to_copy.default, (source,), {"dtype": into.dtype})
-        elif came.shape == into.shape:
+        if old.dtype != new.dtype:
+            source = graph.call_function(aten._to_copy.default, (source,), {"dtype": new.dtype})
+        elif old.shape == new.shape:
             source = graph.call_function(aten.clone.default, (source,))
-        if came.shape != into.shape:
-            source = graph.call_function(aten.expand_as.default, (source, like))
+        if old.shape != new.shape:
+            source = graph.call_function(aten.expand_as.default, (source, destination))
     source.meta = dict(node.meta)
     node.replace_all_uses_with(source)
     graph.erase_node(node)

@@ -18,12 +18,12 @@ from radix_compile.torch_internals import hints_of, val
 
 
 def choose_cuts(fold: Fold) -> None:
-    """State the form in which each node runs. Needs ``mark_token_axes`` and ``fold_attention``.
+    """Set ``fold.homes``, the form in which each node runs. Needs ``mark_token_axes`` and ``fold_attention``.
 
-    Position-wise work on rows is compact, and so is attention that runs on the tree. Two things next to it are not:
-    what is computed from the row keys by cheap ops alone (masks, positions) runs in the form in which it is wanted, and
-    views of a full value stay full, so that the fold happens where the tensor is thinnest. (Views of a compact value
-    run in either form, where they are wanted: ``fold_graph``. So do those that outputs share memory by.)
+    Position-wise ops on rows are compact, and so is attention on the prefix tree, with two exceptions. Values that
+    cheap ops compute from the row keys (masks, positions) run in the form that their readers need. Views of a full
+    value that are no wider stay full, so that the fold is of the narrower tensor. (``fold_graph`` runs views of a
+    compact value in the form that their readers need. Views by which outputs share memory run in either form.)
     """
     graph = fold.captured.graph
     for node in graph.nodes:
@@ -53,7 +53,7 @@ def _home(node: fx.Node, fold: Fold) -> Form:
 
 
 def is_light(node: fx.Node, fold: Fold) -> bool:
-    """Computed from nothing but the inputs, by cheap ops: elementwise, views, running sums of keys."""
+    """Whether a node is computed from the inputs by cheap ops alone: elementwise ops, views, running sums of keys."""
     if all(value.is_constant for value in values_of(node)):
         return True
     if node not in fold.light:
@@ -84,7 +84,7 @@ def _viewed(node: fx.Node) -> fx.Node:
 
 
 def thin_source(node: fx.Node) -> fx.Node | None:
-    """The value to scatter in place of a view's result: its source, if that is a row value and no wider."""
+    """Return the source of a view, if it can be scattered in place of the view: it has rows and is no wider."""
     if not is_view(node):
         return None
     source = _viewed(node)
@@ -92,7 +92,7 @@ def thin_source(node: fx.Node) -> fx.Node | None:
 
 
 def is_thin(narrow: fx.Node, wide: fx.Node) -> bool:
-    """Is a row of the one no wider, in bytes, than a row of the other?"""
+    """Whether a row of ``narrow`` has no more bytes than a row of ``wide``."""
     return bool((row_bytes(narrow) <= row_bytes(wide)) == True)  # noqa: E712 - a sympy relation may stay undecided
 
 
@@ -103,7 +103,7 @@ def row_bytes(node: fx.Node) -> sympy.Expr:
 
 
 def _can_be_derived(node: fx.Node) -> bool:
-    """Can the shape argument be written down in compact form? (Not with a symbolic feature size.)"""
+    """Whether the shape argument can be computed for the compact form. (Not with a symbolic feature size.)"""
     if info_of(node.target).shape_argument is None:
         return True
     atoms = [atom for value in values_of(node) for axis in value.axes for atom in axis if not isinstance(atom, Token)]

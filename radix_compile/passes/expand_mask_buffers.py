@@ -1,4 +1,4 @@
-"""Write out the causal masks that are kept in buffers as they would be made in ``forward``, where they can be read."""
+"""Replace causal masks in buffers by the ops that would compute them in ``forward``, which the analyses understand."""
 
 from __future__ import annotations
 
@@ -18,68 +18,70 @@ from radix_compile.torch_internals import OpOverload, val
 aten = torch.ops.aten
 
 CASTS = (aten._to_copy.default, aten.to.dtype)
-BY_LAYOUT = (aten.as_strided.default, aten.view.dtype)
-"""Ops whose result depends on how their input lies in memory; a part of a buffer has gaps."""
+READS_STRIDES = (aten.as_strided.default, aten.view.dtype)
+"""Ops whose result depends on the strides of their input. A slice of a buffer and a new mask have different strides."""
 
 
 def expand_mask_buffers(gm: fx.GraphModule) -> None:
-    """Put ``full`` and ``tril`` or ``triu`` in place of a buffer that holds a triangle, or of the part of it in front.
+    """Replace each buffer that holds a triangle, and its leading square slices, by ``full`` and ``tril`` or ``triu``.
 
-    The facts ``triangles`` say which buffers they are and ``triangle_sizes`` how many rows of them are read: all calls
-    must see to it that these still hold what they did.
+    Sets the facts ``triangles`` (the buffers) and ``triangle_sizes`` (the numbers of rows that are read). Each call
+    checks that the buffers still hold these triangles.
     """
-    if any(node.target in BY_LAYOUT for node in gm.graph.nodes):
+    if any(node.target in READS_STRIDES for node in gm.graph.nodes):
         return
-    found: dict[fx.Node, Triangle] = {}
+    triangles: dict[fx.Node, Triangle] = {}
     sizes: list[int | torch.SymInt] = []
-    returned = _returned(gm.graph)
+    returned = _returned_inputs(gm.graph)
     for buffer in gm.graph.find_nodes(op="placeholder"):
-        triangle = facts(buffer).triangle
-        if triangle is None or buffer in returned:
+        buffer_triangle = facts(buffer).triangle
+        if buffer_triangle is None or buffer in returned:
             continue
-        for node, what in list(_parts(buffer, triangle)):
+        for node, triangle in list(_slices_and_casts(buffer, buffer_triangle)):
             size = _size(node)
-            readers = [user for user in node.users if _is_aten(user) and not _is_part(user)]  # flex_attention is not
+            # flex_attention is no aten op: it keeps the buffer
+            readers = [user for user in node.users if _is_aten(user) and not _is_slice_or_cast(user)]
             if size is None or not readers:
                 continue
-            made = _made(gm.graph, node, what, size)
+            mask = _emit_triangle(gm.graph, node, triangle, size)
             for reader in readers:
-                reader.replace_input_with(node, made)
-            found[buffer] = triangle
+                reader.replace_input_with(node, mask)
+            triangles[buffer] = buffer_triangle
             sizes.append(val(node).shape[-1])
-    set_graph_facts(gm, replace(graph_facts(gm), triangles=found, triangle_sizes=tuple(sizes)))
+    set_graph_facts(gm, replace(graph_facts(gm), triangles=triangles, triangle_sizes=tuple(sizes)))
 
 
-def _parts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangle]]:
-    """The buffer, what is cut off at its front, and all that in other dtypes."""
+def _slices_and_casts(node: fx.Node, triangle: Triangle) -> Iterator[tuple[fx.Node, Triangle]]:
+    """Yield ``node``, its leading slices and casts, and theirs, each with its triangle."""
     yield node, triangle
     for user in node.users:
-        if _is_part(user):
-            yield from _parts(user, triangle.cast(val(user).dtype))
+        if _is_slice_or_cast(user):
+            yield from _slices_and_casts(user, triangle.cast(val(user).dtype))
 
 
 def _is_aten(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "aten"
 
 
-def _returned(graph: fx.Graph) -> set[fx.Node]:
-    """The inputs that the caller is given back, or views of."""
-    found: set[fx.Node] = set()
+def _returned_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Return the outputs and all nodes, among them inputs, of which an output is a view."""
+    returned: set[fx.Node] = set()
     queue = list(graph.output_node().all_input_nodes)
     while queue:
         node = queue.pop()
-        if node in found:
+        if node in returned:
             continue
-        found.add(node)
+        returned.add(node)
         if isinstance(node.target, OpOverload):
-            views = any(result.alias_info is not None for result in node.target._schema.returns)
-            queue += node.all_input_nodes if views else ()
-    return found
+            is_view = any(result.alias_info is not None for result in node.target._schema.returns)
+            queue += node.all_input_nodes if is_view else ()
+    return returned
 
 
-def _is_part(node: fx.Node) -> bool:
+def _is_slice_or_cast(node: fx.Node) -> bool:
+    """Whether a node is a slice from the first entry on, or a cast that keeps a triangle's values."""
     if node.target in CASTS:
-        before, after = (val(one).dtype for one in (node.args[0], node))  # type: ignore[arg-type]
+        before, after = val(node.args[0]).dtype, val(node).dtype  # type: ignore[arg-type]
         if after not in DTYPES:
             return False
         return after == torch.bool or after.is_floating_point or not before.is_floating_point
@@ -90,13 +92,13 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def _size(node: fx.Node) -> int | fx.Node | None:
-    """The number of rows and columns of a part that has as many of both, and so is a triangle."""
-    *front, rows, columns = val(node).shape
-    if any(one != 1 for one in front) or as_size(rows) != as_size(columns):
+    """Return the number of rows and columns of a square matrix, as a number or its node; None if it is not square."""
+    *leading, rows, columns = val(node).shape
+    if any(size != 1 for size in leading) or as_size(rows) != as_size(columns):
         return None
     if isinstance(columns, int):
         return columns
-    while node.op == "call_function":  # the size is that of a slice, or of one that a cast is of
+    while node.op == "call_function":  # a symbolic size is the end of a slice; a cast has its input's size
         ends = [end for end in node.args[3:4] if isinstance(end, fx.Node)]
         if ends and as_size(val(ends[0])) == as_size(columns):
             return ends[0]
@@ -104,18 +106,18 @@ def _size(node: fx.Node) -> int | fx.Node | None:
     return None
 
 
-def _made(graph: fx.Graph, node: fx.Node, triangle: Triangle, size: int | fx.Node) -> fx.Node:
+def _emit_triangle(graph: fx.Graph, node: fx.Node, triangle: Triangle, size: int | fx.Node) -> fx.Node:
     value = val(node)
     shape = [*value.shape[:-2], size, size]
     options = {"dtype": value.dtype, "device": value.device}
-    behind = node.next
-    while behind.op == "placeholder":
-        behind = behind.next
-    with graph.inserting_before(behind):
+    successor = node.next
+    while successor.op == "placeholder":
+        successor = successor.next
+    with graph.inserting_before(successor):
         filled = graph.call_function(aten.full.default, (shape, triangle.number), options)
         internals.evaluate(filled)
-        cut = (aten.triu.default, (filled, 1)) if triangle.upper else (aten.tril.default, (filled,))
-        made = graph.call_function(*cut)
-        internals.evaluate(made)
-    trace_back(node, "expand_mask_buffers", filled, behind)
-    return made
+        target, args = (aten.triu.default, (filled, 1)) if triangle.upper else (aten.tril.default, (filled,))
+        mask = graph.call_function(target, args)
+        internals.evaluate(mask)
+    trace_back(node, "expand_mask_buffers", filled, successor)
+    return mask

@@ -1,8 +1,8 @@
-"""Find the attentions that have a compact form of their own.
+"""Find the attentions that can run on the prefix tree.
 
-Position-wise work runs once per node because a row reads itself alone. Causal attention reads the rows on the way to
-it, and those are the node's ancestors: where all that a mask says can be said of ancestors, attention runs on the tree
-too (the op ``radix::tree_attention``).
+Causal attention of a row reads earlier rows of its sequence. These are the ancestors of the row's node, so that
+attention can run once per node, over ancestors (the op ``radix::tree_attention``), if its mask can be evaluated on
+nodes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ aten = torch.ops.aten
 
 
 def fold_attention(fold: Fold) -> None:
-    """State the :class:`TreeAttention` of each attention, or :class:`Declined` if there is none.
+    """Set ``fold.attentions``: the :class:`TreeAttention` of each attention, or :class:`Declined` with the reason.
 
-    Needs ``mark_token_axes`` and ``read_attention``. Three things are taken for granted, unless the variant forbids it:
-    that sequences packed in a row are told apart by their paths; that every row sees a key, where one that sees none in
-    some attention would attend to all of them, is a key, or sees keys in this attention (such rows are not in the
-    tree); and that tables of blocks say what masks do.
+    Needs ``mark_token_axes`` and ``read_attention``. If the variant allows assumptions, which each call checks, these
+    are made:
+
+    - packed sequences have distinct paths;
+    - no row is fully masked, where fully masked rows attend to all keys, are keys, or see keys in this attention (the
+      tree does not have such rows);
+    - the block tables of flex_attention agree with its ``mask_mod``.
     """
     graph = fold.captured.graph
     known = graph_facts(fold.captured)
     assumes = fold.variant.assumes
-    fully_masked = {
-        one for node in graph.nodes if node.op != "output" for value in values_of(node) for one in value.fully_masked
-    }
+    values = (value for node in graph.nodes if node.op != "output" for value in values_of(node))
+    fully_masked = {rows for value in values for rows in value.fully_masked}
     shown = sequence_ids = None
     records = grad_modes(graph, known.records_gradients)
     for node in graph.nodes:
@@ -53,29 +55,29 @@ def fold_attention(fold: Fold) -> None:
             try:
                 if not fold.variant.on_tree:
                     raise NotOnTree("the option fold_attention is off")
-                fold.attentions[node] = found = _found(node, fully_masked)
-                if known.is_differentiable and records[node] and _stops_gradient(node, found, records):
+                fold.attentions[node] = attention = _tree_attention(node, fully_masked)
+                if known.is_differentiable and records[node] and _stops_gradient(node, attention, records):
                     raise NotOnTree("a part of it has no gradient (detach, or torch.no_grad())")
-                if any(bias.may_be_large() for bias in found.biases):
-                    raise NotOnTree("it adds a bias with so large numbers that sums would lose their digits")
-                if found.visible.sequence_ids is not None and not assumes:
+                if any(bias.may_be_large() for bias in attention.biases):
+                    raise NotOnTree("its bias may be so large that sums of scores lose their digits")
+                if attention.visible.sequence_ids is not None and not assumes:
                     raise NotOnTree("several sequences may be packed in a row")
-                if found.parts.blocks is not None and not assumes:
-                    raise NotOnTree("its table of blocks may show or hide others than its mask_mod")
-                if found.needs_visible_keys and not assumes:
-                    raise NotOnTree("some rows see no key: they attend to all of them, or are keys themselves")
-                shown = found.visible.shown if shown is None else shown
-                own_ids = found.visible.sequence_ids
+                if attention.parts.blocks is not None and not assumes:
+                    raise NotOnTree("its block mask may differ from its mask_mod")
+                if attention.needs_visible_keys and not assumes:
+                    raise NotOnTree("some rows may be fully masked, and attend to all keys or are keys themselves")
+                shown = attention.visible.shown if shown is None else shown
+                own_ids = attention.visible.sequence_ids
                 sequence_ids = own_ids if sequence_ids is None else sequence_ids
-                if set(shown) != set(found.visible.shown) or own_ids not in (None, sequence_ids):
-                    raise NotOnTree("another attention hides other keys, and the plan is made for those")
-            except NotOnTree as verdict:
-                fold.attentions[node] = Declined(str(verdict))
+                if set(shown) != set(attention.visible.shown) or own_ids not in (None, sequence_ids):
+                    raise NotOnTree("another attention hides other keys, and all attentions on the tree share one plan")
+            except NotOnTree as error:
+                fold.attentions[node] = Declined(str(error))
 
 
-def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
-    one_op = node.target is aten.scaled_dot_product_attention.default
-    parts = _parts(node) if one_op else facts(node).parts
+def _tree_attention(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
+    is_sdpa = node.target is aten.scaled_dot_product_attention.default
+    parts = _sdpa_parts(node) if is_sdpa else facts(node).parts
     assert parts is not None
     if isinstance(parts, Declined):
         raise NotOnTree(parts.reason)
@@ -89,38 +91,40 @@ def _found(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
         visible = read_mask(attends)
     except NotOnTree:
         biases += parts.masks
-        said = {term for bias in biases for term in terms_of(bias.visible)}
-        if not all(term in said and is_known(term) for term in terms_of(attends.visible)):
+        bias_terms = {term for bias in biases for term in terms_of(bias.visible)}
+        if not all(term in bias_terms and is_known(term) for term in terms_of(attends.visible)):
             raise
     for bias in biases:
         bias.check()
-    _check(parts)
+    _check_heads(parts)
     if Rows(node, parts.order).heads()[0] != parts.query.heads()[0]:
         raise NotOnTree("its mask, its bias or its values have more heads than its queries")
     key, values = narrow(parts.key), narrow(parts.value)
     if key.heads()[0] == values.heads()[0]:
         parts = replace(parts, key=key, value=values)
-    left_out = all(hides(attends.visible, one, attends.key) and _is_fully_masked(attends, one) for one in fully_masked)
-    needs_visible_keys = not left_out or (bool(value.fully_masked) and not parts.zero)
+    are_left_out = all(
+        hides(attends.visible, rows, attends.key) and _is_fully_masked(attends, rows) for rows in fully_masked
+    )
+    needs_visible_keys = not are_left_out or (bool(value.fully_masked) and not parts.zero)
     dtypes = {_result(step).dtype for step in attention_steps(node)}
     if len(dtypes) > 1:
         raise NotOnTree("its two products have different dtypes")
     return TreeAttention(parts, visible, biases, needs_visible_keys, *dtypes)
 
 
-def _stops_gradient(node: fx.Node, found: TreeAttention, records: Mapping[fx.Node, bool]) -> bool:
-    """Does a gradient stop between the attention's result and its queries, keys, values and sinks?"""
-    ends = set(found.inputs)
-    queue, behind = [node], {node}
+def _stops_gradient(node: fx.Node, attention: TreeAttention, records: Mapping[fx.Node, bool]) -> bool:
+    """Whether a gradient stops between the attention's result and its queries, keys, values or sinks."""
+    ends = set(attention.inputs)
+    queue, inner = [node], {node}
     while queue:
-        new = [arg for arg in queue.pop().all_input_nodes if arg not in ends and arg not in behind]
-        behind.update(new)
+        new = [arg for arg in queue.pop().all_input_nodes if arg not in ends and arg not in inner]
+        inner.update(new)
         queue += new
-    between: set[fx.Node] = set()  # of those, what is computed from one of the ends
-    for one in node.graph.nodes:
-        if one in behind and any(arg in ends or arg in between for arg in one.all_input_nodes):
-            between.add(one)
-    return any(one.target is aten.detach.default or not records[one] for one in between)
+    on_path: set[fx.Node] = set()  # nodes on a path from one of the ends to the result
+    for other in node.graph.nodes:
+        if other in inner and any(arg in ends or arg in on_path for arg in other.all_input_nodes):
+            on_path.add(other)
+    return any(other.target is aten.detach.default or not records[other] for other in on_path)
 
 
 def _result(node: fx.Node) -> torch.Tensor:
@@ -130,21 +134,21 @@ def _result(node: fx.Node) -> torch.Tensor:
 
 
 def _is_fully_masked(attends: Weights, rows: FullyMasked) -> bool:
-    """Is every row that is fully masked in ``rows`` fully masked in this attention too?"""
+    """Whether every row that is fully masked in ``rows`` is fully masked in this attention too."""
     try:
         own = fully_masked_rows(attends.visible, attends.query, attends.key)
-    except Mixes:  # flex_attention need not tell: such rows are zero there
+    except Mixes:  # not known for flex_attention, where fully masked rows are zero
         return False
     if own is None or (own.source, own.truth) != (rows.source, rows.truth):
         return False
-    # Who sees none of many columns sees none of fewer.
+    # A row without a key in a window has none in a smaller window.
     return own.window == rows.window or (own.window is not None and (rows.window is None or own.window < rows.window))
 
 
-def _parts(node: fx.Node) -> Parts:
-    """The parts of attention as one op."""
+def _sdpa_parts(node: fx.Node) -> Parts:
+    """Return the parts of ``scaled_dot_product_attention``."""
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
-    scale, mask, strict = argument(node, "scale"), argument(node, "attn_mask"), True
+    scale, mask, is_strict = argument(node, "scale"), argument(node, "attn_mask"), True
     masks: tuple[Bias, ...] = ()
     biases: tuple[Bias, ...] = ()
     if mask is not None and val(mask).dtype == torch.bool:
@@ -152,20 +156,22 @@ def _parts(node: fx.Node) -> Parts:
     elif mask is not None:
         fact = value_of(mask).fact
         assert isinstance(fact, Masked)
-        strict, given = fact.is_strict, (Bias(mask, node),)
-        masks, biases = (given, ()) if fact.zero else ((), given)
+        is_strict, bias = fact.is_strict, Bias(mask, node)
+        masks, biases = ((bias,), ()) if fact.zero else ((), (bias,))
     _, size = Rows(query).heads()
     scale = 1 / math.sqrt(size) if scale is None else float(scale)
     grouped = bool(argument(node, "enable_gqa"))
-    return Parts(Rows(query), Rows(key), Rows(value), scale, grouped=grouped, zero=strict, masks=masks, biases=biases)
+    return Parts(
+        Rows(query), Rows(key), Rows(value), scale, grouped=grouped, zero=is_strict, masks=masks, biases=biases
+    )
 
 
-def _check(parts: Parts) -> None:
-    """Do the heads fit together? Raises :class:`NotOnTree`."""
-    rows = (parts.query, parts.key, parts.value)
-    (heads, size), (groups, key_size), (value_groups, _) = (one.heads() for one in rows)
-    match = all(are_side_by_side(parts.query, one, parts.grouped) for one in rows[1:])
+def _check_heads(parts: Parts) -> None:
+    """Raise :class:`NotOnTree` unless the heads of queries, keys, values and sinks fit together."""
+    heads, size = parts.query.heads()
+    (groups, key_size), (value_groups, _) = parts.key.heads(), parts.value.heads()
+    match = all(are_side_by_side(parts.query, rows, parts.grouped) for rows in (parts.key, parts.value))
     if groups != value_groups or heads % groups or size != key_size or not match:
-        raise NotOnTree(f"its heads do not fit: {heads} of queries, {groups} of keys, {value_groups} of values")
+        raise NotOnTree(f"its heads do not match: {heads} of queries, {groups} of keys, {value_groups} of values")
     if parts.sinks is not None and val(parts.sinks).numel() != heads:
         raise NotOnTree("its sinks are not one number for each head")

@@ -1,4 +1,4 @@
-"""Write flex_attention's masks out on all pairs of query and key, so that they are read like any other mask."""
+"""Inline flex_attention's ``mask_mod`` and ``score_mod`` on all pairs of query and key, for analysis."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ aten = torch.ops.aten
 
 
 def inline_flex_functions(gm: fx.GraphModule) -> None:
-    """Add to the graph what ``mask_mod`` and ``score_mod`` say of all pairs, ``[B, H, S, S]``: nothing reads it.
+    """Add nodes that compute ``mask_mod`` and ``score_mod`` of all pairs, ``[B, H, S, S]``.
 
-    The nodes are for ``mark_token_axes`` alone: the facts ``visible`` and ``scores`` of each flex_attention lead to
-    them, and they are never run.
+    They are for ``mark_token_axes``, which finds them by the facts ``visible`` and ``scores`` of each flex_attention.
+    No other node reads them, and they never run.
     """
     for node in gm.graph.find_nodes(op="call_function", target=FLEX):
-        found = arguments_of(node)
+        flex = arguments_of(node)
         with gm.graph.inserting_before(node):
-            index = _indices(gm.graph, found.query, found.key)
-            visible = _inlined(gm, found.mask_mod, [*index, *found.mask_buffers], node)
-            product = _scores(gm.graph, found.query, found.key)
-            scores = _inlined(gm, found.score_mod, [product, *index, *found.score_buffers], node)
+            indices = _indices(gm.graph, flex.query, flex.key)
+            visible = _inline(gm, flex.mask_mod, [*indices, *flex.mask_buffers], node)
+            product = _scores(gm.graph, flex.query, flex.key)
+            scores = _inline(gm, flex.score_mod, [product, *indices, *flex.score_buffers], node)
         set_facts(node, replace(facts(node), visible=visible, scores=scores))
 
 
@@ -40,28 +40,28 @@ def _call(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:
 
 
 def _indices(graph: fx.Graph, query: fx.Node, key: fx.Node) -> list[fx.Node]:
-    """The numbers of sequence, head, query and key, each along a dimension of its own."""
-    batch, heads, rows, _ = val(query).shape
-    made = []
-    for dim, size in enumerate((batch, heads, rows, val(key).shape[2])):
-        options = {"dtype": torch.int32, "device": val(query).device}  # as flex_attention counts
+    """Return the indices of batch, head, query and key, each along its own of four dimensions."""
+    batch, heads, num_queries, _ = val(query).shape
+    indices = []
+    for dim, size in enumerate((batch, heads, num_queries, val(key).shape[2])):
+        options = {"dtype": torch.int32, "device": val(query).device}  # flex_attention's index dtype
         node = graph.call_function(aten.arange.default, (size,), options)
         internals.evaluate(node)
         for other in range(4):
             node = node if other == dim else _call(graph, aten.unsqueeze.default, node, other)
-        made.append(node)
-    return made
+        indices.append(node)
+    return indices
 
 
 def _scores(graph: fx.Graph, query: fx.Node, key: fx.Node) -> fx.Node:
-    """Products of queries with queries, which are to rows what those with keys are, and have as many heads."""
+    """Return queries times queries: they have the axes of queries times keys, and no heads to repeat."""
     if not internals.same_size(val(query).shape[2], val(key).shape[2]):
-        return query  # another number of keys: not read
+        return query  # with another number of keys, the scores are not analysed
     return _call(graph, aten.matmul.default, query, _call(graph, aten.transpose.int, query, 2, 3))
 
 
-def _inlined(gm: fx.GraphModule, name: fx.Node, inputs: Sequence[fx.Node], like: fx.Node) -> fx.Node:
-    """The result of a subgraph, with its nodes in the graph."""
+def _inline(gm: fx.GraphModule, name: fx.Node, inputs: Sequence[fx.Node], like: fx.Node) -> fx.Node:
+    """Copy the nodes of a subgraph into the graph, with the source line of ``like``. Return its result."""
     body: fx.GraphModule = getattr(gm, str(name.target))
     placeholders = body.graph.find_nodes(op="placeholder")
     copies: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
@@ -74,18 +74,18 @@ def _inlined(gm: fx.GraphModule, name: fx.Node, inputs: Sequence[fx.Node], like:
             internals.copy_place(copies[node], like)
             internals.evaluate(copies[node])
     (result,) = _outputs(body)
-    made: fx.Node = copies[result]
-    return made
+    copied: fx.Node = copies[result]
+    return copied
 
 
 def _constant(gm: fx.GraphModule, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
-    """A tensor of a subgraph as one of the graph's own."""
+    """Register a constant of a subgraph with the graph, and return its node."""
     name = f"radix_{like.name}_{id(tensor)}"
     gm.register_buffer(name, tensor, persistent=False)
-    made = gm.graph.get_attr(name)
-    internals.copy_place(made, like)
-    internals.set_val(made, val(like))
-    return made
+    node = gm.graph.get_attr(name)
+    internals.copy_place(node, like)
+    internals.set_val(node, val(like))
+    return node
 
 
 def _outputs(body: fx.GraphModule) -> Sequence[fx.Node]:

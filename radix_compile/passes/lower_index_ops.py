@@ -1,4 +1,4 @@
-"""Move what can move together in one op."""
+"""Join independent scatters to one op, which needs one kernel launch."""
 
 from __future__ import annotations
 
@@ -18,73 +18,74 @@ radix = torch.ops.radix
 
 
 def lower_index_ops(fold: Fold) -> None:
-    """Join scatters that do not wait for each other, as those of a layer's Q, K and V, to one op for all of them.
+    """Join scatters that do not depend on each other, such as those of a layer's Q, K and V, to one op.
 
-    They move in one launch then, and their gradients too. To that end what reads a scatter comes as late as it can,
-    but not past an op with an effect (the border of an autocast region, say). Values without a gradient do not join
-    those with one: they would seem to have one.
+    Forward and backward then take one launch each. Nodes that depend on a scatter are moved as late as possible, but
+    not past an op with a side effect (such as the end of an autocast region). Scatters with and without a gradient are
+    not joined: the results without would seem to have one.
     """
     order: list[fx.Node] = []
-    work = list(fold.program.graph.nodes)
-    while work:
-        work = _schedule(work, order)
+    remaining = list(fold.program.graph.nodes)
+    while remaining:
+        remaining = _schedule(remaining, order)
     previous, *rest = order
     for node in rest:
         previous.append(node)
         previous = node
 
 
-def _schedule(work: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
-    """Append to ``order`` what waits for no scatter, then the scatters, joined. Returns what is left."""
-    waiting: dict[tuple[Any, ...], list[fx.Node]] = {}
+def _schedule(nodes: list[fx.Node], order: list[fx.Node]) -> list[fx.Node]:
+    """Append to ``order`` the nodes that depend on no scatter, then the joined scatters. Return the other nodes."""
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     blocked: dict[fx.Node, None] = {}
-    for position, node in enumerate(work):
+    for position, node in enumerate(nodes):
         has_effect = node.op == "output" or node.is_impure()
-        if has_effect and (waiting or blocked):
-            blocked |= dict.fromkeys(work[position:])
+        if has_effect and (groups or blocked):
+            blocked |= dict.fromkeys(nodes[position:])
             break
         if any(arg in blocked for arg in node.all_input_nodes):
             blocked[node] = None
         elif node.target is radix.scatter_rows.default:
             blocked[node] = None
             key = (*_shared_arguments(node).values(), checkpoint_region(node), facts(node).has_gradient)
-            waiting.setdefault(key, []).append(node)
+            groups.setdefault(key, []).append(node)
         else:
             order.append(node)
-    for group in waiting.values():
+    for group in groups.values():
         for node in group:
             del blocked[node]
-        order.extend(_joined(group))
+        order.extend(_join(group))
     return list(blocked)
 
 
 def _shared_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments that scatters must have in common to move together: the plan, the sizes, and what holes mean."""
+    """Return the arguments that joined scatters must have in common: the plan arrays, the sizes and ``holes``."""
     own = ("compact", "batch_dim", "seq_dim")
     return {name: value for name, value in arguments_of(node).items() if name not in own}
 
 
-def _joined(group: list[fx.Node]) -> list[fx.Node]:
+def _join(group: list[fx.Node]) -> list[fx.Node]:
+    """Replace scatters by one op. Return the nodes in order: the op and the results."""
     if len(group) == 1:
         return group
     graph = group[0].graph
-    each = [arguments_of(node) for node in group]
+    arguments = [arguments_of(node) for node in group]
     with graph.inserting_after(group[-1]):
-        together = call(
+        joined = call(
             graph,
             radix.foreach_scatter_rows.default,
-            compact=[one["compact"] for one in each],
-            batch_dims=[one["batch_dim"] for one in each],
-            seq_dims=[one["seq_dim"] for one in each],
+            compact=[scatter["compact"] for scatter in arguments],
+            batch_dims=[scatter["batch_dim"] for scatter in arguments],
+            seq_dims=[scatter["seq_dim"] for scatter in arguments],
             **_shared_arguments(group[0]),
         )
-    together.meta.update(group[-1].meta)
-    set_facts(together, replace(facts(together), form=None, origin=None))
-    results = [together]
+    joined.meta.update(group[-1].meta)
+    set_facts(joined, replace(facts(joined), form=None, origin=None))
+    new_nodes = [joined]
     for position, node in enumerate(group):
-        with graph.inserting_after(results[-1]):
-            results.append(graph.call_function(operator.getitem, (together, position)))
-        results[-1].meta.update(node.meta)
-        node.replace_all_uses_with(results[-1])
+        with graph.inserting_after(new_nodes[-1]):
+            new_nodes.append(graph.call_function(operator.getitem, (joined, position)))
+        new_nodes[-1].meta.update(node.meta)
+        node.replace_all_uses_with(new_nodes[-1])
         graph.erase_node(node)
-    return results
+    return new_nodes

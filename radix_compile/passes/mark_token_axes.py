@@ -1,4 +1,4 @@
-"""Annotate every node with what its dimensions mean to the tokens, and whether its value is prefix-determined."""
+"""Annotate every node with its token axes, and with whether its value is prefix-determined."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ aten = torch.ops.aten
 
 
 def mark_token_axes(gm: fx.GraphModule) -> None:
-    """State a :class:`Value` of every node, and the :class:`Tokens` of the graph."""
-    ids = _token_ids(gm.graph) or _embedded(gm.graph)
+    """Set the :class:`Value` of every node, and the :class:`Tokens` of the graph."""
+    ids = _token_ids(gm.graph) or _embedded_input(gm.graph)
     batch, seq = shape_of(ids)[:2]
-    packed = bool(gm.graph.find_nodes(op="call_function", target=aten.eq.Tensor))  # sequences are told apart by number
-    if (batch == 1 and not packed) or seq == 1:
-        what = "there is one sequence only" if batch == 1 else "sequences of one token share nothing"
-        raise CannotFold(what, RefusalCode.NOTHING_TO_SHARE, expected=True)
+    may_be_packed = bool(gm.graph.find_nodes(op="call_function", target=aten.eq.Tensor))  # compares sequence ids
+    if (batch == 1 and not may_be_packed) or seq == 1:
+        reason = "there is one sequence only" if batch == 1 else "sequences of one token share nothing"
+        raise CannotFold(reason, RefusalCode.NOTHING_TO_SHARE, expected=True)
     if batch == 0 or seq == 0:
         raise CannotFold("the batch is empty", RefusalCode.NOTHING_TO_SHARE, expected=True)
     inputs = gm.graph.find_nodes(op="placeholder")
-    keys = [node for node in inputs if _is_key_input(node) and _lines_up(node, ids)]
+    keys = [node for node in inputs if _is_key_input(node) and _has_rows_of(node, ids)]
     if not _is_key_input(ids):
-        keys = [node for node in inputs if node in keys or (_is_embedded(node) and _lines_up(node, ids))]
+        keys = [node for node in inputs if node in keys or (_is_embedded(node) and _has_rows_of(node, ids))]
         if any(facts(node).needs_gradient for node in keys):
             raise CannotFold(
-                "the embedded input has a gradient, which every row needs its own of: pass input_ids",
+                "the input embeddings have a gradient, and each row needs its own: pass input_ids",
                 RefusalCode.EMBEDDINGS_WITH_GRADIENT,
             )
-    layout = Layout(*shape_of(ids)[:2])  # after the line above, which may have found two symbols to be one
+    layout = Layout(*shape_of(ids)[:2])  # read again: comparing sizes above may have unified two symbols
     reaches = Reaches(layout, hints_of(gm.graph))
     tokens = Tokens(layout, keys, reaches, given_masks(gm.graph, ids))
     set_graph_facts(gm, replace(graph_facts(gm), tokens=tokens))
@@ -79,7 +79,7 @@ def mark_token_axes(gm: fx.GraphModule) -> None:
 
 
 def _mark_scan(node: fx.Node, tokens: Tokens) -> None:
-    """Where no axis can be followed, an entry may still read no column later than its own (see ``column_reach``)."""
+    """Mark a refused node as causal, if ``column_reach`` proves that no entry reads a later column than its own."""
     axes = tokens.reaches.causal_axes(node) if is_tensor(node) else None
     refusal = values_of(node)[0].mixed
     if axes is not None and refusal is not None:
@@ -89,7 +89,7 @@ def _mark_scan(node: fx.Node, tokens: Tokens) -> None:
 
 
 def _is_key_input(node: fx.Node) -> bool:
-    """``[batch, sequence]`` integers: token ids, positions, masks."""
+    """Whether a node is a tensor of integers ``[batch, sequence]``: token ids, positions, masks."""
     if not is_tensor(node) or facts(node).is_static:
         return False
     value = val(node)
@@ -97,17 +97,18 @@ def _is_key_input(node: fx.Node) -> bool:
 
 
 def _is_embedded(node: fx.Node) -> bool:
-    """``[batch, sequence, features]``: what is computed from token ids before the graph begins."""
+    """Whether a node is an input ``[batch, sequence, features]``, such as embeddings that are computed elsewhere."""
     return is_tensor(node) and val(node).ndim == 3 and not facts(node).is_static
 
 
-def _lines_up(node: fx.Node, ids: fx.Node) -> bool:
+def _has_rows_of(node: fx.Node, ids: fx.Node) -> bool:
+    """Whether the first two sizes are those of ``ids``."""
     sizes = zip(val(node).shape[:2], val(ids).shape[:2], strict=True)
-    return all(same_size(one, other) for one, other in sizes)
+    return all(same_size(size, expected) for size, expected in sizes)
 
 
 def _token_ids(graph: fx.Graph) -> fx.Node | None:
-    """The token ids: the ``[batch, sequence]`` integer input that is looked up in an embedding table."""
+    """Return the ``[batch, sequence]`` integer input that is looked up in an embedding table; None if none is."""
     shapes = []
     for lookup in graph.find_nodes(op="call_function", target=aten.embedding.default):
         node = lookup.args[1]
@@ -124,10 +125,11 @@ def _token_ids(graph: fx.Graph) -> fx.Node | None:
     return None
 
 
-def _embedded(graph: fx.Graph) -> fx.Node:
-    """The rows, if they come embedded: the first ``[batch, sequence, features]`` input in floating point.
+def _embedded_input(graph: fx.Graph) -> fx.Node:
+    """Return the first floating-point input ``[batch, sequence, features]``, which is taken for embeddings.
 
-    Whatever it is, two rows of it that hold the same are the same; if it is something else, nothing will be proved.
+    This is safe: rows are compared by their contents, and if the input has no rows of tokens, no op can be proved
+    position-wise.
     """
     if not any(flops(node) for node in graph.nodes):
         raise CannotFold("there is no token-wise arithmetic in it", RefusalCode.NO_ARITHMETIC, expected=True)
@@ -157,12 +159,12 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         marks = _apply_rule(node, tokens)
         results = val(node)
         if isinstance(results, tuple | list) and not (isinstance(marks, tuple) and len(marks) == len(results)):
-            raise Mixes("its rule does not say what each of its results is", RefusalCode.CUSTOM_RULE)
+            raise Mixes("its rule does not return a value for each of its results", RefusalCode.CUSTOM_RULE)
         if isinstance(marks, tuple):
-            return tuple(_checked(value, tokens.layout) for value in marks)
-        return _checked(marks, tokens.layout)
-    except Mixes as verdict:
-        return Value((), mixed=refuse(node, str(verdict), verdict.code))
+            return tuple(_check_axes(value, tokens.layout) for value in marks)
+        return _check_axes(marks, tokens.layout)
+    except Mixes as error:
+        return Value((), mixed=refuse(node, str(error), error.code))
 
 
 def _literal(node: fx.Node) -> Filled | None:
@@ -200,26 +202,25 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _constant(node: fx.Node) -> Marks:
-    """The value of any op on constants of the call."""
+    """Return the value of an op without a rule whose inputs are all constant."""
     outputs = val(node)
     if isinstance(outputs, tuple | list):
-        return tuple(
-            Value(tuple(() if as_size(s) == 1 else (Feature(as_size(s)),) for s in out.shape)) for out in outputs
-        )
+        sizes = [[as_size(size) for size in output.shape] for output in outputs]
+        return tuple(Value(tuple(() if size == 1 else (Feature(size),) for size in shape)) for shape in sizes)
     return Value(plain_axes(node) if is_tensor(node) else ())
 
 
 def _with_row(node: fx.Node, value: Value) -> Value:
-    """A value with one integer for each row, and nothing known of it, is at least known to be that."""
+    """Return the value with the fact ``PerRow``, if it has one integer for each row and no other fact."""
     if value.fact is not None or value.mixed is not None or not is_tensor(node):
         return value
     tensor = val(node)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim == 0:
         return value
     if value.is_row:
-        along = [dim for dim, axis in enumerate(value.axes) if axis]
-        if tuple(value.axes[dim] for dim in along) in (((BATCH,), (SEQ,)), ((SEQ,),)):
-            return value.with_fact(PerRow(node, along[-1] - tensor.ndim))
+        dims = [dim for dim, axis in enumerate(value.axes) if axis]
+        if tuple(value.axes[dim] for dim in dims) in (((BATCH,), (SEQ,)), ((SEQ,),)):
+            return value.with_fact(PerRow(node, dims[-1] - tensor.ndim))
     elif value.is_constant and tensor.ndim == 2 and value.axes[1] and _is_uniform(value.axes[0]):
         return value.with_fact(PerRow(node, -1))
     return value
@@ -229,8 +230,12 @@ def _is_uniform(axis: Axis) -> bool:
     return all(isinstance(atom, Uniform) for atom in axis)
 
 
-def _checked(value: Value, layout: Layout) -> Value:
-    """Tokens in a value come as one batch axis and one sequence axis, or two for pairs; or as one sorted axis."""
+def _check_axes(value: Value, layout: Layout) -> Value:
+    """Return the value, without facts along dimensions of size one.
+
+    Raises ``Mixes`` unless its token axes are one batch axis and one sequence axis, or two sequence axes for pairs, or
+    one sorted axis.
+    """
     if value.mixed is not None:
         return value
     value = value.with_fact(without_dims_of_size_one(value.fact, value.axes))
@@ -240,7 +245,7 @@ def _checked(value: Value, layout: Layout) -> Value:
     arranged = [atom for atom in atoms if isinstance(atom, Sorted)]
     if len(arranged) == 1 and not (BATCH in atoms or SEQ in atoms):
         return value
-    batches = 1 if BATCH in layout.row else 0
-    if arranged or count_tokens(value.axes) not in ((batches, 1), (batches, 2)):
+    num_batch_axes = 1 if BATCH in layout.row else 0
+    if arranged or count_tokens(value.axes) not in ((num_batch_axes, 1), (num_batch_axes, 2)):
         raise Mixes("combines different sequences", RefusalCode.MIXES_SEQUENCES)
     return value

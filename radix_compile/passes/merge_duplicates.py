@@ -1,4 +1,4 @@
-"""Merge nodes that compute the same thing: layers repeat their masks, positions and views of rotary tables."""
+"""Merge equal nodes: layers repeat their masks, positions and views of rotary tables."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from radix_compile.torch_internals import OpOverload, checkpoint_region
 
 
 def merge_duplicates(gm: fx.GraphModule) -> None:
-    """Keep the first of each group of equal deterministic ops.
+    """Keep the first of each group of equal deterministic nodes.
 
-    Not across ops with an effect (``_set_grad_enabled`` opens a region in which a value has no gradient), nor between
-    different regions of activation checkpointing. Two outputs that are equal stay two: the caller may write to one.
+    Nodes are not merged across ops with a side effect (``_set_grad_enabled`` changes whether a value has a gradient),
+    nor across regions of activation checkpointing. Two equal outputs are kept: the caller may write to one of them.
     """
     first: dict[Hashable, fx.Node] = {}
     returned = {root(node) for node in outputs_of(gm.graph)}
@@ -36,7 +36,7 @@ def merge_duplicates(gm: fx.GraphModule) -> None:
 
 
 def _key(argument: Any) -> Hashable:
-    """An argument as a dictionary key; ``1``, ``1.0`` and ``True`` are three keys, ``0.0`` and ``-0.0`` two."""
+    """Return a dictionary key for an argument. ``1``, ``1.0`` and ``True`` differ, as do ``0.0`` and ``-0.0``."""
     if isinstance(argument, list | tuple):
         return (type(argument).__name__, *map(_key, argument))
     if isinstance(argument, dict):

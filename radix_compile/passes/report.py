@@ -1,4 +1,4 @@
-"""The report of one graph: what was folded, what was not and why."""
+"""The report of one graph: which ops are folded, which are not, and why."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: ``causal`` if it was proved so; ``status`` in words; where it is; and if it was proved causal and
-    does not run on the prefix tree, why not (``full_form``).
+    """One attention of the captured graph.
+
+    ``causal``     whether it is proved causal.
+    ``status``     how it runs, in words, or why it is not proved causal.
+    ``full_form``  why it does not run on the prefix tree, if it is proved causal.
     """
 
     causal: bool
@@ -39,7 +42,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of the graph that runs once per node: how many ops, and from which module to which."""
+    """A connected part of the graph that runs once per node: its number of ops, and its first and last module."""
 
     ops: int
     first: str
@@ -48,12 +51,18 @@ class Region:
 
 @dataclass
 class GraphReport:
-    """One captured graph. FLOPs are those of matrix products and attention as written, at the captured shapes.
+    """The report of one captured graph.
 
-    ``code`` is the kind of the ``reason`` for which it is not folded. ``flops_compact`` is of what runs once per node,
-    ``flops_tree`` of attention on the tree, ``flops_full`` the rest. ``place`` is what runs once per node:
-    ``layers 0-27``, or the module if it is not in numbered layers. ``model`` is the class of the outermost module.
-    ``bytes_folded`` and ``bytes_scattered`` are those of tensors that go from rows to nodes and back, counted as rows.
+    ``folded``           whether it is folded; else ``reason`` says why not, and ``code`` is the kind of the reason.
+    ``place``            the part that runs once per node: ``layers 0-27``, or a module if no layers are numbered.
+    ``model``            the class of the outermost module.
+    ``bytes_folded``     bytes of the tensors that are folded, in full form, at the captured shapes.
+    ``bytes_scattered``  bytes of the tensors that are scattered, in full form, at the captured shapes.
+    ``regions``          the parts that run once per node.
+    ``refusals``         the ops at which folding stops, if matrix products or attention follow.
+    ``flops_compact``    FLOPs of matrix products that run once per node, at the captured shapes, without folding.
+    ``flops_tree``       FLOPs of attention that runs on the prefix tree, likewise.
+    ``flops_full``       FLOPs of all other matrix products and attention, likewise.
     """
 
     folded: bool
@@ -78,7 +87,7 @@ class GraphReport:
 
 
 def report_on(fold: Fold) -> GraphReport:
-    """The report of a graph that has been through the pipeline."""
+    """Return the report of a folded graph."""
     captured, wanted, tokens = fold.captured, fold.wanted, tokens_of(fold.captured)
     compact = {node for node, runs in wanted.runs.items() if Form.COMPACT in runs}
     report = GraphReport(folded=any(flops(node) for node in compact))
@@ -94,15 +103,15 @@ def report_on(fold: Fold) -> GraphReport:
             report.attentions.append(attention)
     report.regions = _regions(captured.graph, compact)
     report.model = graph_facts(captured).model
-    report.bytes_folded, report.bytes_scattered = (_moved(wanted, form) for form in (Form.COMPACT, Form.FULL))
+    report.bytes_folded, report.bytes_scattered = (_bytes_converted(wanted, form) for form in (Form.COMPACT, Form.FULL))
     report.place = _place([module_of(node) for node in captured.graph.nodes if node in compact and flops(node)])
-    report.notes += [*fold.notes, *_scans(tokens, wanted)]
-    report.refusals = _that_matter(captured.graph, tokens)
+    report.notes += [*fold.notes, *_notes_on_scans(tokens, wanted)]
+    report.refusals = _refusals_that_matter(captured.graph, tokens)
     return report
 
 
-def _moved(wanted: Wanted, form: Form) -> int:
-    """The bytes of what is wanted in this form and does not run in it. Inputs come in full form."""
+def _bytes_converted(wanted: Wanted, form: Form) -> int:
+    """Return the bytes of the values that are converted to ``form``: wanted in it, and computed in the other form."""
     runs = {node: wanted.runs.get(node, set()) if node.op == "call_function" else {Form.FULL} for node in wanted.forms}
     return sum(_bytes(node) for node, forms in wanted.forms.items() if form in forms and form not in runs[node])
 
@@ -116,17 +125,17 @@ _NUMBERED = re.compile(r"(?:(?P<stack>\w+)\.)?(?P<number>\d+)(?=\.|$)")
 
 
 def _place(modules: Sequence[str]) -> str:
-    found = [numbered for module in modules if (numbered := _NUMBERED.search(module))]
-    if not found:
+    matches = [match for module in modules if (match := _NUMBERED.search(module))]
+    if not matches:
         return next((module for module in modules if module), "graph")
-    numbers = [int(one["number"]) for one in found]
+    numbers = [int(match["number"]) for match in matches]
     first, last = min(numbers), max(numbers)
-    return f"{found[0]['stack'] or 'layers'} {first}" + (f"-{last}" if first != last else "")
+    return f"{matches[0]['stack'] or 'layers'} {first}" + (f"-{last}" if first != last else "")
 
 
-def _scans(tokens: Tokens, wanted: Wanted) -> list[str]:
-    followed = [node for node in tokens.scans if Form.COMPACT in wanted.forms.get(node, ())]
-    modules = dict.fromkeys(module_of(node) for node in followed)
+def _notes_on_scans(tokens: Tokens, wanted: Wanted) -> list[str]:
+    scans = [node for node in tokens.scans if Form.COMPACT in wanted.forms.get(node, ())]
+    modules = dict.fromkeys(module_of(node) for node in scans)
     return [f"scan or convolution in {module}: proved causal; runs in full form" for module in modules]
 
 
@@ -134,7 +143,7 @@ def _attention(node: fx.Node, fold: Fold, on_tree: bool) -> Attention | None:
     if node.op != "call_function":
         return None
     value = values_of(node)[0]
-    if isinstance(value.fact, RowMax):  # a step of attention written out
+    if isinstance(value.fact, RowMax):  # a step of an attention, not an attention
         return None
     if not is_attention(node) and node.target is not aten.scaled_dot_product_attention.default:
         return None
@@ -151,26 +160,27 @@ def _attention(node: fx.Node, fold: Fold, on_tree: bool) -> Attention | None:
     return Attention(False, reason, *place)
 
 
-def _lowering(found: TreeAttention | None) -> str:
-    assert found is not None
-    why = why_not_triton(*found.operands)
-    return ", by Triton kernels" if why is None else f", in tiles ({why})"
+def _lowering(attention: TreeAttention | None) -> str:
+    assert attention is not None
+    reason = why_not_triton(*attention.operands)
+    return ", by Triton kernels" if reason is None else f", in tiles ({reason})"
 
 
-def _that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:
-    """Refusals with arithmetic behind them. (Picking the last token of a finished output is one without.)
+def _refusals_that_matter(graph: fx.Graph, tokens: Tokens) -> list[Refusal]:
+    """Return the refusals that matrix products or attention follow. (None follow picking the last output token.)
 
-    A scan is not all proved causal: its last state is not. Of what it refuses, only products with weights matter.
+    Some results of a scan, such as its last state, are refused though the scan is proved causal. Such a refusal only
+    matters to products with weights.
     """
-    blamed: set[Refusal] = set()
-    scanned = {step.name for step in tokens.steps}
+    relevant: set[Refusal] = set()
+    step_names = {step.name for step in tokens.steps}
     for node in graph.nodes:
         if node.op == "call_function" and flops(node) and node not in tokens.steps:
             refusals = {value.mixed for value in values_of(node) if value.mixed is not None}
             if not _has_weights(node):
-                refusals = {refusal for refusal in refusals if refusal.node not in scanned}
-            blamed |= refusals
-    return [refusal for refusal in tokens.refusals if refusal in blamed]
+                refusals = {refusal for refusal in refusals if refusal.node not in step_names}
+            relevant |= refusals
+    return [refusal for refusal in tokens.refusals if refusal in relevant]
 
 
 def _has_weights(node: fx.Node) -> bool:
@@ -178,7 +188,7 @@ def _has_weights(node: fx.Node) -> bool:
 
 
 def _regions(graph: fx.Graph, compact: set[fx.Node]) -> list[Region]:
-    """Connected stretches of compact ops with arithmetic in them."""
+    """Return the connected components of compact ops that have FLOPs."""
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:

@@ -19,29 +19,28 @@ log = logging.getLogger(__name__)
 
 
 class PaddingIsRead(Exception):  # noqa: N818 - a verdict about a graph, not an error in it
-    """Padded rows cannot be left out. The message is the reason."""
+    """Padded rows cannot be left out, because another row may read them. The message is the reason."""
 
 
 def skip_padding(fold: Fold) -> None:
-    """With ``padding="skip"``, let every scatter leave out the rows without a node, which come back as zeros.
+    """With ``padding="skip"``, set ``fold.left_out``, and let every scatter write zeros to these rows.
 
-    States the rows to leave out, for the plan. Needs ``fold_graph``. Where the proof fails it changes nothing, and the
-    report has a note that says why.
+    Needs ``fold_graph``. If the proof fails, nothing changes, and the report has a note with the reason.
     """
     if fold.options.padding != "skip":
         return
     try:
-        fold.left_out = _padding(fold)
-    except PaddingIsRead as verdict:
-        fold.notes.append(f'padding="skip" is off: {verdict}')
+        fold.left_out = _unread_padding(fold)
+    except PaddingIsRead as error:
+        fold.notes.append(f'padding="skip" is off: {error}')
         log.info(fold.notes[-1])
         return
     for node in fold.program.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
         set_arguments(node, holes=True)
 
 
-def _padding(fold: Fold) -> FullyMasked:
-    """The rows every attention hides, if nothing else reads them."""
+def _unread_padding(fold: Fold) -> FullyMasked:
+    """Return the rows that every attention hides, if no other op reads them. Raises :class:`PaddingIsRead`."""
     padding = hidden_padding(fold.captured)
     if padding is None:
         raise PaddingIsRead("there is no padding mask that every attention applies to its keys")
@@ -53,28 +52,29 @@ def _padding(fold: Fold) -> FullyMasked:
 
 
 def _reader_of_padding(node: fx.Node, fold: Fold) -> fx.Node | None:
-    """An op that takes ``node`` in full form and would notice that the padded rows were never computed.
+    """Return an op that reads ``node`` in full form and depends on its padded rows, which are not computed; or None.
 
-    Attention does not (it hides them), pairs on their way to it do not, a view passes them on, and the program's
-    outputs may have them if they come straight from a scatter, which makes them zero. But a mask with zeros in their
-    place would show them: what masks are made of has to come from the inputs themselves, in full form.
+    Attention hides these rows, ops on pairs lead to attention, and views pass them on. An output may have them if it is
+    scattered, since the scatter writes zeros there. Values from which masks are computed must come from the inputs:
+    zeros in their padded rows might show these rows.
     """
-    pair = all(value.is_pair for value in values_of(node))
-    if node.op != "call_function" or not (pair or is_row(node)) or is_light(node, fold):
+    is_pair = all(value.is_pair for value in values_of(node))
+    if node.op != "call_function" or not (is_pair or is_row(node)) or is_light(node, fold):
         return None
     for user in node.users:
         if user.op == "output":
-            if pair or not _is_scattered(node, fold):
+            if is_pair or not _is_scattered(node, fold):
                 return user
         elif Form.FULL in fold.wanted.runs.get(user, set()):
             values = values_of(user)
-            harmless = any(v.attends is not None for v in values) or all(v.is_pair for v in values)
-            if (not pair and _is_about_masks(node)) or (not harmless and not (is_row(user) and is_view(user))):
+            hides_padding = any(v.attends is not None for v in values) or all(v.is_pair for v in values)
+            passes_on = is_row(user) and is_view(user)
+            if (not is_pair and _is_for_masks(node)) or not (hides_padding or passes_on):
                 return user
     return None
 
 
-def _is_about_masks(node: fx.Node) -> bool:
+def _is_for_masks(node: fx.Node) -> bool:
     return any(value.fact is not None and not isinstance(value.fact, Score) for value in values_of(node))
 
 

@@ -1,4 +1,4 @@
-"""Invariants of a graph after every pass. A pass that breaks one has a bug: better an error than a wrong number."""
+"""Check the invariants of a graph after a pass. A broken one is a bug of the pass, and raises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from radix_compile.passes.choose_cuts import has_compact_form
 from radix_compile.torch_internals import val
 
 NODES = 1_000_003
-"""The number of nodes to compute shapes with. A prime that is no other size, so that no shape is right by chance."""
+"""The number of nodes with which shapes are computed: a large prime, so that no other size can equal it by chance."""
 
 SIZES = {
     **{"nodes": NODES, "nodes + 1": NODES + 1},
@@ -27,37 +27,37 @@ SIZES = {
     **{"stretches": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2},
     "pieces": 7,
 }
-"""The sizes of the plan's arrays to compute shapes with."""
+"""The sizes of the plan arrays with which shapes are computed."""
 
 INDEX_OPS = "radix"
-"""The namespace of the ops that may read both forms: they are what leads from the one to the other."""
+"""The namespace of the ops that convert between the forms, and may read both."""
 
 
 class InvariantError(AssertionError):
-    """A pass made a graph that does not mean what the captured one means. The message names the node and its source."""
+    """A pass made a graph that does not compute what the captured one does. The message has the node and its source."""
 
 
 def verify_graph(gm: fx.GraphModule, homes: Mapping[fx.Node, Form] | None = None, with_shapes: bool = True) -> None:
-    """Raise :class:`InvariantError` unless every node has the form, shape and dtype that it should have.
+    """Raise :class:`InvariantError` unless every node has the expected form, shape and dtype.
 
-    Before ``fold_graph``, each marked node's axes multiply out to its shape, and what runs compact is one value for
-    each row. After it, no op reads both forms, and computing all shapes anew for a number of nodes that is no other
-    size gives each node the shape and dtype that the captured node has in that form. The outputs are those of the
-    captured graph. Shapes take most of the time: ``with_shapes`` may be False if the same code was verified before.
+    Before ``fold_graph``: the axes of each node have the sizes of its shape, and each compact node has one entry per
+    row. After it: no op reads both forms, and with ``NODES`` nodes, each node has the shape and dtype of its captured
+    node in that form, and each output those of the captured output. Shapes take most of the time: ``with_shapes`` may
+    be False if the same code was verified before.
     """
     gm.graph.lint()
-    known = graph_facts(gm)
-    if known.source is not None:
+    stated = graph_facts(gm)
+    if stated.source is not None:
         _verify_forms(gm)
         if with_shapes:
             _verify_shapes(gm)
-    elif known.tokens is not None:
+    elif stated.tokens is not None:
         _verify_marks(gm, homes or {})
 
 
-def _expect(holds: bool, node: fx.Node, what: str) -> None:
+def _expect(holds: bool, node: fx.Node, problem: str) -> None:
     if not holds:
-        raise InvariantError(f"{locate(node, what)} (node {node.name})")
+        raise InvariantError(f"{locate(node, problem)} (node {node.name})")
 
 
 # ------------------------------------------------------------------------------------------------- before the fold
@@ -74,7 +74,7 @@ def _verify_marks(gm: fx.GraphModule, homes: Mapping[fx.Node, Form]) -> None:
                 shape = [as_size(size) for size in result.shape]
                 _expect(_same(sizes, shape), node, f"its axes {value.axes} are not those of its shape {shape}")
         if homes.get(node) is Form.COMPACT:
-            _expect(has_compact_form(node), node, "it is to run compact, and is not one value for each row")
+            _expect(has_compact_form(node), node, "it is planned to run compact, but does not have one entry per row")
 
 
 # -------------------------------------------------------------------------------------------------- after the fold
@@ -95,14 +95,14 @@ def _verify_forms(gm: fx.GraphModule) -> None:
 
 
 def _verify_plan_arguments(node: fx.Node) -> None:
-    """Each index array of the plan is passed as what it is."""
-    for name, given in arguments_of(node).items():
-        if name in BY_NAME and given is not None:
-            _expect(str(given) == BY_NAME[name].placeholder, node, f"it takes {given} for the plan's {name}")
+    """Check that each plan array is passed to the argument of its name."""
+    for name, argument in arguments_of(node).items():
+        if name in BY_NAME and argument is not None:
+            _expect(str(argument) == BY_NAME[name].placeholder, node, f"it takes {argument} for the plan's {name}")
 
 
 def _has_rows(node: fx.Node) -> bool:
-    """Is it the value of rows, and not one of the call?"""
+    """Whether a node has entries per row, and is not constant."""
     origin = facts(node).origin
     assert origin is not None
     return any(not value.is_constant for value in values_of(origin))
@@ -112,30 +112,33 @@ def _verify_shapes(gm: fx.GraphModule) -> None:
     source = source_of_fold(gm)
     layout = tokens_of(source).layout
     try:
-        found = internals.fake_results(gm, plan_shapes(gm))
+        fake_results = internals.fake_results(gm, plan_shapes(gm))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise InvariantError(f"the folded graph does not run: {error}") from error
     for node in gm.graph.nodes:
         origin, form = facts(node).origin, facts(node).form
         if origin is None:
             continue
-        values, results = values_of(origin), _results(found[node])
+        values, results = values_of(origin), _results(fake_results[node])
         for value, result, captured in zip(values, results, _results(val(origin)), strict=False):
             if not isinstance(captured, torch.Tensor):
                 continue
-            shape, wanted = [as_size(size) for size in result.shape], _shape(value, captured, form, layout)
-            if wanted is not None:
-                _expect(_same(shape, wanted), node, f"its shape is {shape} in {form} form, not {wanted}")
+            shape, expected_shape = [as_size(size) for size in result.shape], _shape(value, captured, form, layout)
+            if expected_shape is not None:
+                _expect(
+                    _same(shape, expected_shape), node, f"its shape is {shape} in {form} form, not {expected_shape}"
+                )
             _expect(result.dtype == captured.dtype, node, f"its dtype is {result.dtype}, not {captured.dtype}")
     for node, captured in zip(_outputs(gm), _outputs(source), strict=True):
-        if isinstance(node, fx.Node) and isinstance(wanted := val(captured), torch.Tensor):
-            result = found[node]
-            same = _same([as_size(s) for s in result.shape], [as_size(s) for s in wanted.shape])
-            same &= result.dtype == wanted.dtype and result.device == wanted.device
-            _expect(same, node, f"as an output it is {result}, and {wanted} was captured")
+        if isinstance(node, fx.Node) and isinstance(expected := val(captured), torch.Tensor):
+            result = fake_results[node]
+            is_same = _same([as_size(s) for s in result.shape], [as_size(s) for s in expected.shape])
+            is_same &= result.dtype == expected.dtype and result.device == expected.device
+            _expect(is_same, node, f"as an output it is {result}, and {expected} was captured")
 
 
 def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
+    """Return the shapes of the plan arrays that the graph takes, by placeholder name, with ``NODES`` nodes."""
     ids = val(tokens_of(gm).keys[0])
     sizes = {**SIZES, "rows": ids.shape[0] * ids.shape[1]}
     inputs = {node.name for node in gm.graph.find_nodes(op="placeholder")}
@@ -143,7 +146,7 @@ def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
 
 
 def _shape(value: Value, captured: torch.Tensor, form: Form | None, layout: Layout) -> list[sympy.Expr] | None:
-    """The shape of the captured value in that form; None where it is not known."""
+    """Return the shape of the captured value in this form; None if it is not known."""
     if form is not Form.COMPACT:
         return [as_size(size) for size in captured.shape]
     if value.mixed is not None or value.arrangement is not None:
@@ -167,12 +170,12 @@ def _results(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _same(one: list[sympy.Expr], other: list[sympy.Expr]) -> bool:
-    return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+def _same(first: list[sympy.Expr], second: list[sympy.Expr]) -> bool:
+    return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """As expressions, or (``s**2 // s`` and ``s``) for numbers that are multiples of whatever shapes are divided by."""
+    """Whether sizes are equal as expressions, or at numbers with many divisors (``s**2 // s`` and ``s``)."""
     if sympy.expand(a - b) == 0:
         return True
     symbols = sorted((a - b).free_symbols, key=str)

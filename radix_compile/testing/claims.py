@@ -1,9 +1,9 @@
-"""Every annotation of a graph, executed: is what is claimed of each value true of the numbers that the op returns?
+"""Compare the annotations of a graph with the numbers that its ops return.
 
-``check_claims`` runs the captured graph and holds each :class:`~radix_compile.ir.axes.Value` against the tensor:
-what is uniform is the same along that dimension, constants stay when the rows change, rows of equal path are equal, and
-facts (columns, integers of rows, formulas, floors of masks, sizes) say what is there. A rule that claims too much is
-found at the op where it does, whether or not a wrong number comes of it in the end.
+``check_claims`` runs the captured graph and compares each :class:`~radix_compile.ir.value.Value` with the tensor:
+uniform dimensions have equal entries, constants do not change with the rows, rows of equal paths are equal, and facts
+(columns, integers of rows, formulas, floors of masks, sizes) agree with the entries. So a rule that claims too much
+fails at its op, even if no final result is wrong.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ from radix_compile.runtime.row_contents import row_numbers
 from radix_compile.torch_internals import val
 
 ROUNDING = 1e-9
-"""The difference allowed between equal entries, as a share of the largest: all is computed in float64."""
+"""The tolerance for equal entries, relative to the largest entry. All runs are in float64."""
 
 
-LEFT_OUT = 1e-2
-"""The difference allowed for bounds, sizes and floors, which leave out roundings, those of float16 too."""
+BOUND_TOLERANCE = 1e-2
+"""The relative tolerance for bounds, sizes and floors, which do not account for rounding (float16 included)."""
 
 
 class ClaimError(AssertionError):
-    """An annotation is not true of the numbers. The message names the claim, the op and its place."""
+    """An annotation is not true of the numbers. The message has the claim, the op and its source line."""
 
 
 def check_claims(gm: fx.GraphModule, args: Sequence[Any], others: Sequence[Any] | None = None) -> None:
-    """Raise :class:`ClaimError` at the first node whose annotation is not true of what it returns for ``args``.
+    """Raise :class:`ClaimError` at the first node whose annotation is not true of its result for ``args``.
 
-    ``gm`` is a captured graph that ``mark_token_axes`` has annotated, ``args`` are real inputs in float64 of the sizes
-    that it was captured for. Of ``others`` the row keys are taken, for which constants have to be the same. With random
-    ops, or tables of blocks, nothing can be said.
+    ``gm`` is a captured graph that ``mark_token_axes`` has annotated, without random ops or block masks. ``args`` are
+    real inputs in float64 of the captured sizes. With the row keys of ``others`` in place of those of ``args``,
+    constants must stay the same.
     """
     _Claims(gm, args, others).check()
 
@@ -87,57 +87,58 @@ class _Claims:
         self.nodes = self._nodes_of_rows()
 
     def check(self) -> None:
-        if not self._is_ordinary():
+        if not self._has_ordinary_scores():
             return
         for node in self.gm.graph.nodes:
             if node.op == "output" or facts(node).marks is None:
                 continue
             for value, tensor, other in zip(values_of(node), *self._results(node), strict=False):
                 if value.mixed is None and value.arrangement is None and isinstance(tensor, Tensor):
-                    what = self._wrong(node, value, tensor, other)
-                    if what:
-                        raise ClaimError(f"{locate(node, what)}: {value}")
+                    problem = self._wrong_claim(node, value, tensor, other)
+                    if problem:
+                        raise ClaimError(f"{locate(node, problem)}: {value}")
 
-    def _is_ordinary(self) -> bool:
-        """Products of rows are assumed to be at most ``ORDINARY``. With larger ones nothing can be said."""
+    def _has_ordinary_scores(self) -> bool:
+        """Whether products of rows are at most ``ORDINARY``, as the claims assume."""
         nodes = [node for node in self.gm.graph.nodes if facts(node).marks is not None and node.op != "output"]
-        products = [self.env[node] for node in nodes if [one.fact for one in values_of(node)] == [Score(ORDINARY)]]
-        return all(not one.numel() or bool(one.abs().max() <= ORDINARY) for one in products)
+        products = [self.env[node] for node in nodes if [value.fact for value in values_of(node)] == [Score(ORDINARY)]]
+        return all(not product.numel() or bool(product.abs().max() <= ORDINARY) for product in products)
 
     def _is_used(self, node: fx.Node, value: Value) -> bool:
-        """Does a product trust these weights? It does not if they are of rows that see no key somewhere else."""
+        """Whether a product that is not refused reads these weights. (Fully masked rows may be a reason to refuse.)"""
         if not isinstance(value.fact, Weights):
             return True
-        users = [(user, one) for user in node.users if user.op != "output" for one in values_of(user)]
-        return any(one.mixed is None and self._is_used(user, one) for user, one in users)
+        users = [(user, result) for user in node.users if user.op != "output" for result in values_of(user)]
+        return any(result.mixed is None and self._is_used(user, result) for user, result in users)
 
     def _results(self, node: fx.Node) -> tuple[Sequence[Any], Sequence[Any]]:
-        ours = self.env[node]
+        """Return the tensors of a node for ``args`` and for ``others`` (None without them)."""
+        results = self.env[node]
         other = None if self.others is None else self.others[node]
-        if not isinstance(ours, tuple | list):
-            return [ours], [other]
-        return ours, [None] * len(ours) if other is None else other
+        if not isinstance(results, tuple | list):
+            return [results], [other]
+        return results, [None] * len(results) if other is None else other
 
-    def _wrong(self, node: fx.Node, value: Value, tensor: Tensor, other: Tensor | None) -> str:
-        """The claim that does not hold; empty if all do."""
+    def _wrong_claim(self, node: fx.Node, value: Value, tensor: Tensor, other: Tensor | None) -> str:
+        """Return the claim that does not hold; empty if all hold."""
         if any(isinstance(atom, Sorted) for axis in value.axes for atom in axis):
             return ""
         if self._wraps(value.fact):
-            return ""  # of such numbers nothing is claimed: a call with them runs plain
+            return ""  # calls with such numbers run plain
         if any(not _same(t, t.narrow(dim, 0, 1).expand_as(t)) for t, dim in self._uniform(value, tensor)):
-            return "is claimed to be uniform along a dimension, and is not"
+            return "is claimed to be uniform along a dimension, but is not"
         if value.is_constant:
             if other is not None and not _same(tensor, other):
-                return "is claimed to be the same for all rows, and is not"
+                return "is claimed to be the same for all rows, but is not"
         elif not self._is_determined(value, tensor) and self._is_used(node, value):
-            return "is claimed to be determined by the paths of rows, and is not"
+            return "is claimed to be determined by the paths of rows, but is not"
         if not self._holds(node, value, tensor):
-            return f"is claimed to be {value.fact}, and is not"
+            return f"is claimed to be {value.fact}, but is not"
         bounds = bounds_of(node) if isinstance(val(node), Tensor) else None
         if bounds is not None and tensor.numel():
-            slack = LEFT_OUT * max(map(abs, bounds))
+            slack = BOUND_TOLERANCE * max(map(abs, bounds))
             if tensor.double().min() < bounds[0] - slack or tensor.double().max() > bounds[1] + slack:
-                return f"is claimed to be from {bounds[0]} to {bounds[1]}, and is not"
+                return f"is claimed to be from {bounds[0]} to {bounds[1]}, but is not"
         return ""
 
     # ----------------------------------------------------------------------------------------------------- axes
@@ -154,7 +155,7 @@ class _Claims:
         return sizes
 
     def _by_atom(self, value: Value, tensor: Tensor) -> tuple[Tensor, list[Any]]:
-        """The tensor with a dimension for each atom, and the atoms; None for dimensions of size one."""
+        """Return the tensor with a dimension for each atom, and the atoms (None for a dimension of size one)."""
         sizes: list[int] = []
         atoms: list[Any] = []
         for axis in value.axes:
@@ -169,34 +170,32 @@ class _Claims:
     # ----------------------------------------------------------------------------------------------------- paths
 
     def _nodes_of_rows(self) -> Tensor:
-        """``[B, S]``: equal for rows of equal path, by all keys that there are. Rows that see no key are not equal."""
+        """Return the nodes ``[B, S]`` of rows. Rows of equal path have equal nodes, except fully masked rows."""
         keys = [self.env[node] for node in self.tokens.keys]
-        rows = [row_numbers(key) if key.ndim > 2 else key.numpy(force=True) for key in keys]
-        rows += [seen for seen in (rows_seen(self.env[mask]) for mask in self.tokens.masks) if seen is not None]
-        fully_masked = {
-            b for node in self.gm.graph.nodes if node.op != "output" for v in values_of(node) for b in v.fully_masked
-        }
+        row_keys = [row_numbers(key) if key.ndim > 2 else key.numpy(force=True) for key in keys]
+        row_keys += [seen for seen in (rows_seen(self.env[mask]) for mask in self.tokens.masks) if seen is not None]
+        values = (value for node in self.gm.graph.nodes if node.op != "output" for value in values_of(node))
         unique = np.zeros((self.batch, self.seq), np.bool_)
-        for one in fully_masked:
-            visible = (self._entries(one.source).numpy(force=True) != 0) == one.truth
-            unique |= rows_without_a_key(np.broadcast_to(visible[:, : self.seq], unique.shape), one.window)
-        plan = PrefixPlan.from_rows(*rows, unique=unique)
+        for fully_masked in {rows for value in values for rows in value.fully_masked}:
+            visible = (self._entries(fully_masked.source).numpy(force=True) != 0) == fully_masked.truth
+            unique |= rows_without_a_key(np.broadcast_to(visible[:, : self.seq], unique.shape), fully_masked.window)
+        plan = PrefixPlan.from_rows(*row_keys, unique=unique)
         return torch.from_numpy(plan.scatter).view(self.batch, self.seq)
 
     def _is_determined(self, value: Value, tensor: Tensor) -> bool:
-        """Entries at rows, or pairs of rows, of equal paths are equal."""
+        """Whether entries of rows, or of pairs of rows, with equal paths are equal."""
         by_atom, atoms = self._by_atom(value, tensor)
         if BATCH not in atoms:
             return True
         by_sequence = by_atom.movedim(atoms.index(BATCH), 0)
         del atoms[atoms.index(BATCH)]
-        columns = [dim for dim, atom in enumerate(atoms) if atom is SEQ or isinstance(atom, Longer)]
-        for one in range(self.batch):
-            for other in range(one):
-                same = self.nodes[one] == self.nodes[other]
-                first, second = by_sequence[one], by_sequence[other]
-                for dim in columns:
-                    kept = torch.cat([same, same.new_ones(first.shape[dim] - self.seq)])
+        column_dims = [dim for dim, atom in enumerate(atoms) if atom is SEQ or isinstance(atom, Longer)]
+        for i in range(self.batch):
+            for j in range(i):
+                is_same = self.nodes[i] == self.nodes[j]
+                first, second = by_sequence[i], by_sequence[j]
+                for dim in column_dims:
+                    kept = torch.cat([is_same, is_same.new_ones(first.shape[dim] - self.seq)])
                     first, second = (t.index_select(dim, kept.nonzero()[:, 0]) for t in (first, second))
                 if not _close(first, second):
                     return False
@@ -205,7 +204,7 @@ class _Claims:
     # ----------------------------------------------------------------------------------------------------- facts
 
     def _entries(self, source: fx.Node) -> Tensor:
-        """``[B, S]``, or of a constant ``[1, N]``."""
+        """Return the entries of a fact's source: ``[B, S]``, or ``[1, N]`` for a constant."""
         tensor: Tensor = self.env[source]
         if value_of(source).is_constant:
             return tensor.reshape(-1, tensor.shape[-1])[:1]
@@ -250,19 +249,19 @@ class _Claims:
                 step = step if isinstance(fact, Step) else step != 1
                 return _same(tensor.reshape(-1, tensor.shape[-1])[: len(step)], step[:, : tensor.shape[-1]])
             case Predicate(formula):
-                known, maybe = frame.formula(formula)
-                return bool(((tensor | ~known) & (maybe | ~tensor)).all())
+                certain, possible = frame.formula(formula)
+                return bool(((tensor | ~certain) & (possible | ~tensor)).all())
             case Ones(formula):
-                known, maybe = frame.formula(formula)
-                return bool((((tensor == 1) | ~known) & ((tensor == 0) | maybe)).all())
+                certain, possible = frame.formula(formula)
+                return bool((((tensor == 1) | ~certain) & ((tensor == 0) | possible)).all())
             case Score(size):
-                return bool(tensor.double().abs().max() <= size * (1 + LEFT_OUT))
+                return bool(tensor.double().abs().max() <= size * (1 + BOUND_TOLERANCE))
             case Masked():
                 return self._is_masked(frame, fact, tensor)
             case Weights(visible, _, key):
-                known, maybe = frame.formula(visible)
-                sees = known.expand_as(frame.keys_only(tensor)).any(key, keepdim=True)
-                return bool(((frame.keys_only(tensor) == 0) | maybe | ~sees).all())
+                certain, possible = frame.formula(visible)
+                sees = certain.expand_as(frame.keys_only(tensor)).any(key, keepdim=True)
+                return bool(((frame.keys_only(tensor) == 0) | possible | ~sees).all())
             case RowMax(of):
                 scores = self.env[of]
                 (dim,) = [d for d in range(rank) if tensor.shape[d] != scores.shape[d]] or (0,)
@@ -271,30 +270,30 @@ class _Claims:
                 return fact is None
 
     def _is_masked(self, frame: _Frame, fact: Masked, tensor: Tensor) -> bool:
-        known, maybe = frame.formula(fact.visible)
+        certain, possible = frame.formula(fact.visible)
         tensor = frame.keys_only(tensor).double()
-        known, hidden = known.expand_as(tensor), ~maybe.expand_as(tensor)
-        # Where the largest entry of each row was subtracted, the floor is that of rows that see a key.
-        centred = fact.size == math.inf and math.isfinite(fact.gap)
-        floor = fact.floor if fact.is_strict else fact.floor + LEFT_OUT * abs(fact.floor)
-        low = centred or not hidden.any() or bool(tensor[hidden].max() <= floor)
-        size = 0.0 if fact.zero else fact.size * (1 + LEFT_OUT)
-        return low and (not known.any() or bool(tensor[known].abs().max() <= size))
+        certain, hidden = certain.expand_as(tensor), ~possible.expand_as(tensor)
+        # If the largest entry of each row is subtracted, the floor does not apply to fully masked rows.
+        is_centred = fact.size == math.inf and math.isfinite(fact.gap)
+        floor = fact.floor if fact.is_strict else fact.floor + BOUND_TOLERANCE * abs(fact.floor)
+        is_low = is_centred or not hidden.any() or bool(tensor[hidden].max() <= floor)
+        size = 0.0 if fact.zero else fact.size * (1 + BOUND_TOLERANCE)
+        return is_low and (not certain.any() or bool(tensor[certain].abs().max() <= size))
 
     def _counts_breaks(self, source: fx.Node, counted_from: fx.Node) -> bool:
-        numbers, positions = self._entries(source), self._entries(counted_from)
-        return _same(numbers.diff(dim=1) == 0, (positions.diff(dim=1) == 1)[:, : numbers.shape[1] - 1])
+        counts, positions = self._entries(source), self._entries(counted_from)
+        return _same(counts.diff(dim=1) == 0, (positions.diff(dim=1) == 1)[:, : counts.shape[1] - 1])
 
 
 class _Frame:
-    """The dimensions of one tensor, for facts that count them from the right."""
+    """The dimensions of one tensor. Facts count them from the right."""
 
     def __init__(self, claims: _Claims, value: Value, tensor: Tensor) -> None:
         self.claims, self.value, self.tensor = claims, value, tensor
         self.rank = tensor.ndim
 
     def keys_only(self, tensor: Tensor) -> Tensor:
-        """Without entries that have no column (sinks), of which formulas say nothing."""
+        """Return the tensor without the entries of sinks, to which formulas do not apply."""
         for dim, axis in enumerate(self.value.axes):
             if any(isinstance(atom, Longer) for atom in axis):
                 tensor = tensor.narrow(dim, 0, self.claims.seq)
@@ -307,7 +306,7 @@ class _Frame:
         return torch.arange(size).view(shape)
 
     def entries(self, source: fx.Node, dim: int) -> Tensor | None:
-        """The entries of a source along ``dim``, where the tensor's batch is a dimension of its own, else None."""
+        """Return the entries of a source along ``dim``; None if the tensor's batch is not a separate dimension."""
         rows = self.claims._entries(source)[:, : self.keys_only(self.tensor).shape[dim]]
         shape = [1] * self.rank
         shape[dim] = rows.shape[1]
@@ -320,34 +319,35 @@ class _Frame:
         return rows.reshape(shape)
 
     def formula(self, formula: Formula) -> tuple[Tensor, Tensor]:
-        """Where it is certain to hold, and where it may."""
-        found: Tensor | None = None
+        """Return where the formula certainly holds, and where it may hold."""
+        holds: Tensor | None = None
         match formula:
             case Diff(a, b, bound):
-                found = self.index(a) - self.index(b) <= bound
+                holds = self.index(a) - self.index(b) <= bound
             case RowTrue(source, dim, truth):
-                rows = self.entries(source, dim)
-                found = None if rows is None else (rows != 0) == truth
+                entries = self.entries(source, dim)
+                holds = None if entries is None else (entries != 0) == truth
             case Same(source, a, b):
-                one, other = self.entries(source, a), self.entries(source, b)
-                found = None if one is None or other is None else one == other
+                first, second = self.entries(source, a), self.entries(source, b)
+                holds = None if first is None or second is None else first == second
             case AtMost(source, a, b, bound):
-                one, other = self.entries(source, a), self.entries(source, b)
-                found = None if one is None or other is None else one.double() - other.double() <= bound
+                first, second = self.entries(source, a), self.entries(source, b)
+                holds = None if first is None or second is None else first.double() - second.double() <= bound
             case And(terms) | Or(terms):
-                holds = isinstance(formula, And)
-                known = maybe = torch.full([1] * self.rank, holds)
+                is_and = isinstance(formula, And)
+                certain = possible = torch.full([1] * self.rank, is_and)
                 for term in terms:
-                    one, other = self.formula(term)
-                    known, maybe = (known & one, maybe & other) if holds else (known | one, maybe | other)
-                return known, maybe
-        if found is None:
+                    term_certain, term_possible = self.formula(term)
+                    certain = certain & term_certain if is_and else certain | term_certain
+                    possible = possible & term_possible if is_and else possible | term_possible
+                return certain, possible
+        if holds is None:
             return torch.full([1] * self.rank, False), torch.full([1] * self.rank, True)
-        return found, found
+        return holds, holds
 
 
 class _Run(fx.Interpreter):
-    """With zeros where a program has memory that it has not written to: no claim is about what is left there."""
+    """Runs a program with zeros for uninitialised memory, about which there are no claims."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         result = super().call_function(target, args, kwargs)
@@ -361,15 +361,15 @@ def _run(gm: fx.GraphModule, args: Sequence[Any]) -> dict[fx.Node, Any]:
     return interpreter.env
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+def _same(first: Tensor, second: Tensor) -> bool:
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    if not one.dtype.is_floating_point and not one.dtype.is_complex:
-        return _same(one, other)
-    finite = one.isfinite() & other.isfinite()
-    if not _same(one[~finite], other[~finite]):
+def _close(first: Tensor, second: Tensor) -> bool:
+    if not first.dtype.is_floating_point and not first.dtype.is_complex:
+        return _same(first, second)
+    finite = first.isfinite() & second.isfinite()
+    if not _same(first[~finite], second[~finite]):
         return False
-    largest = one[finite].abs().max() if finite.any() else torch.zeros(())
-    return bool(((one - other)[finite].abs() <= ROUNDING * largest.clamp(min=1.0)).all())
+    largest = first[finite].abs().max() if finite.any() else torch.zeros(())
+    return bool(((first - second)[finite].abs() <= ROUNDING * largest.clamp(min=1.0)).all())

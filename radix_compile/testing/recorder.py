@@ -1,7 +1,7 @@
-"""Writes a captured graph by hand, one op at a time, with the inputs that every sample may use.
+"""Builds the captured graph of a sample, op by op, with inputs that all samples share.
 
-The sizes collide on purpose: as many heads as sequences, features and head features as long as the sequence. A rule
-that goes by a size instead of by the structure of the program is caught by that.
+Sizes collide on purpose: there are as many heads as sequences, and as many features as columns. So a rule that
+identifies axes by their sizes fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VOCABULARY = 31
 
 
 def sample_inputs() -> dict[str, Tensor]:
-    """The inputs of every sample, by name, in float64. Two groups of sequences share prefixes of different length."""
+    """Return the inputs of every sample by name, in float64. Two pairs of sequences share prefixes."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, VOCABULARY, (BATCH, SEQ), generator=generator)
     ids[2, :4] = ids[0, :4]
@@ -49,12 +49,12 @@ def sample_inputs() -> dict[str, Tensor]:
         "square": floats(SEQ, SEQ),
         "sequences": floats(BATCH, 1, 1),
         "long_columns": floats(2 * SEQ + 1, 1),
-        "long_row": (torch.arange(BATCH * SEQ)[None] % 5 != 1).long(),  # the first rows of it are not alike
+        "long_row": (torch.arange(BATCH * SEQ)[None] % 5 != 1).long(),  # reshaped to [B, S], its rows differ
     }
 
 
 def shuffle_later(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
-    """The same inputs with other ids and positions from ``column`` on."""
+    """Return the inputs with other ids and positions from ``column`` on."""
     ids, positions = inputs["ids"].clone(), inputs["positions"].clone()
     ids[:, column:] = (ids[:, column:] + 7) % VOCABULARY
     positions[:, column:] = 2 * positions[:, column:] + 1
@@ -62,16 +62,16 @@ def shuffle_later(inputs: dict[str, Tensor], column: int) -> dict[str, Tensor]:
 
 
 class Variant(Enum):
-    """Other inputs that samples are built of: the same shapes, of which other things are true."""
+    """Variants of the inputs: of the same shapes, with other properties."""
 
-    AS_WRITTEN = "weights and tables of random numbers, masks of int64 columns with floors of float64"
-    UNIFORM = "weights and tables of equal numbers; everything first in a region without gradients"
-    TABLES = "rows with a number for each column, tables and padding cut from longer buffers; first in such a region"
-    FLOORS = "masks of int32 columns that wrap around, with floors of float16 and large biases"
+    AS_WRITTEN = "random weights and tables; masks from int64 columns, with float64 floors"
+    UNIFORM = "weights and tables of equal entries; the sample is also recorded in a region without gradients"
+    TABLES = "rows that depend on their column, tables and padding sliced from longer buffers; also without gradients"
+    FLOORS = "masks from int32 columns that wrap around, with float16 floors and large biases"
 
 
 class Recorder:
-    """A graph in the making. Call it with an op and its arguments: the node comes back, with its ``val``."""
+    """A graph that is being built. A call with an op and its arguments returns the new node, with its ``val``."""
 
     ids: fx.Node
     positions: fx.Node
@@ -99,13 +99,13 @@ class Recorder:
                 setattr(self, name, self(aten.full.default, inputs[name].shape, 0.5, dtype=torch.float64))
         if variant is Variant.TABLES:
             self.columns = self(aten.slice.Tensor, self.long_columns, 0, 0, SEQ)
-            shown = self(aten.slice.Tensor, self.long_row, 1, 0, SEQ)
-            self.padding = self(aten.mul.Tensor, self.padding, shown)
+            visible = self(aten.slice.Tensor, self.long_row, 1, 0, SEQ)
+            self.padding = self(aten.mul.Tensor, self.padding, visible)
 
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:
-        """Record no gradients for the ops that are recorded here. The inputs of samples were there before."""
-        _ = self.x, self.heads, self.scores
+        """A context in which ops are recorded without gradients. ``x``, ``heads`` and ``scores`` keep theirs."""
+        _ = self.x, self.heads, self.scores  # recorded before the region
         self.graph.call_function(SET_GRAD_ENABLED, (False,))
         yield
         self.graph.call_function(SET_GRAD_ENABLED, (True,))
@@ -125,13 +125,13 @@ class Recorder:
         set_graph_facts(gm, GraphFacts(is_differentiable=True))
         return gm
 
-    # ------------------------------------------------------------------------------- values to start from
+    # ------------------------------------------------------------------------------- inputs of the op under test
 
     @cached_property
     def x(self) -> fx.Node:
         """``[B, S, D]``, one vector for each row."""
-        looked_up = self(aten.embedding.default, self.table, self.ids)
-        return self(aten.add.Tensor, looked_up, self.columns) if self.variant is Variant.TABLES else looked_up
+        embedded = self(aten.embedding.default, self.table, self.ids)
+        return self(aten.add.Tensor, embedded, self.columns) if self.variant is Variant.TABLES else embedded
 
     @cached_property
     def wide(self) -> fx.Node:
@@ -147,9 +147,9 @@ class Recorder:
 
     @cached_property
     def heads_in_a_row(self) -> fx.Node:
-        """``[B, H, S, E]``, in memory too: what rows that come back from the tree are not."""
-        made_anew = self(aten.clone.default, self.heads, memory_format=torch.contiguous_format)
-        return self(aten.tanh.default, made_anew)
+        """``[B, H, S, E]``, contiguous, unlike scattered rows."""
+        contiguous = self(aten.clone.default, self.heads, memory_format=torch.contiguous_format)
+        return self(aten.tanh.default, contiguous)
 
     @cached_property
     def scores(self) -> fx.Node:
@@ -165,8 +165,8 @@ class Recorder:
         options = {"dtype": torch.int32} if self.variant is Variant.FLOORS else {}
         query = self(aten.unsqueeze.default, self(aten.arange.default, SEQ, **options), 1)
         key = self(aten.unsqueeze.default, self(aten.arange.default, SEQ, **options), 0)
-        if self.variant is Variant.FLOORS:  # the last ones become the lowest
-            query, key = (self(aten.add.Tensor, one, 2**31 - 3) for one in (query, key))
+        if self.variant is Variant.FLOORS:  # the last columns wrap around to the lowest numbers
+            query, key = (self(aten.add.Tensor, column, 2**31 - 3) for column in (query, key))
         return self(aten.le.Tensor, self(aten.add.Tensor, key, -bound), query)
 
     @cached_property
@@ -179,8 +179,8 @@ class Recorder:
     @cached_property
     def visible_keys(self) -> fx.Node:
         """``[B, 1, 1, S]``, true where the key is no padding."""
-        shown = self(aten.ne.Scalar, self.padding, 0)
-        return self(aten.unsqueeze.default, self(aten.unsqueeze.default, shown, 1), 1)
+        is_token = self(aten.ne.Scalar, self.padding, 0)
+        return self(aten.unsqueeze.default, self(aten.unsqueeze.default, is_token, 1), 1)
 
     @cached_property
     def weights(self) -> fx.Node:
@@ -190,14 +190,14 @@ class Recorder:
     def masked(self, visible: fx.Node, floor: float = float("-inf")) -> fx.Node:
         if self.variant is not Variant.FLOORS:
             return self(aten.where.ScalarOther, visible, self.scores, floor)
-        zero, lowest = (self(aten.full.default, [], n, dtype=torch.float16) for n in (0.0, -65504.0))
+        zero, lowest = (self(aten.full.default, [], number, dtype=torch.float16) for number in (0.0, -65504.0))
         scores = self(aten.add.Tensor, self.scores, self(aten.where.self, visible, zero, lowest))
         large = self(aten.mul.Tensor, self(aten.arange.default, SEQ, dtype=torch.float64), 3e4)
         return self(aten.add.Tensor, scores, large)
 
     @cached_property
     def full_weights(self) -> fx.Node:
-        """``[B, H, S, S]``, pairs of rows of which nothing is known."""
+        """``[B, H, S, S]``, entries of pairs of rows without any facts."""
         return self(aten.sigmoid.default, self.scores)
 
 

@@ -182,7 +182,7 @@ def test_bench(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert "a fold by inductor: 40 rows -> 22" in said
+    assert "fold with inductor: 40 rows -> 22 nodes" in said
     assert main(["doctor", "--json"]) == 0
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert checks["torch"]["found"].partition("+")[0] == torch.__version__.partition("+")[0]
@@ -192,9 +192,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("extension", "version", "found", "good"),
     [
-        (len, "0.1.0", "in C, by radix-compile-native", None),
-        (None, "not installed", "in NumPy; radix-compile-native does the same in C", None),
-        (None, "0.1.0", "in NumPy: radix-compile-native is installed and cannot be imported", False),
+        (len, "0.1.0", "in C, from radix-compile-native", None),
+        (None, "not installed", "in NumPy; install radix-compile-native for C", None),
+        (None, "0.1.0", "in NumPy: radix-compile-native is installed but cannot be imported", False),
     ],
 )
 def test_doctor_says_which_plan_function_runs(
@@ -213,7 +213,7 @@ def test_doctor_says_which_plan_function_runs(
         (["explain", "python:no_such_module:make"], "No module named 'no_such_module'"),
         (["explain", "python:math"], "expected python:MODULE:CALLABLE"),
         (["explain", "python:math:floor"], "python:math:floor"),
-        (["explain", "{config}", "--device", "cuda:7"], "--device cuda:7 is not there"),
+        (["explain", "{config}", "--device", "cuda:7"], "--device cuda:7 is not available"),
         (["explain", "{config}", "--data", "{data}"], "--tokenizer"),
         (["explain", f"python:{__name__}:TwoArguments"], "the model itself fails on ids of the shape [8, 80]"),
         (["explain", f"python:{__name__}:Reverses", "--data", "{data}"], "pass --tokenizer"),
@@ -223,7 +223,10 @@ def test_doctor_says_which_plan_function_runs(
         (["diff", "{config}", "-o", "x.svg"], "-o x.svg: expected a file ending in .txt, .diff, .html, .json"),
         (["diff", "{config}", "-o", "/no/such/folder/x.html"], "-o /no/such/folder/x.html: No such file"),
         (["estimate", "no_such_file.jsonl"], "no_such_file.jsonl"),
-        (["estimate", "{data}", "--field", "answer"], "no field answer; there are prompt: say --field"),
+        (
+            ["estimate", "{data}", "--field", "answer"],
+            "no field answer; the fields are prompt: choose one with --field",
+        ),
     ],
 )
 def test_errors_are_one_line(

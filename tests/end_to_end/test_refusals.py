@@ -398,8 +398,8 @@ def test_every_refusal_names_its_code_and_every_code_is_named() -> None:
 
 
 ADVISED = {
-    RefusalCode.NO_RULE: "give it a rule",
-    RefusalCode.CUSTOM_RULE: "mend the rule",
+    RefusalCode.NO_RULE: "register a rule for it",
+    RefusalCode.CUSTOM_RULE: "correct the rule",
     RefusalCode.MIXES_TOKENS: "Move it behind the model",
     RefusalCode.MIXES_SEQUENCES: "the same for all sequences",
     RefusalCode.DIFFERS_BY_ROW: "the same weights for every row",
@@ -408,16 +408,16 @@ ADVISED = {
     RefusalCode.MASK_NOT_CAUSAL: "implies k <= q",
     RefusalCode.MASK_NOT_UNDERSTOOD: "Mask with minus infinity",
     RefusalCode.FUSED_LAYER: "set_fastpath_enabled(False)",
-    RefusalCode.BLOCK_MASK_IN_GRAPH: "outside of the compiled function",
-    RefusalCode.FILLED_CACHE: "Send prompts in one call",
+    RefusalCode.BLOCK_MASK_IN_GRAPH: "outside the compiled function",
+    RefusalCode.FILLED_CACHE: "Send whole prompts in one call",
     RefusalCode.SWITCHED_OFF: 'fold="auto"',
     RefusalCode.NOTHING_TO_SHARE: "several sequences",
     RefusalCode.NO_TOKEN_IDS: "Compile the whole model",
     RefusalCode.EMBEDDINGS_WITH_GRADIENT: "Pass input_ids",
     RefusalCode.SYMBOLIC_SIZE: "without dynamic=True",
-    RefusalCode.TORCH_FUNC: "outside of the compiled function",
+    RefusalCode.TORCH_FUNC: "outside the compiled function",
     RefusalCode.UNSUPPORTED_GRADIENT: "torch.no_grad()",
-    RefusalCode.INTERNAL_ERROR: "a mistake in radix_compile",
+    RefusalCode.INTERNAL_ERROR: "a bug in radix_compile",
 }
 """Words of the advice. Of the other codes nothing is known that would help."""
 

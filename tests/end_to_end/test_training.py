@@ -299,7 +299,7 @@ def test_the_report_says_that_the_loss_reads_the_nodes(capsys: pytest.CaptureFix
     model = build("Qwen3", num_hidden_layers=1).train()
     explanation = radix_compile.explain(loss_of(model), **BATCHES["a shared prefix"]())
     assert explanation.folded
-    assert "its softmax runs once for each node" in capsys.readouterr().out
+    assert "its softmax runs once per node" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("left", [False, True])

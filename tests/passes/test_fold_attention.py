@@ -333,20 +333,20 @@ FULL: dict[str, tuple[Attend, str]] = {
         lambda q, k, v: written(
             q.view(B, 2, 2, S, E), k.view(B, 2, 2, S, E)[:, :1], v.view(B, 2, 2, S, E)[:, :1]
         ).reshape(B, H, S, E),
-        "heads do not fit",
+        "heads do not match",
     ),
     "a mask under a soft cap": (
         lambda q, k, v: written(q, k, v, scores=torch.where(within(3), q @ k.mT, -math.inf), cap=2.0),
-        "not all that its masks hide",
+        "a later op may show what its mask hides",
     ),
     "a floor that is lifted": (
         lambda q, k, v: written(q, k, v, scores=torch.where(within(3), q @ k.mT, torch.finfo(q.dtype).min) * 1e-306),
-        "not all that its masks hide",
+        "a later op may show what its mask hides",
     ),
-    "sinks that are scaled": (lambda q, k, v: with_sinks(q, k, v, SINKS, factor=0.5), "is done to its sinks"),
+    "sinks that are scaled": (lambda q, k, v: with_sinks(q, k, v, SINKS, factor=0.5), "its sinks are scaled"),
     "sinks behind scores whose largest was subtracted": (
         lambda q, k, v: with_sinks(q, k, v, SINKS, centred=True),
-        "something was subtracted from",
+        "the row maximum is subtracted from",
     ),
     "sinks that heads share": (lambda q, k, v: with_sinks(q, k, v, SINKS[:1]), "not one number for each head"),
     "several sinks, as many as heads": (lambda q, k, v: with_sinks(q, k, v, SINKS, dim=-1), "not one number for each"),
@@ -356,7 +356,7 @@ FULL: dict[str, tuple[Attend, str]] = {
     ),
     "a negative factor": (
         lambda q, k, v: torch.where(causal(), q @ k.mT * -0.5, -math.inf).softmax(-1) @ v,
-        "not a positive number",
+        "a number that is not positive",
     ),
 }
 

@@ -90,7 +90,7 @@ def test_reads_the_nodes(name: str) -> None:
     assert len(calls(gm, radix.token_nll.default)) == 1
     assert not scattered(gm)
     assert not calls(gm, aten.cross_entropy_loss.default)
-    assert "softmax runs once for each node" in fold.notes[0]
+    assert "softmax runs once per node" in fold.notes[0]
 
 
 def test_reads_the_nodes_of_rows_that_were_merged_before() -> None:

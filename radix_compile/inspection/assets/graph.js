@@ -1,9 +1,9 @@
-// The data as it comes: lists of numbers. Here they get names.
+// Turns the page's data, which is lists of numbers, into nodes and graphs, and shows the blocks of a graph.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const RESIDENT = new Set(["placeholder", "get_attr", "output"]);
 
-/** A node, with what reads it and the nodes that stand for it on the other side. */
+/** A node, with its users and its counterparts ("twins") on the other side. */
 function nodeOf(entry, number, side) {
   const node = { number, side, name: entry[0], inputs: entry[1], bytes: entry[2], moved: entry[3], users: [], twins: [] };
   data.fields.forEach((field, i) => { node[field] = data.strings[entry[4 + i]]; });
@@ -22,7 +22,7 @@ function graphOf(raw) {
   return graph;
 }
 
-/** How a node is coloured. */
+/** The CSS class that colours a node. */
 function formOf(node, kind) {
   if (kind === "-") return "removed";
   if (node.op === "tree_attention") return "attention";
@@ -37,7 +37,7 @@ function inBytes(count) {
   }
 }
 
-/** What is shown of a graph's lines: nothing of inputs and weights, unless they were added. */
+/** Whether a line is shown: inputs and weights are not, unless they were added. */
 function isShown([kind, before, after], graph) {
   const node = after >= 0 ? graph.after[after] : graph.before[before];
   return !RESIDENT.has(node.op) || kind === "+";
@@ -55,12 +55,12 @@ function make(tag, attributes = {}, ...children) {
 
 /** The module of a node within its layer. */
 function within(module) {
-  const found = /^(?:(?:.*?)\.)?\d+(?=\.|$)/.exec(module);
-  return found ? module.slice(found[0].length).replace(/^\./, "") : module;
+  const match = /^(?:(?:.*?)\.)?\d+(?=\.|$)/.exec(module);
+  return match ? module.slice(match[0].length).replace(/^\./, "") : module;
 }
 
 class BlockView {
-  /** One layer, or several equal ones: closed until asked for, since a page of many opens sooner so. */
+  /** One layer, or several equal ones. Rows are created when it is opened, so that long pages load fast. */
   constructor(page, block) {
     this.page = page;
     this.layers = block.layers.map((lines) => lines.filter((line) => isShown(line, page.graph)));
@@ -69,18 +69,18 @@ class BlockView {
     const count = this.layers.length;
     const lines = this.layers[0];
     this.button = make("button", { "aria-expanded": "false", onclick: () => this.toggle() },
-      make("span", { class: "name" }, block.numbers.length ? block.title.replace(/ \(.*/, "") : "outside of layers"));
+      make("span", { class: "name" }, block.numbers.length ? block.title.replace(/ \(.*/, "") : "outside layers"));
     if (count > 1) this.button.append(make("span", { class: "badge" }, `${count} equal layers`));
-    this.button.append(make("span", { class: "said" }, this.said(lines)), this.strip(lines));
+    this.button.append(make("span", { class: "counts" }, this.counts(lines)), this.strip(lines));
     this.body = make("div", { hidden: "" });
     this.element = make("div", { class: "block" }, this.button, this.body);
   }
 
-  said(lines) {
+  counts(lines) {
     const counts = { "~": 0, "+": 0, "-": 0, " ": 0 };
     for (const [kind] of lines) counts[kind] += 1;
-    const words = { "~": "once per node", "+": "added", "-": "gone", " ": "as before" };
-    return Object.keys(words).filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${words[kind]}`).join(", ");
+    const labels = { "~": "once per node", "+": "added", "-": "removed", " ": "unchanged" };
+    return Object.keys(labels).filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${labels[kind]}`).join(", ");
   }
 
   strip(lines) {

@@ -1,4 +1,4 @@
-// The page: which graph, which tab, which node; search and keys.
+// The page: the selected graph, tab and node; search and keys.
 
 const $ = (selector) => document.querySelector(selector);
 
@@ -48,7 +48,7 @@ class Page {
 
   // ------------------------------------------------------------------------------------------------------ nodes
 
-  /** Bring a node to light, and say what there is to say of it. */
+  /** Select a node: scroll to it and show its details. */
   choose(node) {
     this.chosen = node;
     this.reveal(node);
@@ -86,7 +86,7 @@ class Page {
     this.paint();
   }
 
-  /** Colour what the node reads, what reads it, and what stands for it on the other side. */
+  /** Highlight the inputs and users of the node, and its counterparts on the other side. */
   paint() {
     for (const cell of document.querySelectorAll(".near, .chosen, .hit")) cell.classList.remove("near", "chosen", "hit");
     for (const node of this.hits) this.cell(node)?.classList.add("hit");
@@ -95,7 +95,7 @@ class Page {
     const other = node.side === "before" ? "after" : "before";
     const near = [...node.inputs, ...node.users].map((number) => ({ side: node.side, number }));
     near.push(...node.twins.map((number) => ({ side: other, number })));
-    for (const one of near) this.cell(one)?.classList.add("near");
+    for (const neighbour of near) this.cell(neighbour)?.classList.add("near");
     if (this.chosen) this.cell(this.chosen)?.classList.add("chosen");
   }
 
@@ -103,7 +103,7 @@ class Page {
     const panel = $("#details");
     panel.classList.toggle("idle", !node);
     if (!node) {
-      panel.replaceChildren(make("p", { class: "quiet" }, "Point at a node for what is known of it; click to hold it."));
+      panel.replaceChildren(make("p", { class: "quiet" }, "Point at a node to see its details; click to keep them."));
       return;
     }
     const list = make("dl");
@@ -114,17 +114,17 @@ class Page {
     say("shape", `${node.shape} ${node.dtype}`.trim());
     say("size", node.bytes ? inBytes(node.bytes) : "");
     say("moved", node.moved ? `${inBytes(node.moved)} between rows and nodes` : "");
-    say("form", { compact: "compact: once per node", full: "full: once per row", boundary: "leads from one form to the other", either: "in either form, where it is wanted" }[node.form] || "");
-    const known = node.value || !node.twins.length || node.side === "before" ? node : this.graph.before[node.twins[0]];
-    say("value", known.value);
-    say("rule", known.rule);
-    say("reason", known.reason);
-    say("with", node.arguments);
+    say("form", { compact: "compact: once per node", full: "full: once per row", boundary: "boundary: converts between rows and nodes", either: "either: in the form that its readers need" }[node.form] || "");
+    const annotated = node.value || !node.twins.length || node.side === "before" ? node : this.graph.before[node.twins[0]];
+    say("value", annotated.value);
+    say("rule", annotated.rule);
+    say("reason", annotated.reason);
+    say("arguments", node.arguments);
     say("reads", this.links(node.side, node.inputs));
     say("read by", this.links(node.side, node.users));
     const other = node.side === "before" ? "after" : "before";
     say(node.side === "before" ? "became" : "was", this.links(other, node.twins));
-    const close = make("button", { class: "close", "aria-label": "Let go of the node", onclick: () => this.letGo() }, "\u00d7");
+    const close = make("button", { class: "close", "aria-label": "Deselect the node", onclick: () => this.letGo() }, "\u00d7");
     panel.replaceChildren(make("h2", {}, `${node.op} (${node.side})`), close, list);
   }
 
@@ -141,9 +141,9 @@ class Page {
     $("[data-tab=refusals] .count").textContent = refusals.length ? `(${refusals.length})` : "";
     const panel = $("#refusals");
     panel.replaceChildren(make("p", {}, folded ? "" : heading), make("p", { class: "quiet" }, advice));
-    if (!refusals.length) panel.append(make("div", { class: "refusal good" }, "Nothing that matters was refused."));
+    if (!refusals.length) panel.append(make("div", { class: "refusal good" }, "No refusals."));
     for (const refusal of refusals) {
-      const node = this.graph.before.find((one) => one.name === refusal.node);
+      const node = this.graph.before.find((candidate) => candidate.name === refusal.node);
       const box = make("div", { class: "refusal" }, make("strong", {}, refusal.reason),
         make("p", {}, `${refusal.op}${refusal.module ? " in " + refusal.module : ""}`),
         make("p", { class: "source" }, refusal.source), make("p", { class: "quiet" }, refusal.advice));
@@ -159,15 +159,15 @@ class Page {
   // ----------------------------------------------------------------------------------------------------- search
 
   search(text) {
-    const wanted = text.trim().toLowerCase();
+    const query = text.trim().toLowerCase();
     this.hits = [];
-    if (wanted) {
+    if (query) {
       for (const side of ["before", "after"])
         for (const node of this.graph[side])
-          if (!RESIDENT.has(node.op) && [node.name, node.op, node.module, node.source].some((one) => one.toLowerCase().includes(wanted))) this.hits.push(node);
+          if (!RESIDENT.has(node.op) && [node.name, node.op, node.module, node.source].some((field) => field.toLowerCase().includes(query))) this.hits.push(node);
     }
     this.hit = -1;
-    $("#found").textContent = wanted ? String(this.hits.length) : "";
+    $("#found").textContent = query ? String(this.hits.length) : "";
     this.paint();
   }
 
@@ -180,9 +180,9 @@ class Page {
 
   // ------------------------------------------------------------------------------------------------------- keys
 
-  /** The places that the arrows go to: headings of layers, and the rows of those that are open. */
+  /** The elements that the arrow keys walk through: layer headings, and the rows of open layers. */
   places() {
-    return [...document.querySelectorAll("#blocks .block > button, #blocks .row")].filter((one) => one.offsetParent !== null);
+    return [...document.querySelectorAll("#blocks .block > button, #blocks .row")].filter((element) => element.offsetParent !== null);
   }
 
   mark(place) {
@@ -234,5 +234,5 @@ class Page {
 
 document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 const page = new Page();
-// A layer is filled when it is first opened, and on paper all of them are open.
+// The rows of a layer are created when it is first opened. In print all layers are open.
 addEventListener("beforeprint", () => page.blocks?.forEach((view) => view.body.hasChildNodes() || view.fill()));

@@ -1,4 +1,4 @@
-// The prefix tree of the batch: columns from left to right, sequences from top to bottom, as high as they are many.
+// The prefix tree of the batch: columns from left to right, sequences from top to bottom.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -12,7 +12,7 @@ function svg(tag, attributes, ...children) {
 function drawTree(panel, graph) {
   panel.replaceChildren();
   if (!graph.tree.length) {
-    panel.append(make("p", { class: "quiet" }, "No call of this graph was planned, so there is no tree to show."));
+    panel.append(make("p", { class: "quiet" }, "No call of this graph was planned, so there is no prefix tree."));
     return;
   }
   const columns = Math.max(...graph.tree.map((edge) => edge[1]));
@@ -20,11 +20,11 @@ function drawTree(panel, graph) {
   const width = 1000, top = 22;
   const row = Math.max(2, Math.min(24, 640 / sequences));
   const height = top + sequences * row;
-  const said = make("p", { "aria-live": "polite" });
-  const all = `${sequences} sequences, ${graph.rows.toLocaleString("en")} rows, ${graph.nodes.toLocaleString("en")} nodes. ` +
-    "Each bar is a stretch of tokens; its height is how many sequences share it.";
-  said.textContent = all;
-  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": all });
+  const caption = make("p", { "aria-live": "polite" });
+  const summary = `${sequences} sequences, ${graph.rows.toLocaleString("en")} rows, ${graph.nodes.toLocaleString("en")} nodes. ` +
+    "Each bar is a run of tokens; its height is the number of sequences that share it.";
+  caption.textContent = summary;
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": summary });
   const ticks = 8;
   for (let i = 0; i <= ticks; i++) {
     const x = (width * i) / ticks;
@@ -37,10 +37,10 @@ function drawTree(panel, graph) {
       x: (width * start) / columns, y: top + first * row, width: Math.max(0.5, (width * (stop - start)) / columns), height: count * row,
       "stroke-width": row > 4 ? 1 : 0.3, class: count > 1 ? "shared" : "", tabindex: count > 1 ? "0" : "-1",
     }, svg("title", {}, about));
-    bar.addEventListener("mouseenter", () => { said.textContent = about; });
-    bar.addEventListener("focus", () => { said.textContent = about; });
-    bar.addEventListener("mouseleave", () => { said.textContent = all; });
+    bar.addEventListener("mouseenter", () => { caption.textContent = about; });
+    bar.addEventListener("focus", () => { caption.textContent = about; });
+    bar.addEventListener("mouseleave", () => { caption.textContent = summary; });
     drawing.append(bar);
   });
-  panel.append(said, drawing);
+  panel.append(caption, drawing);
 }

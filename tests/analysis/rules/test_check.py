@@ -51,7 +51,7 @@ def test_a_wrong_rule_and_a_missing_one_are_told_apart(
     assert main(["aten.flip", "aten.roll.default"]) == 1
     printed = capsys.readouterr().out
     assert "wrong    aten.flip.default-" in printed
-    assert "is claimed to be determined by the paths of rows, and is not" in printed
+    assert "is claimed to be determined by the paths of rows, but is not" in printed
     assert "wrong    aten.roll" not in printed
 
     monkeypatch.setattr(sweep, "cases", lambda: iter(()))
