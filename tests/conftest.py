@@ -1,7 +1,7 @@
-"""What every test starts from: a fresh Dynamo and zeroed counts, and Triton's interpreter where there is no GPU.
+"""Every test starts with a fresh Dynamo and zeroed counts, and with Triton's interpreter if there is no GPU.
 
-Tests marked ``slow`` run with ``--everything`` (``make test-all``), which also checks graphs after every pass in all
-of them. Any other test fails if it takes more than ``LONGEST`` seconds of CPU time.
+Tests marked ``slow`` run only with ``--everything`` (``make test-all``). With this option, all tests check graphs after
+every pass. Any other test fails if it takes more than ``MAX_SECONDS`` of CPU time.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where Triton is imported, which the next line may do
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which the next line may do
 
 import radix_compile
 from radix_compile.passes import pipeline
 
-gc.set_threshold(50_000, 20, 100)  # compilers make objects by the million: looking for garbage took a tenth of the time
+gc.set_threshold(50_000, 20, 100)  # compilers make millions of objects: garbage collection took a tenth of the time
 pipeline.ALWAYS_VERIFY = True
 pipeline.RAISE_MISTAKES = True
-LONGEST = 90.0 if not torch.cuda.is_available() else float("inf")
-"""On the slowest machine so far, with compilers started and caches empty. Compiling for a GPU takes all cores."""
-CHECKED = ("fuzz", "test_verify.py")
-"""Folders and files whose tests check graphs after every pass by default. With ``--everything`` all do."""
+MAX_SECONDS = 90.0 if not torch.cuda.is_available() else float("inf")
+"""Including the start of compilers, with empty caches, on the slowest machine so far. All cores compile for a GPU."""
+VERIFIED = ("fuzz", "test_verify.py")
+"""The folders and files whose tests always check graphs after every pass."""
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # or they spend their time waiting for each other
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # more threads would wait for each other
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,14 +50,14 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def verified_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks take as long again as most of what is tested."""
-    if not request.config.getoption("everything") and not {request.path.name, request.path.parent.name} & {*CHECKED}:
+    """Check graphs after every pass only in some tests: the checks take as long as most tests."""
+    if not request.config.getoption("everything") and not {request.path.name, request.path.parent.name} & {*VERIFIED}:
         monkeypatch.setattr(pipeline, "ALWAYS_VERIFY", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--everything", action="store_true", help="run the tests marked slow, and check every pass in all")
-    parser.addoption("--record-durations", metavar="FILE", help="write the seconds that each test took to this file")
+    parser.addoption("--everything", action="store_true", help="run slow tests, and check graphs after every pass")
+    parser.addoption("--record-durations", metavar="FILE", help="write the seconds of each test to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Durations:
-    """Keeps the seconds of tests that take one at least, setting up and tearing down left out."""
+    """Records the tests that take at least a second. Set-up and tear-down do not count."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -84,8 +84,9 @@ class Durations:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("everything"):
         return
-    named = [arg for arg in config.invocation_params.args if "::" in str(arg)]  # whoever names a test wants it to run
-    slow = [] if named else [item for item in items if item.get_closest_marker("slow")]
+    # A test that is named runs even if it is slow.
+    named_tests = [arg for arg in config.invocation_params.args if "::" in str(arg)]
+    slow = [] if named_tests else [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in set(slow)]
 
@@ -95,12 +96,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     before = _cpu_seconds()
     result = yield
     spent = _cpu_seconds() - before
-    if spent > LONGEST and item.get_closest_marker("slow") is None:
+    if spent > MAX_SECONDS and item.get_closest_marker("slow") is None:
         pytest.fail(f"takes {spent:.0f} s of CPU time: make it smaller, or mark it slow and say why")
     return result
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has started and waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    """The CPU time of this process and of the child processes that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

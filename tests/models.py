@@ -1,4 +1,4 @@
-"""Small unmodified models with random weights, batches that share prefixes, and what to compare outputs with."""
+"""Small unmodified models with random weights, batches that share prefixes, and comparisons of outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _tiny(kind: str, attention: str, **changes: Any) -> Any:
 
 
 def build(kind: str, head: str = "ForCausalLM", attention: str = "sdpa", **changes: Any) -> nn.Module:
-    """A model of that kind (``Qwen3``, ``Llama``, ``GPT2``, ...), in eval mode, the same weights every time."""
+    """A model of this kind (``Qwen3``, ``Llama``, ``GPT2``, ...) in eval mode, with the same weights every time."""
     if kind == "GPT2":
         head = {"ForCausalLM": "LMHeadModel"}.get(head, head)
         changes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **changes}
@@ -52,7 +52,7 @@ def shared_batch(batch: int, seq: int, shared: int, seed: int = 0) -> torch.Tens
 
 
 def paths(*keys: torch.Tensor, unique: torch.Tensor | None = None) -> int:
-    """The number of distinct paths, counted one row at a time; ``unique`` rows count by themselves."""
+    """The number of distinct paths, counted row by row. Each row of ``unique`` counts separately."""
     distinct: set[object] = set()
     rows, columns = keys[0].shape
     for b in range(rows):
@@ -69,14 +69,14 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def assert_as_exact(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: float = 4.0) -> None:
-    """``ours`` may err by a small factor of what the plain model errs in the same dtype, on every entry.
+    """Check that the error of ``ours`` is at most ``factor`` times the error of ``plain``, which has the same dtype.
 
-    ``exact`` is the plain model run in float64. The floor, one unit in the last place of the largest entry, is there
-    for a plain model that happens to be exact.
+    ``exact`` is the result of the plain model in float64. One rounding of the largest entry is added to the error of
+    ``plain``, because the plain model may be exact by chance.
     """
     assert ours.shape == plain.shape
     assert ours.dtype == plain.dtype
-    # Eager attention adds float64's lowest number and softmaxes in float32: a row that sees no key has no reference.
+    # In float64, eager attention adds float64's lowest number before a softmax in float32: fully masked rows are NaN.
     known = ~exact.isnan()
     torch.testing.assert_close(ours[~known], plain[~known])
     ours, plain, exact = ours[known], plain[known], exact[known]
@@ -100,15 +100,15 @@ def tensors(output: Any) -> list[torch.Tensor]:
 
 
 def features_apart(heads: torch.Tensor) -> torch.Tensor:
-    """The same ``[..., S, E]``, in memory ``[..., E, S]``: the features of a head are not side by side."""
+    """The same tensor ``[..., S, E]``, laid out as ``[..., E, S]``: the features of a head are not contiguous."""
     return heads.mT.contiguous().mT
 
 
 def compare(model: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Run compiled, plain and in float64, and compare every output tensor."""
+    """Run the compiled model, the plain model and the model in float64, and compare every output tensor."""
     with torch.no_grad():
         ours, plain = tensors(compiled(*args, **kwargs)), tensors(model(*args, **kwargs))
         exact = tensors(in_float64(model)(*args, **kwargs))
     assert len(ours) == len(plain) > 0
-    for one, other, reference in zip(ours, plain, exact, strict=True):
-        assert_as_exact(one, other, reference.double())
+    for result, expected, reference in zip(ours, plain, exact, strict=True):
+        assert_as_exact(result, expected, reference.double())

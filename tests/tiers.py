@@ -1,4 +1,4 @@
-"""Which cases of a test run by default, and which with ``--everything`` (``make test-all``) only."""
+"""Select the cases of a test that run by default. The others run with ``--everything`` (``make test-all``)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pytest
 
 
 def slow_unless(quick: Callable[..., bool], cases: Iterable[Any]) -> list[Any]:
-    """``cases`` for ``parametrize``, marked slow where ``quick(*case)`` (or ``quick(case)``) does not hold."""
-    values = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
-    return [case if quick(*of) else pytest.param(*of, marks=pytest.mark.slow) for case, of in values]
+    """``cases`` for ``parametrize``. Those for which ``quick(*case)`` (or ``quick(case)``) is false are marked slow."""
+    arguments = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [case if quick(*args) else pytest.param(*args, marks=pytest.mark.slow) for case, args in arguments]

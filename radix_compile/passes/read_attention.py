@@ -23,6 +23,7 @@ from radix_compile.ir.axes import Feature, Uniform, shape_of
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import Fact, Filled, Formula, Masked, RowMax, is_known, terms_of
 from radix_compile.ir.graph import facts, set_facts
+from radix_compile.ir.source import upstream
 from radix_compile.ir.value import value_of
 from radix_compile.torch_internals import val
 

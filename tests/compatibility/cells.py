@@ -18,14 +18,14 @@ from tests.compatibility.forms import FORMS, without_gradients
 from tests.models import assert_as_exact, in_float64
 
 ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
-"""What a model raises that cannot be called in some way."""
+"""The errors of a model that does not support a form of call."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``result``: folded, partly, declined, unsupported (the plain model fails), wrong or crash; ``reason`` for it.
+    """``result`` is folded, partly, declined, unsupported (the plain model fails), wrong or crash, for ``reason``.
 
-    ``on_tree`` if all attention runs on the prefix tree, else ``full_form`` says why some that is causal does not.
+    ``on_tree`` if all attention runs on the prefix tree; otherwise ``full_form`` says why a causal attention does not.
     """
 
     family: str
@@ -52,8 +52,10 @@ class Cell:
 def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager", device: str = "cpu") -> Cell:
     model = build_family(family, attention).to(device)
 
-    def call(of: nn.Module, run: Callable[..., Any]) -> Any:
-        return FORMS[form](of, lambda **inputs: run(**{name: _placed(value, device) for name, value in inputs.items()}))
+    def call(model: nn.Module, run: Callable[..., Any]) -> Any:
+        return FORMS[form](
+            model, lambda **inputs: run(**{name: _moved(value, device) for name, value in inputs.items()})
+        )
 
     with warnings.catch_warnings(), without_gradients(form):
         warnings.simplefilter("ignore")
@@ -89,22 +91,22 @@ def run_cell(family: str, attention: str, form: str, inner: str = "aot_eager", d
     )
 
 
-def _placed(value: Any, device: str) -> Any:
+def _moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
 def compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor] | None) -> None:
-    """Against float64; without it, against the plain model, to a thousand roundings of the largest entry."""
-    for number, (one, other) in enumerate(zip(ours, plain, strict=True)):
+    """Compare with float64, or without it with the plain model, within a thousand roundings of the largest entry."""
+    for number, (result, expected) in enumerate(zip(ours, plain, strict=True)):
         if exact is not None:
-            assert_as_exact(one, other, exact[number].double())
+            assert_as_exact(result, expected, exact[number].double())
         else:
-            limit = 1e3 * torch.finfo(other.dtype).eps * other.abs().max().item()
-            torch.testing.assert_close(one, other, rtol=0, atol=limit)
+            limit = 1e3 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+            torch.testing.assert_close(result, expected, rtol=0, atol=limit)
 
 
 class Reports:
-    """Keeps the reports of what the backend compiles."""
+    """A listener that keeps the report of each graph."""
 
     def __init__(self) -> None:
         self.kept: list[GraphReport] = []
@@ -117,12 +119,13 @@ class Reports:
 
 
 def logits(output: Any) -> list[Tensor]:
-    """What a caller reads: the loss if there is one, and the logits, or without a head the hidden state."""
-    found = [getattr(output, name, None) for name in ("loss", "logits", "last_hidden_state")]
-    return [tensor.detach() for tensor in found if tensor is not None]
+    """The loss if there is one, and the logits, or the hidden state of a model without a head."""
+    results = [getattr(output, name, None) for name in ("loss", "logits", "last_hidden_state")]
+    return [tensor.detach() for tensor in results if tensor is not None]
 
 
 def verdict(reports: list[GraphReport]) -> tuple[str, str]:
+    """``result`` and ``reason`` of a cell."""
     folded = [report for report in reports if report.folded]
     refusals = [str(refusal.reason) for report in folded for refusal in report.refusals]
     if not folded:
@@ -132,9 +135,9 @@ def verdict(reports: list[GraphReport]) -> tuple[str, str]:
 
 def attention_forms(reports: list[GraphReport]) -> tuple[bool, str]:
     """``on_tree`` and ``full_form`` of a cell."""
-    attentions = [one for report in reports if report.folded for one in report.attentions]
-    full_form = next((one.full_form for one in attentions if one.full_form), "")
-    return bool(attentions) and all(one.causal for one in attentions) and not full_form, full_form
+    attentions = [attention for report in reports if report.folded for attention in report.attentions]
+    full_form = next((attention.full_form for attention in attentions if attention.full_form), "")
+    return bool(attentions) and all(attention.causal for attention in attentions) and not full_form, full_form
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Some cells on a GPU: ``python -m tests.compatibility.cuda``. The page shows the results of the last run."""
+"""Run some cells on a GPU: ``python -m tests.compatibility.cuda``. The page shows the results of the last run."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from tests.compatibility.families import FAMILIES, attentions
 from tests.compatibility.forms import forms_of
 
 RESULTS = Path(__file__).with_name("cuda.json")
-EAGERLY = ("right padding", "left padding, positions", "embeddings", "labels", "autocast")
-"""The forms of every family, with the inner backend ``aot_eager``."""
-COMPILED = ("Qwen3", "Gemma3", "Bloom", "GptOss", "Mixtral", "DeepseekV3", "Mamba2", "Qwen3Next")
-"""Families that go through inductor too, with right padding."""
+EAGER_FORMS = ("right padding", "left padding, positions", "embeddings", "labels", "autocast")
+"""The forms that run for every family, with the inner backend ``aot_eager``."""
+INDUCTOR_FAMILIES = ("Qwen3", "Gemma3", "Bloom", "GptOss", "Mixtral", "DeepseekV3", "Mamba2", "Qwen3Next")
+"""The families that also run with inductor, with right padding."""
 
 
-def cells(families: Iterable[str]) -> Iterator[tuple[str, str, str, str]]:
+def planned_cells(families: Iterable[str]) -> Iterator[tuple[str, str, str, str]]:
+    """The family, attention, form and inner backend of each cell."""
     for family in families:
         first, *others = attentions(family)
-        yield from ((family, first, form, "aot_eager") for form in forms_of(family) if form in EAGERLY)
+        yield from ((family, first, form, "aot_eager") for form in forms_of(family) if form in EAGER_FORMS)
         yield from ((family, other, forms_of(family)[0], "aot_eager") for other in others if other != "eager")
-    yield from ((family, attentions(family)[0], "right padding", "inductor") for family in COMPILED)
+    yield from ((family, attentions(family)[0], "right padding", "inductor") for family in INDUCTOR_FAMILIES)
 
 
 def table() -> Iterator[str]:
-    """The section of the compatibility page, from the results of the last run."""
+    """The lines of the page's section on GPUs, from the results of the last run."""
     run = json.loads(RESULTS.read_text())
-    kinds = [*EAGERLY, "flex_attention", "inductor"]
+    kinds = [*EAGER_FORMS, "flex_attention", "inductor"]
     yield "## On a GPU\n"
-    yield f"By `python -m tests.compatibility.cuda` on an {run['device']}, torch {run['torch']}, transformers"
-    yield f"{run['transformers']}; {run['results']}. A dash is a cell that has not been run.\n"
+    yield f"Results of `python -m tests.compatibility.cuda` on an {run['device']}, torch {run['torch']}, transformers"
+    yield f"{run['transformers']}. {run['results']}. A dash marks a cell that was not run.\n"
     yield f"| family | {' | '.join(kinds)} |"
     yield "| --- |" + " --- |" * len(kinds)
     rows: dict[str, dict[str, str]] = {}
@@ -57,23 +58,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="cuda", description="Run some cells of the compatibility page on a GPU.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
-        "--family", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), help="only these, eagerly"
+        "--family", nargs="*", choices=list(FAMILIES), default=list(FAMILIES), help="run aot_eager cells of these only"
     )
     parser.add_argument("--workers", type=int, default=4)
     options = parser.parse_args()
-    wanted, found = list(cells(options.family)), []
+    planned, results = list(planned_cells(options.family)), []
     counts: dict[str, int] = {}
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        for (*_, inner), cell in zip(wanted, pool.map(_run, *zip(*wanted, strict=True)), strict=True):
+        for (*_, inner), cell in zip(planned, pool.map(_run, *zip(*planned, strict=True)), strict=True):
             print(cell, f"({inner})", flush=True)
             counts[cell.result] = counts.get(cell.result, 0) + 1
-            found.append({**vars(cell), "inner": inner})
+            results.append({**vars(cell), "inner": inner})
             run = {
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
-                "results": f"{len(found)} cells: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()),
-                "cells": found,
+                "results": f"{len(results)} cells: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()),
+                "cells": results,
             }
             options.results.write_text(json.dumps(run, indent=1) + "\n")
     return int(any(kind in counts for kind in ("wrong", "crash")))

@@ -1,4 +1,4 @@
-"""The model families of transformers that the compatibility page is about: small, with random weights, unmodified."""
+"""The model families of the compatibility page: small unmodified models of transformers with random weights."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 WIDTHS = ("hidden_size", "head_dim", "n_embd", "d_model", "word_embed_proj_dim", "query_pre_attn_scalar")
-"""Sizes that grow with the width of a head."""
+"""The sizes that are proportional to the width of a head."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """``own`` sizes where a config names them its own way, otherwise ``SIZES`` with ``changes``."""
+    """The sizes of a family (``own``, or ``SIZES`` with ``changes``) and its classes in transformers."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] | None = None
@@ -150,10 +150,10 @@ FAMILIES = {
     ),
     "Lfm2": Family({"layer_types": ["conv", "full_attention"]}, note="convolution"),
     "Qwen3ForSequenceClassification": Family(
-        {"num_labels": 3}, config="Qwen3Config", model="Qwen3ForSequenceClassification", note="a head for sequences"
+        {"num_labels": 3}, config="Qwen3Config", model="Qwen3ForSequenceClassification", note="classifies sequences"
     ),
     "Qwen3ForTokenClassification": Family(
-        {"num_labels": 3}, config="Qwen3Config", model="Qwen3ForTokenClassification", note="a head for tokens"
+        {"num_labels": 3}, config="Qwen3Config", model="Qwen3ForTokenClassification", note="classifies tokens"
     ),
     "Bert": Family(model="BertForMaskedLM", note="bidirectional", causal=False),
     "ModernBert": Family(
@@ -193,7 +193,7 @@ FAMILIES = {
 
 
 def attentions(name: str) -> list[str]:
-    """The implementations that this family has; of those the first is what transformers would take."""
+    """The attention implementations of the family. The first is the default of transformers."""
     model = _model_class(FAMILIES[name], name)
     flex = ["flex_attention"] if getattr(model, "_supports_flex_attn", False) else []
     return [*(["sdpa"] if getattr(model, "_supports_sdpa", False) else []), "eager", *flex]
@@ -204,10 +204,10 @@ def _model_class(family: Family, name: str) -> Any:
 
 
 def build_family(name: str, attention: str) -> nn.Module:
-    """The model in eval mode, with weights large enough to tell rows apart, the same ones every time."""
+    """The model in eval mode, with the same weights every time, large enough that rows give different results."""
     family = FAMILIES[name]
     sizes = {**SIZES, **family.changes} if family.own is None else family.own
-    if attention == "flex_attention":  # inductor's kernel for CPUs is wrong where heads are narrow
+    if attention == "flex_attention":  # inductor's kernel for CPUs is wrong for narrow heads
         sizes = {name: 4 * size if name in WIDTHS else size for name, size in sizes.items()}
     config = getattr(transformers, family.config or f"{name}Config")(**sizes)
     config._attn_implementation = attention

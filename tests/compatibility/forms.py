@@ -1,4 +1,4 @@
-"""The ways a model is called that the compatibility page is about."""
+"""The forms of call on the compatibility page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def token_ids() -> Tensor:
 
 
 def at_left(ids: Tensor) -> Tensor:
-    """The same sequences, cut to their lengths, with the padding in front."""
+    """The sequences, cut to their lengths, with the padding on the left."""
     result = torch.zeros_like(ids)
     for row, length in enumerate(LENGTHS):
         result[row, LONGEST - length :] = ids[row, :length]
@@ -43,16 +43,16 @@ def _ones(model: nn.Module, call: Call) -> Any:
     return call(input_ids=token_ids(), attention_mask=torch.ones(BATCH, LONGEST, dtype=torch.long))
 
 
-def _right(model: nn.Module, call: Call, **more: Any) -> Any:
-    return call(input_ids=token_ids() * AT_RIGHT, attention_mask=AT_RIGHT, **more)
+def _right(model: nn.Module, call: Call, **options: Any) -> Any:
+    return call(input_ids=token_ids() * AT_RIGHT, attention_mask=AT_RIGHT, **options)
 
 
-def _left(model: nn.Module, call: Call, **more: Any) -> Any:
-    return call(input_ids=at_left(token_ids()), attention_mask=AT_LEFT, **more)
+def _left(model: nn.Module, call: Call, **options: Any) -> Any:
+    return call(input_ids=at_left(token_ids()), attention_mask=AT_LEFT, **options)
 
 
 def _left_with_positions(model: nn.Module, call: Call) -> Any:
-    """As ``generate`` calls a model."""
+    """Call the model as ``generate`` does."""
     return _left(model, call, position_ids=(AT_LEFT.cumsum(1) - 1).clamp(min=0))
 
 
@@ -61,13 +61,13 @@ def _offset_positions(model: nn.Module, call: Call) -> Any:
 
 
 def _restarting_positions(model: nn.Module, call: Call) -> Any:
-    """Two documents in each sequence."""
+    """Pass two documents in each sequence."""
     positions = torch.cat([torch.arange(LONGEST // 2), torch.arange(LONGEST // 2)]).repeat(BATCH, 1)
     return call(input_ids=token_ids(), position_ids=positions, use_cache=False)
 
 
 def _packed(model: nn.Module, call: Call) -> Any:
-    """All sequences in one row."""
+    """Pass all sequences packed in one row."""
     positions = torch.arange(LONGEST).repeat(BATCH)[None]
     return call(input_ids=token_ids().view(1, -1), position_ids=positions, use_cache=False)
 
@@ -93,7 +93,7 @@ def _static_cache(model: nn.Module, call: Call) -> Any:
 
 
 def _chunks(model: nn.Module, call: Call) -> Any:
-    """A prompt in two calls, the second with what the first left in the cache."""
+    """Pass a prompt in two calls with one cache."""
     ids, half = token_ids(), LONGEST // 2
     cache = transformers.DynamicCache(config=model.config)
     call(input_ids=ids[:, :half], past_key_values=cache, use_cache=True)
@@ -141,14 +141,13 @@ FORMS: dict[str, Callable[[nn.Module, Call], Any]] = {
 
 
 def without_gradients(form: str) -> contextlib.AbstractContextManager[Any]:
-    """Labels are for training; everything else is asked for without gradients."""
+    """Disable gradients, except with labels, which are for training."""
     return contextlib.nullcontext() if form == "labels" else torch.no_grad()
 
 
 def forms_of(family: str) -> list[str]:
-    """The ways in which to call that family: labels are those of a language model."""
-    described = FAMILIES[family]
-    if described.images:
+    """The forms of call that fit the family. Labels fit language models only."""
+    if FAMILIES[family].images:
         return ["images"]
-    unfit = {"images", "labels"} if "num_labels" in described.changes else {"images"}
+    unfit = {"images", "labels"} if "num_labels" in FAMILIES[family].changes else {"images"}
     return [form for form in FORMS if form not in unfit]

@@ -1,4 +1,4 @@
-"""``python -m tests.compatibility.ops FILE``: the ops in the graphs of all families, for the check of the rules."""
+"""Write the ops in the graphs of all families, for the sweep: ``python -m tests.compatibility.ops FILE``."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from tests.compatibility.forms import FORMS, without_gradients
 
 
 def ops_of(family: str, attention: str, form: str) -> set[str]:
-    found: set[str] = set()
+    ops: set[str] = set()
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         try:
             captured = capture(gm, inputs)
         except CaptureError:
             return gm.forward
-        found.update(str(node.target) for node in captured.graph.nodes if isinstance(node.target, OpOverload))
+        ops.update(str(node.target) for node in captured.graph.nodes if isinstance(node.target, OpOverload))
         return gm.forward
 
     torch._dynamo.reset()
     model = build_family(family, attention)
-    with contextlib.suppress(*ERRORS), without_gradients(form):  # it cannot be called in that way
+    with contextlib.suppress(*ERRORS), without_gradients(form):  # the model does not support this form
         FORMS[form](model, torch.compile(model, backend=backend))
-    return found
+    return ops
 
 
 def main(path: str) -> None:
-    found: set[str] = set()
+    ops: set[str] = set()
     for family in FAMILIES:
         first, *others = attentions(family)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found |= ops_of(family, first, "labels")
+            ops |= ops_of(family, first, "labels")
             for attention in (first, *others):
-                found |= ops_of(family, attention, "right padding")
-        print(family, len(found), flush=True)
-    Path(path).write_text("\n".join(sorted(found)) + "\n")
+                ops |= ops_of(family, attention, "right padding")
+        print(family, len(ops), flush=True)
+    Path(path).write_text("\n".join(sorted(ops)) + "\n")
 
 
 if __name__ == "__main__":

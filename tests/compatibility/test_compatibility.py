@@ -1,4 +1,4 @@
-"""Families fold as the compatibility page says: each with right padding, one with every form, none wrong."""
+"""Each family folds with right padding as the compatibility page says, and Qwen3 with every form of call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from tests.compatibility.families import FAMILIES, attentions
 from tests.compatibility.forms import forms_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-FOLD = sorted(name for name, family in FAMILIES.items() if family.causal)
-DECLINED = {"static cache"}
+FOLDING_FAMILIES = sorted(name for name, family in FAMILIES.items() if family.causal)
+DECLINED_FORMS = {"static cache"}
 WITHOUT_ATTENTION = {"Mamba2"}
 
-
 KINDS = {"GPT2", "Qwen3", "Gemma2", "Bloom", "Mixtral", "DeepseekV3", "GptOss", "Qwen3Next", "Mamba2", "Bert"}
-"""One family of each kind; ``slow`` are the others."""
+"""One family of each kind. The others are marked slow."""
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ KINDS = {"GPT2", "Qwen3", "Gemma2", "Bloom", "Mixtral", "DeepseekV3", "GptOss", 
 def test_family(name: str) -> None:
     cell = run_cell(name, attentions(name)[0], forms_of(name)[0])
     assert not cell.fails, cell
-    if name in FOLD:
+    if name in FOLDING_FAMILIES:
         assert cell.result == "folded", cell
         assert cell.compact_tokens == 74 < cell.tokens == 144
         assert cell.on_tree != bool(cell.full_form) or name in WITHOUT_ATTENTION
@@ -38,34 +37,36 @@ def test_family(name: str) -> None:
 @pytest.mark.parametrize("form", forms_of("Qwen3"))
 def test_form(form: str) -> None:
     cell = run_cell("Qwen3", "sdpa", form)
-    assert cell.result == ("declined" if form in DECLINED else "folded"), cell
-    assert bool(cell.reason) == (form in DECLINED)
+    assert cell.result == ("declined" if form in DECLINED_FORMS else "folded"), cell
+    assert bool(cell.reason) == (form in DECLINED_FORMS)
 
 
 @pytest.mark.slow  # tests/analysis/rules/test_flex.py folds and refuses flex_attention by default
 def test_flex_attention() -> None:
-    """The graphs behind the break that its block mask makes take embeddings."""
+    """The graphs after the graph break of the block mask take embeddings as inputs."""
     cell = run_cell("Qwen3", "flex_attention", "right padding")
     assert cell.result == "folded", cell
     assert cell.compact_tokens < cell.tokens
 
 
 def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page would say so."""
-    monkeypatch.setattr("tests.compatibility.cells.logits", _last_run_off_by_a_little())
+    """A wrong number gets the result "wrong"."""
+    monkeypatch.setattr("tests.compatibility.cells.logits", _logits_with_error())
     assert run_cell("Qwen3", "sdpa", "right padding").result == "wrong"
 
 
-def _last_run_off_by_a_little() -> object:
+def _logits_with_error() -> object:
+    """``logits``, with an error in the third call: the one with radix."""
     from tests.compatibility.cells import logits
 
-    runs: list[int] = []
+    num_runs = 0
 
-    def off(output: object) -> object:
-        runs.append(1)
-        return [tensor + (1e-3 if len(runs) == 3 else 0) for tensor in logits(output)]
+    def changed_logits(output: object) -> object:
+        nonlocal num_runs
+        num_runs += 1
+        return [tensor + (1e-3 if num_runs == 3 else 0) for tensor in logits(output)]
 
-    return off
+    return changed_logits
 
 
 def test_the_page_is_of_these_families_and_has_no_failure() -> None:

@@ -1,4 +1,7 @@
-"""``make test-versions``: the end-to-end tests with other versions of torch and transformers, each in its own venv."""
+"""Run the end-to-end tests with other versions of torch and transformers: ``make test-versions``.
+
+Each pair of versions has its own virtual environment.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 VERSIONS = (("2.11.0", "5.17.0"), ("2.13.0", "5.23.0"), ("2.15.0", "5.23.0"))
-"""Of torch and transformers: the oldest and the newest that are claimed, and those of development."""
+"""Versions of torch and transformers: the oldest supported, those of development, and the newest."""
 
 RESULTS = Path(__file__).with_name("versions.json")
 ROOT = Path(__file__).parents[2]
-NEEDED = ("hypothesis", "peft", "pytest", "pytest-xdist", "sentence-transformers", "torchao")
+REQUIREMENTS = ("hypothesis", "peft", "pytest", "pytest-xdist", "sentence-transformers", "torchao")
 
 
 def table() -> Iterator[str]:
-    """The section of the compatibility page, from the results of the last run."""
+    """The lines of the page's section on versions, from the results of the last run."""
     yield "## Versions\n"
-    yield "The end-to-end tests, by `make test-versions`.\n"
+    yield "Results of the end-to-end tests with other versions (`make test-versions`).\n"
     yield "| torch | transformers | Python | passed | failed | skipped |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in json.loads(RESULTS.read_text()):
@@ -30,13 +33,15 @@ def table() -> Iterator[str]:
 
 
 def run_tests(folder: Path, torch: str, transformers: str, workers: int) -> dict[str, str | int]:
-    """Make the environment if it is not there, run the tests in it, and count."""
+    """Create the environment if it is missing, run the tests in it and count their outcomes."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*install, f"torch=={torch}", "numpy"], check=True)
-    subprocess.run([*install, f"torch=={torch}", f"transformers=={transformers}", *NEEDED, "-e", ROOT], check=True)
+    subprocess.run(
+        [*install, f"torch=={torch}", f"transformers=={transformers}", *REQUIREMENTS, "-e", ROOT], check=True
+    )
     report = folder / "tests.xml"
     command = [
         python,
@@ -60,9 +65,9 @@ def run_tests(folder: Path, torch: str, transformers: str, workers: int) -> dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="versions", description="Run the end-to-end tests with other versions.")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".versions", help="where the environments are made")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".versions", help="the folder of the environments")
     parser.add_argument(
-        "--torch", nargs="*", choices=[torch for torch, _ in VERSIONS], help="only these (default: all)"
+        "--torch", nargs="*", choices=[torch for torch, _ in VERSIONS], help="run these versions only (default: all)"
     )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()

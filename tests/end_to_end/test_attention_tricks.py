@@ -1,4 +1,4 @@
-"""Attention that is easily carried over wrongly: each against the plain model, folded or not."""
+"""Attentions whose form on the tree is easy to get wrong. Each is compared with the plain model, folded or not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INF = math.inf
 
 
 class Model(nn.Module):
-    """Token-wise layers around ``attend(q, k, v, *rest)``, with weights that are far from equal."""
+    """Token-wise layers around ``attend(q, k, v, *rest)``. Scores are scaled up, so that attention weights differ."""
 
     def __init__(self, attend: Callable[..., Tensor], heads: int = H) -> None:
         super().__init__()
@@ -54,6 +54,7 @@ SINKS = torch.arange(1.0, H + 1, dtype=torch.float64)
 
 
 def behind(seq: int = S) -> Tensor:
+    """``[seq, seq]``: by how many columns a key is behind its query."""
     return torch.arange(seq)[:, None] - torch.arange(seq)
 
 
@@ -79,12 +80,12 @@ def with_sinks(
 
 
 def opaque(near: int) -> Tensor:
-    """A mask of which nothing is known but that rows see themselves."""
+    """A mask whose values are not in the graph, except that rows see themselves."""
     return torch.tensor((behind() < near).tolist()) | (torch.arange(S)[:, None] <= torch.arange(S))
 
 
 def junk_ignored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (one.flatten(0, 1) for one in (q, k, v))
+    q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
     scores = torch.baddbmm(torch.full((1, S, S), math.nan).to(q), q, k.mT, beta=0, alpha=0.4)
     return attend(scores, v).view(-1, H, S, E)
 
@@ -151,7 +152,7 @@ BASE = torch.randint(3, VOCABULARY, (S,), generator=generator())
 
 
 def test_a_table_of_columns_where_prompts_start_at_different_ones() -> None:
-    """On the tree the table is only read, and no op of the folded graph adds it."""
+    """Attention on the tree reads the table; no op of the folded graph adds it to the scores."""
     ids, padding = torch.zeros(B, S, dtype=torch.long), torch.zeros(B, S, dtype=torch.long)
     for b, length in enumerate((12, 10, 9, 7)):
         ids[b, S - length :], padding[b, S - length :] = BASE[:length], 1
@@ -174,7 +175,7 @@ def test_a_table_of_columns_on_packed_sequences() -> None:
 
 
 def test_numbers_of_packed_sequences_that_come_back() -> None:
-    """Equal ids, and different rows of them go together."""
+    """All sequences have equal ids, but group their rows differently."""
     numbers = torch.tensor(
         [
             [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1],
@@ -199,7 +200,7 @@ WINDOWS, LENGTHS = torch.tensor([3, 5, 7, 4]), torch.tensor([12, 7, 6, 5])
     ],
 )
 def test_a_block_mask_that_depends_on_the_sequence(mask_mod: Any) -> None:
-    """Its table of blocks is the same for all: a block is larger than the sequences are long."""
+    """The block table is the same for all sequences, because a block is longer than a sequence."""
     mask = create_block_mask(mask_mod, B, None, S, S, device="cpu")
     check(Model(lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask)), IDS, mask)
 
@@ -222,7 +223,7 @@ def test_score_mods(score_mod: Any, dynamic: bool | None) -> None:
 @pytest.mark.parametrize("far", [lambda n: 0.3 * torch.arange(n), lambda n: 9000 - 0.3 * behind(n)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_float32_bias_stays_one(dtype: torch.dtype, far: Callable[[int], Tensor]) -> None:
-    """In the dtype of the queries, of half the width, its entries would be too near each other."""
+    """In the 16-bit dtype of the queries, neighbouring entries of the bias would be equal."""
     columns = 256
     model = Model(lambda q, k, v: attend((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) + far(columns), v))
     ids, model = random_ids(B, columns, 220), model.to(dtype)

@@ -1,4 +1,4 @@
-"""On a CUDA device: ids there or not, bf16 and fp32, through inductor."""
+"""Models on a CUDA device, in bf16 and fp32, through inductor."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_left_padding_and_caches() -> None:
 
 
 def check_gradients(model: nn.Module, compiled: Callable[..., Any], ids: Tensor) -> None:
-    """Against those of the plain model."""
+    """Compare the gradients with those of the plain model."""
     compiled(ids, use_cache=False).logits.square().mean().backward()
     assert radix_compile.stats().folded_calls == 1
     ours = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     model(ids, use_cache=False).logits.square().mean().backward()
-    for one, parameter in zip(ours, model.parameters(), strict=True):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-6)
+    for gradient, parameter in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_gradients() -> None:
@@ -63,7 +63,7 @@ def test_gradients() -> None:
 
 
 def test_cuda_graphs() -> None:
-    """One for every tuple of the plan's sizes, in which calls of equal shape differ. Weights are not copied."""
+    """One graph is recorded for each combination of plan sizes. Weights are not copied."""
     model = build("Qwen3", head_dim=16).cuda()
     options = {"fold": "always", "strict": True, "mode": "reduce-overhead"}
     compiled = torch.compile(model, backend="radix", options=options)
@@ -73,17 +73,16 @@ def test_cuda_graphs() -> None:
         compare(model, compiled, ids, use_cache=False)
     assert radix_compile.stats().folded_calls == 9
     assert counters["inductor"]["cudagraph_skips"] == 0
-    plan = 10 + 6  # fold and scatter, begin and end, the six of tiles; and all sizes among them
-    recorded = counters["inductor"]["cudagraph_recorded_non_static_inputs"]  # torch replaces the counter as it compiles
+    plan = 10 + 6  # fold, scatter, begin, end, six arrays of tiles; and at most six sizes
+    recorded = counters["inductor"]["cudagraph_recorded_non_static_inputs"]  # compiling replaces the counter
     assert 0 < recorded <= len(batches) * (1 + plan)
     radix_compile.reset_stats()
-    one_less = batches[0].clone()
-    one_less[1, 46] = one_less[0, 46]
-    compare(model, compiled, one_less, use_cache=False)
-    assert radix_compile.stats().compact_tokens == paths(one_less.cpu()) != paths(batches[0].cpu())
-    assert (
-        counters["inductor"]["cudagraph_recorded_non_static_inputs"] == recorded
-    )  # both have 72 nodes with those that fill up
+    longer_prefix = batches[0].clone()
+    longer_prefix[1, 46] = longer_prefix[0, 46]
+    compare(model, compiled, longer_prefix, use_cache=False)
+    assert radix_compile.stats().compact_tokens == paths(longer_prefix.cpu()) != paths(batches[0].cpu())
+    # Padding rounds both plans up to 72 nodes, so nothing new is recorded.
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] == recorded
     for ids in (*batches, *batches, *batches):
         model.zero_grad()
         radix_compile.reset_stats()

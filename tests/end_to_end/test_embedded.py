@@ -1,4 +1,4 @@
-"""Graphs that start at embeddings: rows are told apart by what they hold."""
+"""Graphs that start at embeddings: rows are compared by content."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_inputs_embeds(kind: str) -> None:
 
 
 def test_with_a_mask_and_other_lengths() -> None:
-    """The mask is part of the key; new sizes do not recompile for ever."""
+    """The mask is part of the row key, and new sizes stop causing recompilation."""
     model = build("Qwen3")
     compiled = torch.compile(model, backend="radix", options=OPTIONS)
     for length in (16, 14, 15, 13):
@@ -44,38 +44,38 @@ def test_with_a_mask_and_other_lengths() -> None:
 
 
 def test_two_embedded_inputs() -> None:
-    """Rows that differ in either are different ones."""
+    """Rows are equal only if both inputs are."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.other = nn.Linear(8, 64), nn.Linear(64, 8)
+            self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8)
 
-        def forward(self, rows: Tensor, more: Tensor) -> Tensor:
-            hidden: Tensor = self.other(self.one(rows).tanh()) * more
+        def forward(self, rows: Tensor, factors: Tensor) -> Tensor:
+            hidden: Tensor = self.down(self.up(rows).tanh()) * factors
             return hidden
 
     model, ids = Two().double(), shared_batch(4, 16, 9)
     table = torch.randn(97, 8, dtype=torch.float64)
-    more = table[shared_batch(4, 16, 6, seed=1)]
+    factors = table[shared_batch(4, 16, 6, seed=1)]
     compiled = torch.compile(model, backend="radix", options=OPTIONS)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(table[ids], more), model(table[ids], more))
+        torch.testing.assert_close(compiled(table[ids], factors), model(table[ids], factors))
     stats = radix_compile.stats()
     assert stats.folded_calls == 1
     assert stats.compact_tokens == paths(ids, shared_batch(4, 16, 6, seed=1))
 
 
 def test_what_is_no_sequence_of_rows_is_right() -> None:
-    """Columns that are mixed, sequences in the place of columns: nothing that is not proved folds."""
+    """Inputs of the right shape whose rows are mixed do not fold."""
 
     class Mixes(nn.Module):
         def __init__(self, dim: int) -> None:
             super().__init__()
-            self.dim, self.one, self.other = dim, nn.Linear(8, 64), nn.Linear(64, 8)
+            self.dim, self.up, self.down = dim, nn.Linear(8, 64), nn.Linear(64, 8)
 
         def forward(self, rows: Tensor) -> Tensor:
-            return self.other(self.one(rows.flip(self.dim) - rows.mean(self.dim, keepdim=True)).tanh())
+            return self.down(self.up(rows.flip(self.dim) - rows.mean(self.dim, keepdim=True)).tanh())
 
     table = torch.randn(97, 8, dtype=torch.float64)
     rows = table[shared_batch(4, 16, 9)]
@@ -105,8 +105,8 @@ def test_a_gradient_of_the_embeddings_is_that_of_every_row() -> None:
 
 
 def test_frozen_embeddings_train_the_rest() -> None:
-    """Without a gradient of their own, embedded rows fold in training too."""
-    model, ids = build("GPT2").double(), shared_batch(4, 16, 9)  # no float32 inside
+    """Embedded rows without a gradient fold in training too."""
+    model, ids = build("GPT2").double(), shared_batch(4, 16, 9)  # it has no ops in float32
     compiled = torch.compile(model, backend="radix", options=OPTIONS)
     rows = embedded(model, ids)
 
@@ -117,12 +117,12 @@ def test_frozen_embeddings_train_the_rest() -> None:
 
     ours = gradients(compiled)
     assert radix_compile.stats().folded_calls == 1
-    for one, other in zip(ours, gradients(model), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    for gradient, expected in zip(ours, gradients(model), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_layers_one_by_one() -> None:
-    """As regional compilation does it: each graph takes hidden states and rotary tables."""
+    """As in regional compilation, each graph takes hidden states and rotary tables."""
     model, ids = build("Llama"), shared_batch(4, 16, 9)
     plain = model(ids, use_cache=False).logits.detach()
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""Masks that the caller made, of four dimensions: checked by value in every call, and part of a row's key."""
+"""4-D masks from the caller: checked by value in every call, and part of the row key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def as_floats(visible: Tensor, floor: float = LOWEST) -> Tensor:
 
 
 def run(attention: str, mask: Tensor, ids: Tensor = IDS, **options: Any) -> radix_compile.Stats:
-    """One call, compared to the plain model."""
+    """The counts of one call, after a comparison with the plain model."""
     model = build("Qwen3", attention=attention)
     settings = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     compiled = torch.compile(model, backend="radix", options=settings, **options)
@@ -57,7 +57,7 @@ def test_a_causal_mask_folds(attention: str, floats: bool, one_for_all: bool) ->
 
 
 def test_rows_that_see_something_else_are_not_shared() -> None:
-    """The second sequence hides a key of the prefix from row 5 on: its rows are its own from there."""
+    """The second sequence hides a key of the prefix from row 5 on, so its rows share nothing from there on."""
     mask = causal()
     mask[1, :, 5:, 2] = False
     stats = run("sdpa", mask)
@@ -106,15 +106,15 @@ def test_other_masks_run_plain_and_right(mask: Tensor, reason: str) -> None:
         torch.testing.assert_close(ours, model(IDS, attention_mask=mask, use_cache=False).logits)
         stats = radix_compile.stats()
         assert stats.folded_calls == 0
-        ((said, calls),) = stats.plain_calls.items()
-        assert reason in said
+        ((message, calls),) = stats.plain_calls.items()
+        assert reason in message
         assert calls == 1
         compiled(IDS, attention_mask=causal() if mask.dtype == torch.bool else as_floats(causal()), use_cache=False)
     assert radix_compile.stats().folded_calls == 1  # the next call may fold
 
 
 def test_pairs_that_are_no_mask_run_plain() -> None:
-    """Whatever has that shape is taken for a mask, and is found out by its values."""
+    """Any input of this shape is assumed to be a mask. The check of its values finds the others."""
     torch.manual_seed(0)
     table, weight = torch.randn(97, 4 * 8), torch.randn(8, 8)
 
@@ -132,7 +132,7 @@ def test_numbers_of_rows() -> None:
     mask = causal(2, 4).repeat(1, 3, 1, 1)  # three heads
     assert np.array_equal(rows_seen(mask)[0], rows_seen(mask)[1])
     assert len(np.unique(rows_seen(mask))) == 4
-    mask[1, 2, 3, 0] = False  # one of them differs
+    mask[1, 2, 3, 0] = False  # one head differs
     seen = rows_seen(mask)
     assert (seen[0] == seen[1]).tolist() == [True, True, True, False]
     assert rows_seen(mask[:1]) is None

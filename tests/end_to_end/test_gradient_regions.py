@@ -1,7 +1,7 @@
-"""Gradients are what the plain program's are where it records them in some places and not in others.
+"""Programs with regions with and without gradients: gradients equal the plain program's, and so do missing ones.
 
-Down to which of them are None: what is made under ``no_grad`` must not be reused outside, nor a part without a gradient
-be replaced by one that has one.
+A value computed under ``no_grad`` must not be reused outside, and a part without a gradient must not be replaced by a
+part with one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Model(nn.Module):
         return self.program(self, self.first(self.embedding(ids)), ids)
 
 
-def unrecorded(function: Callable[..., Any], *args: Any) -> Any:
+def no_grad(function: Callable[..., Any], *args: Any) -> Any:
     with torch.no_grad():
         return function(*args)
 
 
-def recorded(function: Callable[..., Any], *args: Any) -> Any:
+def enable_grad(function: Callable[..., Any], *args: Any) -> Any:
     with torch.enable_grad():
         return function(*args)
 
@@ -68,7 +68,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, ids: Tensor) ->
 
 
 def compare(program: Program, inner: str = "aot_eager", mode: bool = True, folds: bool | None = True) -> None:
-    """Results and gradients, which calls have that are made in that grad mode."""
+    """Compare results and gradients of calls in a grad mode."""
     model, ids = Model(program).double(), shared_batch(B, S, 7)
     compiled = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always"})
     with torch.set_grad_enabled(mode):
@@ -76,13 +76,13 @@ def compare(program: Program, inner: str = "aot_eager", mode: bool = True, folds
         if folds is not None:
             assert radix_compile.stats().folded_calls == folds
         expected = gradients(model, model, ids)
-        assert any(one is not None for one in expected)
+        assert any(gradient is not None for gradient in expected)
         names = [name for name, _ in model.named_parameters()]
-        for name, one, other in zip(names, gradients(compiled, model, ids), expected, strict=True):
-            assert (one is None) == (other is None), name
-            if one is not None:
+        for name, gradient, plain in zip(names, gradients(compiled, model, ids), expected, strict=True):
+            assert (gradient is None) == (plain is None), name
+            if gradient is not None:
                 torch.testing.assert_close(
-                    one, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+                    gradient, plain, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
                 )
 
 
@@ -114,7 +114,7 @@ def with_sinks(m: Model, x: Tensor, sinks: Tensor) -> Tensor:
     return (scores.softmax(-1)[..., :S] @ x[:, None])[:, 0]
 
 
-def as_one_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
 
 
@@ -125,55 +125,55 @@ def grouped(x: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 PROGRAMS: dict[str, Program] = {
-    "a reference first": lambda m, x, ids: -unrecorded(lambda: m.last(x + m.positions)) + m.last(x + m.positions),
-    "a reference last": lambda m, x, ids: m.last(x + m.positions) - unrecorded(lambda: m.last(x + m.positions)),
+    "a reference first": lambda m, x, ids: -no_grad(lambda: m.last(x + m.positions)) + m.last(x + m.positions),
+    "a reference last": lambda m, x, ids: m.last(x + m.positions) - no_grad(lambda: m.last(x + m.positions)),
     "a reference between": lambda m, x, ids: (
-        m.last(x * m.positions) + unrecorded(lambda: m.last(x * m.positions)) + m.last(x * m.positions)
+        m.last(x * m.positions) + no_grad(lambda: m.last(x * m.positions)) + m.last(x * m.positions)
     ),
-    "a table made without": lambda m, x, ids: x + unrecorded(torch.sin, m.positions) + m.positions,
-    "a uniform table": lambda m, x, ids: unrecorded(torch.add, x, t := m.slope.expand(S, 1)) + torch.add(x, t),
-    "a value of rows": lambda m, x, ids: m.last(unrecorded(torch.sin, x)) + torch.sin(x),
-    "equal ops in and out": lambda m, x, ids: unrecorded(m.last, x) * m.last(x),
-    "a slice of all": lambda m, x, ids: m.last(unrecorded(lambda: x[:, :S, :D])) + m.positions,
-    "joined with nothing": lambda m, x, ids: m.last(unrecorded(torch.cat, [x.new_zeros(0), x])) + m.positions,
+    "a table made without": lambda m, x, ids: x + no_grad(torch.sin, m.positions) + m.positions,
+    "a uniform table": lambda m, x, ids: no_grad(torch.add, x, t := m.slope.expand(S, 1)) + torch.add(x, t),
+    "a value of rows": lambda m, x, ids: m.last(no_grad(torch.sin, x)) + torch.sin(x),
+    "equal ops in and out": lambda m, x, ids: no_grad(m.last, x) * m.last(x),
+    "a slice of all": lambda m, x, ids: m.last(no_grad(lambda: x[:, :S, :D])) + m.positions,
+    "joined with nothing": lambda m, x, ids: m.last(no_grad(torch.cat, [x.new_zeros(0), x])) + m.positions,
     "detached": lambda m, x, ids: m.last(x.detach()) + m.positions,
-    "weights without": lambda m, x, ids: unrecorded(weights, x, m.last(x)) @ m.last(x),
+    "weights without": lambda m, x, ids: no_grad(weights, x, m.last(x)) @ m.last(x),
     "weights detached": lambda m, x, ids: weights(x, m.last(x)).detach() @ m.last(x),
     "scores detached": lambda m, x, ids: (
         torch.where(causal(), (x @ m.last(x).mT).detach(), -torch.inf).softmax(-1) @ m.last(x)
     ),
-    "keys detached": lambda m, x, ids: as_one_op(x, m.last(x).detach(), m.last(x)),
-    "keys without": lambda m, x, ids: as_one_op(x, unrecorded(m.last, x), x + m.positions),
+    "keys detached": lambda m, x, ids: fused_attention(x, m.last(x).detach(), m.last(x)),
+    "keys without": lambda m, x, ids: fused_attention(x, no_grad(m.last, x), x + m.positions),
     "queries detached": lambda m, x, ids: weights(x.detach(), m.last(x)) @ x,
     "values detached": lambda m, x, ids: weights(x, m.last(x)) @ x.detach(),
     "keys of a group detached": lambda m, x, ids: grouped(x, torch.detach),
     "keys of a group": lambda m, x, ids: grouped(x, lambda keys: keys),
-    "attention without": lambda m, x, ids: unrecorded(as_one_op, x, x, x) * x,
+    "attention without": lambda m, x, ids: no_grad(fused_attention, x, x, x) * x,
     "the largest detached": lambda m, x, ids: (
         ((scores := torch.where(causal(), x @ x.mT, -torch.inf)) - scores.amax(-1, keepdim=True).detach()).softmax(-1)
         @ x
     ),
     "a bias in and out": lambda m, x, ids: (
-        unrecorded(biased, m, x, m.slope * torch.arange(S)) + biased(m, x, m.slope * torch.arange(S))
+        no_grad(biased, m, x, m.slope * torch.arange(S)) + biased(m, x, m.slope * torch.arange(S))
     ),
     "a bias without": lambda m, x, ids: biased(m, x, (m.slope * torch.arange(S)).detach()),
     "sinks": lambda m, x, ids: with_sinks(m, x, m.sinks),
     "sinks detached": lambda m, x, ids: with_sinks(m, x, m.sinks.detach()),
-    "sinks without": lambda m, x, ids: with_sinks(m, x, unrecorded(torch.sin, m.sinks)),
+    "sinks without": lambda m, x, ids: with_sinks(m, x, no_grad(torch.sin, m.sinks)),
     "a loss": lambda m, x, ids: nll(m.head(x), ids),
-    "a loss without": lambda m, x, ids: unrecorded(nll, m.head(x), ids) * x.mean(-1).view(-1),
-    "a view for the loss without": lambda m, x, ids: nll(unrecorded(lambda: m.head(x).view(-1, V)), ids) + m.slope,
+    "a loss without": lambda m, x, ids: no_grad(nll, m.head(x), ids) * x.mean(-1).view(-1),
+    "a view for the loss without": lambda m, x, ids: nll(no_grad(lambda: m.head(x).view(-1, V)), ids) + m.slope,
     "a view for the loss outside": lambda m, x, ids: (
-        F.cross_entropy(unrecorded(torch.Tensor.view, m.head(x), -1, V), ids.view(-1), reduction="none") + m.slope
+        F.cross_entropy(no_grad(torch.Tensor.view, m.head(x), -1, V), ids.view(-1), reduction="none") + m.slope
     ),
     "a log-softmax": lambda m, x, ids: log_probability(m.head(x).log_softmax(-1), ids),
-    "a log-softmax without": lambda m, x, ids: log_probability(unrecorded(F.log_softmax, m.head(x), -1), ids) * m.slope,
+    "a log-softmax without": lambda m, x, ids: log_probability(no_grad(F.log_softmax, m.head(x), -1), ids) * m.slope,
     "a log-softmax detached": lambda m, x, ids: log_probability(m.head(x).log_softmax(-1).detach(), ids) * m.slope,
     "logits detached": lambda m, x, ids: log_probability(m.head(x).detach().log_softmax(-1), ids) * m.slope,
-    "a look-up without": lambda m, x, ids: unrecorded(log_probability, m.head(x).log_softmax(-1), ids) * m.slope,
+    "a look-up without": lambda m, x, ids: no_grad(log_probability, m.head(x).log_softmax(-1), ids) * m.slope,
     "a reference policy": lambda m, x, ids: (
         log_probability(m.head(x).log_softmax(-1), ids)
-        - unrecorded(lambda: log_probability(m.head(x).log_softmax(-1), ids))
+        - no_grad(lambda: log_probability(m.head(x).log_softmax(-1), ids))
     ).exp(),
     "inference mode": lambda m, x, ids: m.last(x) + in_inference_mode(m.last, x + m.positions).clone(),
 }
@@ -198,28 +198,28 @@ class Times(torch.autograd.Function):
 
 
 RECORDED: dict[str, Program] = {
-    "the trunk": lambda m, x, ids: recorded(lambda: m.last(m.first(x) + m.positions)),
-    "a head": lambda m, x, ids: recorded(lambda: torch.sin(m.last(x)) * m.slope),
-    "attention": lambda m, x, ids: recorded(lambda: weights(x, m.last(x)) @ m.last(x)),
-    "a loss": lambda m, x, ids: recorded(lambda: nll(m.head(x), ids)),
-    "a table in and out": lambda m, x, ids: recorded(torch.add, m.last(x + m.positions), m.positions),
-    "recorded and not": lambda m, x, ids: recorded(lambda: m.last(x) + unrecorded(m.last, x + m.positions)),
+    "the trunk": lambda m, x, ids: enable_grad(lambda: m.last(m.first(x) + m.positions)),
+    "a head": lambda m, x, ids: enable_grad(lambda: torch.sin(m.last(x)) * m.slope),
+    "attention": lambda m, x, ids: enable_grad(lambda: weights(x, m.last(x)) @ m.last(x)),
+    "a loss": lambda m, x, ids: enable_grad(lambda: nll(m.head(x), ids)),
+    "a table in and out": lambda m, x, ids: enable_grad(torch.add, m.last(x + m.positions), m.positions),
+    "recorded and not": lambda m, x, ids: enable_grad(lambda: m.last(x) + no_grad(m.last, x + m.positions)),
 }
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", RECORDED)
 def test_gradients_switched_on_inside(name: str, inner: str) -> None:
-    """In a call that is made without."""
+    """A call without gradients enables them inside."""
     compare(RECORDED[name], inner, mode=False)
 
 
 @pytest.mark.filterwarnings("ignore:radix. nothing folds")
 @pytest.mark.parametrize("mode", [False, True])
 def test_a_custom_function_where_gradients_are_switched_on(mode: bool) -> None:
-    """Lowered, it would lose its gradient; where none is recorded it has none to lose."""
-    compare(lambda m, x, ids: recorded(lambda: Times.apply(m.last(x), m.slope.sum())), mode=mode, folds=False)
-    compare(lambda m, x, ids: x.sin() * m.slope + unrecorded(Times.apply, m.last(x), m.slope.sum()), folds=None)
+    """Lowering a custom function loses its gradient, so such a graph folds only if no gradient is recorded."""
+    compare(lambda m, x, ids: enable_grad(lambda: Times.apply(m.last(x), m.slope.sum())), mode=mode, folds=False)
+    compare(lambda m, x, ids: x.sin() * m.slope + no_grad(Times.apply, m.last(x), m.slope.sum()), folds=None)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_compiled_by_inductor(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, None])
 def test_a_loss_in_another_dtype(dtype: torch.dtype | None) -> None:
-    """Of float32 logits: no worse than the plain program, against float64."""
+    """The error against float64, from float32 logits, is at most twice the plain program's."""
     program: Program = lambda m, x, ids: log_probability(F.log_softmax(30 * m.head(x), -1, dtype=dtype), ids)  # noqa: E731
     model, ids = Model(program), shared_batch(B, S, 7)
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})

@@ -1,4 +1,4 @@
-"""Causal masks that a module keeps in a buffer, as most models written by hand do: read, and checked in every call."""
+"""Causal masks in buffers, as in most hand-written models: they are read by value, and checked in every call."""
 
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ def test_attention_folds(form: str, columns: int) -> None:
 
 
 def test_of_any_length() -> None:
-    """Compiled as often as it is plain."""
-    model, plain = Model(*FORMS["nanoGPT"]).eval(), CompileCounterWithBackend("aot_eager")
+    """The model compiles as often as with the plain backend."""
+    model, counter = Model(*FORMS["nanoGPT"]).eval(), CompileCounterWithBackend("aot_eager")
     batches = [shared_batch(6, columns, 12) for columns in (20, LONGEST, 14)]
-    counted = torch.compile(model, backend=plain, dynamic=True)
+    plain = torch.compile(model, backend=counter, dynamic=True)
     with torch.no_grad():
         for ids in batches:
-            counted(ids)
+            plain(ids)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="radix", options=OPTIONS, dynamic=True)
     for ids in batches:
         check(model, compiled, ids)
     assert radix_compile.stats().folded_calls == 3
-    assert radix_compile.stats().graphs == plain.frame_count
+    assert radix_compile.stats().graphs == counter.frame_count
 
 
 def test_gradients() -> None:
@@ -122,11 +122,11 @@ def causal(scores: Tensor, length: int) -> Tensor:
 
 def test_a_buffer_with_a_gradient_keeps_it() -> None:
     hide: Hide = lambda a, m, t: causal(a * m[:t, :t], t)  # noqa: E731
-    model, ids, found = Model(ONES.tril(), hide), shared_batch(6, 20, 12), []
+    model, ids, gradients = Model(ONES.tril(), hide), shared_batch(6, 20, 12), []
     mask = model.layers[1].mask.requires_grad_()
     for program in (torch.compile(model, backend="radix", options=OPTIONS), model):
-        found += torch.autograd.grad(program(ids).square().mean(), [mask])
-    torch.testing.assert_close(*found)
+        gradients += torch.autograd.grad(program(ids).square().mean(), [mask])
+    torch.testing.assert_close(*gradients)
     assert radix_compile.stats().folded_calls == 1
 
 
@@ -140,7 +140,7 @@ def test_the_sign_of_zeros_is_kept() -> None:
 
 @pytest.mark.parametrize("form", ["nanoGPT", "a book", "added"])
 def test_a_buffer_that_changes_is_seen(form: str) -> None:
-    """Nothing guards what a buffer holds: one layer lets a token see the next one, later."""
+    """No guard covers the values of a buffer: after compilation, one layer shows a token to the previous one."""
     model, ids = Model(*FORMS[form]).eval(), shared_batch(6, 20, 12)
     compiled = torch.compile(model, backend="radix", options=OPTIONS)
     check(model, compiled, ids)
@@ -152,7 +152,7 @@ def test_a_buffer_that_changes_is_seen(form: str) -> None:
     assert stats.folded_calls == 1
     assert "a mask that is kept in a buffer has changed" in str(stats)
     mask.data[..., 3, 4] = mask[..., 0, 1]
-    mask.data[..., 25, 27] = mask[..., 4, 3]  # which this length does not read
+    mask.data[..., 25, 27] = mask[..., 4, 3]  # sequences of this length do not read it
     check(model, compiled, ids)
     assert radix_compile.stats().folded_calls == 2
 
@@ -211,7 +211,7 @@ def test_a_buffer_that_lies_the_other_way_round() -> None:
 
 
 def test_parts_that_are_not_in_front_are_left_alone() -> None:
-    """Rows and columns from the second on: a triangle too, but another length of it than was checked."""
+    """The part from the second row and column on is a triangle too, but the check covers the part in front."""
     hide: Hide = lambda a, m, t: a.masked_fill(m[1 : t + 1, 1 : t + 1] == 0, -math.inf)  # noqa: E731
     model, ids = Model(ONES.tril(), hide).eval(), shared_batch(6, 20, 12)
     check(model, torch.compile(model, backend="radix", options=OPTIONS), ids)

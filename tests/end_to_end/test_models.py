@@ -1,4 +1,4 @@
-"""Unmodified models, every input form: the outputs of the plain model on every row, and as many nodes as paths."""
+"""Unmodified models with every form of input: equal outputs on every row, and one node for each distinct path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMS = [
 
 
 def inputs(form: str, ids: Tensor) -> dict[str, Any]:
-    """Keyword arguments of that form. Sequences 0 and 1 share their padding and their text."""
+    """The keyword arguments of a form. Sequences 0 and 1 share their padding and their text."""
     if form == "no mask":
         return {}
     if form == "no mask, no cache":
@@ -32,7 +32,7 @@ def inputs(form: str, ids: Tensor) -> dict[str, Any]:
     if form == "positions":
         return {"position_ids": 5 + torch.arange(ids.shape[1]).repeat(ids.shape[0], 1), "use_cache": False}
     if form == "restarting positions":
-        # Two documents in each sequence: the graph proves by the positions that they do not see each other.
+        # Two documents in each sequence: the positions prove that they do not see each other.
         first = ids.shape[1] // 2
         positions = torch.cat([torch.arange(first), torch.arange(ids.shape[1] - first)])
         return {"position_ids": positions.repeat(ids.shape[0], 1), "use_cache": False}
@@ -43,7 +43,7 @@ def inputs(form: str, ids: Tensor) -> dict[str, Any]:
     if form.startswith("left padding"):
         ids[1, :-2] = ids[0, :-2]
         mask[0, :3] = mask[1, :3] = 0
-        mask[2, :1] = int(form != "left padding")  # eager attention in float64 needs one sequence without
+        mask[2, :1] = int(form != "left padding")  # eager attention in float64 needs a sequence without padding
     ids[mask == 0] = 0
     if form == "left padding, positions":
         # Sequence 3 is sequence 0 without its last token, one column further left.
@@ -54,12 +54,13 @@ def inputs(form: str, ids: Tensor) -> dict[str, Any]:
 
 
 def nodes(form: str, ids: Tensor, kwargs: dict[str, Any]) -> int:
+    """The expected number of nodes."""
     keys = [ids, *(value for value in kwargs.values() if isinstance(value, Tensor))]
     if form == "left padding, positions":
         rows = torch.stack(keys, -1)
-        own = [list(map(tuple, rows[b][mask == 1].tolist())) for b, mask in enumerate(kwargs["attention_mask"])]
+        texts = [list(map(tuple, rows[b][mask == 1].tolist())) for b, mask in enumerate(kwargs["attention_mask"])]
         padded = int((kwargs["attention_mask"] == 0).sum())
-        return padded + len({tuple(one[:n]) for one in own for n in range(1, len(one) + 1)})
+        return padded + len({tuple(text[:n]) for text in texts for n in range(1, len(text) + 1)})
     unique = kwargs["attention_mask"].cumsum(1) == 0 if form == "left padding" else None
     return paths(*keys, unique=unique)
 
@@ -76,7 +77,7 @@ QUICK = (
     ("Llama", "sdpa", "right padding"),
     ("GPT2", "sdpa", "left padding, positions"),
 )
-"""One of each kind: the others are their products, and the compatibility tests have every form of Qwen3."""
+"""One case of each kind. The others combine these, and the compatibility tests have every form of Qwen3."""
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str, attent
                 ours = compiled(ids, attention_mask=mask, use_cache=False).logits
     assert plain.dtype == torch.bfloat16
     assert_as_exact(ours, plain, exact)
-    # Casts that were lost would make the result more exact than the plain model's, and of another dtype.
+    # Without the casts, the result would be more exact than the plain model's, and have another dtype.
     assert (ours.double() - exact).abs().max() > 0.1 * (plain.double() - exact).abs().max()
     assert radix_compile.stats().folded_calls == 1
     assert radix_compile.stats().tree_pairs
@@ -181,6 +182,6 @@ def test_the_same_op_inside_and_outside_autocast_is_two() -> None:
     options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     with torch.no_grad():
         ours, plain = torch.compile(program, backend="radix", options=options)(ids), program(ids)
-    for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one, other)  # the dtype as well
+    for result, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(result, expected)  # compares dtypes too
     assert radix_compile.stats().folded_calls == 1

@@ -1,4 +1,4 @@
-"""Models that are not of transformers: as people write them by hand."""
+"""Models from outside of transformers, as people write them by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tiers import slow_unless
 
 
 class NanoGPT(nn.Module):
-    """After nanoGPT: learned positions, attention written out with a buffer of ones, tied weights."""
+    """A model like nanoGPT: learned positions, tied weights, attention fused or with a mask in a buffer."""
 
     def __init__(self, fused: bool = True, width: int = 32, heads: int = 4, layers: int = 2, longest: int = 64) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class NanoBlock(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])
-            hidden_from = self.mask[:, :, :length, :length] == 0
-            mixed = F.softmax(scores.masked_fill(hidden_from, float("-inf")), dim=-1) @ value
+            is_hidden = self.mask[:, :, :length, :length] == 0
+            mixed = F.softmax(scores.masked_fill(is_hidden, float("-inf")), dim=-1) @ value
         hidden = hidden + self.out(mixed.transpose(1, 2).contiguous().view(batch, length, width))
         return hidden + self.mlp(self.second(hidden))
 
 
 class TitanLlama(nn.Module):
-    """After torchtitan: complex rotary numbers, grouped heads by repeating, RMS norms."""
+    """A model like torchtitan's Llama: complex rotary positions, repeated keys and values, RMS norms."""
 
     def __init__(self, width: int = 32, heads: int = 4, groups: int = 2, layers: int = 2) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def _rotated(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """torch's own encoder with a causal mask."""
+    """Torch's encoder with a causal mask."""
 
     def __init__(self, is_causal: bool = True) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ MODELS = {
 
 @pytest.fixture
 def unfused() -> Iterator[None]:
-    """torch would run an encoder's layers as one op each outside training."""
+    """Disable torch's fast path, which runs each encoder layer as one op outside of training."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     yield
@@ -139,7 +139,7 @@ def unfused() -> Iterator[None]:
 
 
 def check(program: Any, ids: Tensor, exact: Tensor) -> None:
-    """Every layer folds, with the outputs of the plain program."""
+    """Check that every layer folds, and that the outputs are those of the plain program."""
     options = {"inner_backend": "aot_eager", "fold": "always", "strict": True}
     with torch.no_grad():
         assert not radix_compile.explain(program, ids).refusals
@@ -191,7 +191,7 @@ def test_functional_call() -> None:
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_weights_quantised_to_integers(inner: str) -> None:
-    """Each is two tensors, of integers and of scales, which a subclass of tensors wraps."""
+    """Each weight is a tensor subclass around two tensors: integers and scales."""
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
     model, ids = build("Qwen3"), shared_batch(4, 16, 9)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())

@@ -1,4 +1,4 @@
-"""Outputs lie in memory as the plain program's do: callers view them in other shapes, and write to them."""
+"""Outputs have the memory layout of the plain program's: callers view them in other shapes, and write to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from radix_compile.analysis.rules.custom import register_rule
 from tests.models import build, shared_batch
 
 B, S, D, H, E = 4, 12, 12, 3, 4
-"""As many features as columns, so that a stride says nothing."""
+"""There are as many features as columns, so that no stride reveals the meaning of a dimension."""
 
 Program = Callable[["Model", Tensor, Tensor], Sequence[Tensor]]
 
@@ -44,9 +44,9 @@ def heads(x: Tensor) -> Tensor:
 
 
 def chunks(x: Tensor) -> Tensor:
-    """Overlapping stretches of eight columns, as Longformer's: what has to lie in memory as ``[B, H, S, E]``."""
-    steps = x.stride()
-    return x.as_strided((B, H, S // 4 - 1, 8, E), (steps[0], steps[1], 4 * steps[2], steps[2], steps[3]))
+    """Overlapping chunks of eight columns, as in Longformer. ``x`` must be ``[B, H, S, E]`` in memory."""
+    strides = x.stride()
+    return x.as_strided((B, H, S // 4 - 1, 8, E), (strides[0], strides[1], 4 * strides[2], strides[2], strides[3]))
 
 
 OUTPUTS: dict[str, Program] = {
@@ -60,7 +60,7 @@ OUTPUTS: dict[str, Program] = {
     "features first": lambda m, x, ids: (m.last(x).permute(2, 0, 1).contiguous(),),
     "a part of wider rows": lambda m, x, ids: (m.last(x)[..., 4:9],),
     "thirds": lambda m, x, ids: m.last(x).chunk(3, -1),
-    "thirds of heads": lambda m, x, ids: tuple(heads(one) for one in m.last(x).chunk(3, -1)),
+    "thirds of heads": lambda m, x, ids: tuple(heads(part) for part in m.last(x).chunk(3, -1)),
     "repeated": lambda m, x, ids: (m.last(x)[:, :, None].expand(B, -1, 2, -1),),
     "merged": lambda m, x, ids: (m.last(x).view(-1, D), m.last(x).flatten()),
     "views of each other": lambda m, x, ids: (y := m.last(x), y.transpose(1, 2), y[..., :5], y.view(-1, D), y),
@@ -111,7 +111,7 @@ def test_compiled_by_inductor(name: str) -> None:
 
 
 def compare(program: Program, inner: str, gradients: bool, dynamic: bool | None = None) -> None:
-    """Strides, numbers, and numbers after the caller has written to each output in turn."""
+    """Compare strides and numbers, and compare all tensors after the caller writes to each output in turn."""
     model, ids = Model(program), shared_batch(B, S, 7)
     options = {"inner_backend": inner, "fold": "always"}
     compiled = torch.compile(model, backend="radix", options=options, dynamic=dynamic)
@@ -121,31 +121,31 @@ def compare(program: Program, inner: str, gradients: bool, dynamic: bool | None 
             given, expected_given = ids.clone(), ids.clone()
             ours, expected = compiled(given), model(expected_given)
             assert radix_compile.stats().folded_calls == written + 1
-            for one, other in zip(ours, expected, strict=True):
-                assert one.stride() == other.stride()
-                assert one.requires_grad == other.requires_grad
-                torch.testing.assert_close(one, other)
+            for tensor, other in zip(ours, expected, strict=True):
+                assert tensor.stride() == other.stride()
+                assert tensor.requires_grad == other.requires_grad
+                torch.testing.assert_close(tensor, other)
             for results in (ours, expected):
                 if 0 not in results[written].stride():
                     results[written].data.fill_(1)
-            for one, other in zip((*ours, given), (*expected, expected_given), strict=True):
-                torch.testing.assert_close(one, other)
+            for tensor, other in zip((*ours, given), (*expected, expected_given), strict=True):
+                torch.testing.assert_close(tensor, other)
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_a_caller_goes_on_in_place(inner: str) -> None:
-    """With gradients, as plain programs let it."""
+    """A caller may write to outputs with gradients in place, as with the plain program."""
     model, ids = Model(lambda m, x, ids: (heads(m.first(x)), m.last(x) * 2)), shared_batch(B, S, 7)
     compiled = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always"})
-    found = []
+    gradients = []
     for run in (compiled, model):
         rows, wide = run(ids)
         rows.mul_(3)
         wide[:, 2:4].zero_()
         loss = rows.square().sum() + wide.cos().sum()
-        found.append(torch.autograd.grad(loss, list(model.parameters())))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert radix_compile.stats().folded_calls == 1
-    for ours, expected in zip(*found, strict=True):
+    for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -155,24 +155,24 @@ def test_sizes_that_change(name: str) -> None:
 
 
 def test_keys_and_values_of_a_cache() -> None:
-    """What a caller goes on with: ``torch.cat`` makes them anew, heads first."""
+    """Cached keys and values have the strides of the plain program: ``torch.cat`` puts heads first in memory."""
     model, ids = build("Qwen3"), shared_batch(4, 12, 7)
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with torch.no_grad():
         ours, expected = compiled(ids).past_key_values, model(ids).past_key_values
     assert radix_compile.stats().folded_calls == 1
-    for one, other in zip(ours.layers, expected.layers, strict=True):
-        assert (one.keys.stride(), one.values.stride()) == (other.keys.stride(), other.values.stride())
-        torch.testing.assert_close(one.keys, other.keys)
+    for layer, plain in zip(ours.layers, expected.layers, strict=True):
+        assert (layer.keys.stride(), layer.values.stride()) == (plain.keys.stride(), plain.values.stride())
+        torch.testing.assert_close(layer.keys, plain.keys)
 
 
 @pytest.fixture
 def by_memory() -> Iterator[Callable[[Tensor], Tensor]]:
-    """An op of another package that takes for granted how its input lies in memory."""
+    """An op of another package that requires a contiguous input."""
 
     @torch.library.custom_op("radix_tests::by_memory", mutates_args=())
     def op(x: Tensor) -> Tensor:
-        assert x.is_contiguous(), "the op reads entries one after the other"
+        assert x.is_contiguous(), "the op reads memory from the first entry to the last"
         return x * 2
 
     op.register_fake(torch.empty_like)

@@ -1,4 +1,4 @@
-"""padding="skip": hidden rows cost nothing and come back as zeros, where nobody else reads them."""
+"""padding="skip": hidden rows are left out and come back as zeros, if no other row reads them."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ def test_skipped_rows_are_zero_and_the_others_right(attention: str, left: bool) 
     assert ours[~real].abs().max() == 0
     stats = radix_compile.stats()
     assert stats.tokens == int(mask.sum())
-    # A real row's path holds the padding before it, so the count is of paths that end in a real row.
+    # The path of a real row includes the padding before it, so count the paths that end in a real row.
     assert stats.compact_tokens == real_paths(ids, mask)
 
 
 def real_paths(ids: Tensor, mask: Tensor) -> int:
+    """The number of distinct paths that end in a real row."""
     distinct = set()
     for b in range(ids.shape[0]):
         for s in range(ids.shape[1]):
@@ -61,7 +62,7 @@ def real_paths(ids: Tensor, mask: Tensor) -> int:
 
 
 def test_off_where_a_head_reads_padded_rows() -> None:
-    """The classification head picks a row by the token ids, not by the mask: the proof fails, and says so."""
+    """The classification head picks a row by token ids, not by the mask. So the proof fails, and a note says so."""
     model = build("Qwen3", head="ForSequenceClassification", num_labels=3)
     ids, mask = padded()
     with torch.no_grad():
@@ -99,7 +100,7 @@ def test_mean_pooling_turns_it_off() -> None:
 
 @pytest.mark.parametrize("padding", slow_unless(lambda padding: padding == "exact", ["exact", "skip"]))
 def test_a_sliding_window_blinds_padding_far_from_text(padding: str) -> None:
-    """Right padding beyond the window sees nothing at all: its rows are nodes of their own."""
+    """Right padding beyond the window is fully masked: its rows are nodes of their own."""
     model = build("Mistral", attention="eager", sliding_window=3)
     ids, mask = padded()
     ids[2], mask[2] = ids[1], mask[1]
@@ -107,8 +108,8 @@ def test_a_sliding_window_blinds_padding_far_from_text(padding: str) -> None:
     compiled = torch.compile(model, backend="radix", options={**SKIP, "padding": padding})
     if padding == "exact":
         compare(model, compiled, ids, attention_mask=mask, use_cache=False)
-        seen = mask.cumsum(1)
-        fully_masked = seen - torch.cat([torch.zeros(4, 3, dtype=torch.long), seen[:, :-3]], 1) == 0
+        count = mask.cumsum(1)
+        fully_masked = count - torch.cat([torch.zeros(4, 3, dtype=torch.long), count[:, :-3]], 1) == 0
         assert fully_masked[1:3].any()
         assert radix_compile.stats().compact_tokens == paths(ids, mask, unique=fully_masked)
     else:
@@ -132,10 +133,10 @@ def test_off_where_attention_weights_are_an_output() -> None:
 
 @pytest.mark.parametrize("padding", ["exact", "skip"])
 def test_a_mask_that_the_model_computes(padding: str) -> None:
-    """Made of compact rows, it has entries by column that must not move, and no zeros for rows that are left out."""
+    """A mask computed from compact rows has entries by column, which must not move, and no zeros for omitted rows."""
     torch.manual_seed(0)
     table, weight = torch.randn(11, 8), torch.randn(8, 8)
-    table[:5, 0], table[5:, 0] = 1.0, -1.0  # tokens that are seen, and tokens that are not
+    table[:5, 0], table[5:, 0] = 1.0, -1.0  # visible tokens, and hidden ones
     ids = torch.tensor([[7, 3, 2, 1], [8, 9, 6, 3], [7, 3, 2, 4]])
 
     def program(ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What must not fold: the outputs of the plain model, nothing folded past the op, and a reason that names it."""
+"""Programs that must not fold: equal outputs, nothing folded after the op, and a refusal that names the op."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def explained(model: nn.Module, *args: Any, **kwargs: Any) -> radix_compile.Expl
 def assert_refused(
     model: nn.Module, reason: str, op: str, *args: Any, code: RefusalCode | None = None, **kwargs: Any
 ) -> None:
-    """The outputs are right under the backend, and the report says which op, why (a pattern) and where."""
+    """Check that the outputs are right, and that the report has the op, the reason (a pattern) and the source line."""
     with pytest.warns(UserWarning, match="radix: nothing folds"):
         explanation = explained(model, *args, **kwargs)
     assert not explanation.folded
@@ -60,14 +60,14 @@ def test_bidirectional_attention() -> None:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     model = BertModel(config).eval()
-    # Without a mask, or by one that hides nothing, as transformers 5.17 makes it.
+    # There is no mask, or (transformers 5.17) one that hides nothing.
     assert_refused(
         model, "bidirectional|lets a token see later ones", "scaled_dot_product_attention", shared_batch(4, 12, 8)
     )
 
 
 class Block(nn.Module):
-    """Embedding, two MLP layers with something between them, and a head."""
+    """An embedding, a linear layer, the module ``between``, and an MLP."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Apply(nn.Module):
 
 
 def test_position_wise_block_folds() -> None:
-    """The control: with nothing in between the same block folds, so the refusals below are about what is in between."""
+    """The same block folds with an identity in between, so the refusals below come from the op in between."""
     model = Block(nn.Identity()).eval()
     explanation = explained(model, shared_batch(4, 12, 8))
     assert explanation.folded
@@ -223,9 +223,9 @@ def test_strict_says_what_went_wrong_first() -> None:
 
 
 def test_strict_lets_pass_what_says_nothing_about_the_model() -> None:
-    model, one = Block(nn.Identity()).eval(), shared_batch(2, 12, 8)[:1]
+    model, sequence = Block(nn.Identity()).eval(), shared_batch(2, 12, 8)[:1]
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "strict": True})
-    compare(model, compiled, one)
+    compare(model, compiled, sequence)
     assert (radix_compile.stats().graphs, radix_compile.stats().folded_compiles) == (1, 0)
 
 
@@ -233,12 +233,12 @@ def test_strict_lets_pass_what_says_nothing_about_the_model() -> None:
 
 
 def between(function: Callable[[Tensor], Tensor]) -> radix_compile.Explanation:
-    """Of that function between layers."""
+    """The explanation of a block with this function between its layers."""
     return explained(Block(Apply(function)).eval(), shared_batch(4, 12, 8))
 
 
 def tokens(function: Callable[[Tensor], Tensor]) -> radix_compile.Explanation:
-    """Of that function of token ids."""
+    """The explanation of a function of token ids."""
     return explained(function, shared_batch(4, 12, 8))
 
 
@@ -247,7 +247,7 @@ def is_causal(size: int = 12, diagonal: int = 0) -> Tensor:
 
 
 class SeesNothing(nn.Module):
-    """A row of padding in front sees no key, and a running sum reads what it makes of that."""
+    """A running sum over the results of attention with fully masked rows (left padding)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class SeesNothing(nn.Module):
 
 
 def flex(x: Tensor) -> Tensor:
-    """With tables of blocks that are computed beside it."""
+    """Flex attention with a block table that the same graph computes."""
     heads = x[:, None]
     listed = torch.ones(1, 1, 1, dtype=torch.int32, device=x.device)
     sizes: Any = {"BLOCK_SIZE": 128, "seq_lengths": (12, 12), "compute_q_blocks": False}
@@ -306,7 +306,7 @@ def does_not_compile() -> radix_compile.Explanation:
 
 def mistake() -> radix_compile.Explanation:
     def broken(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        raise KeyError("lost")
+        raise KeyError("missing")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "ANALYSES", (broken,))
@@ -359,7 +359,7 @@ PROGRAMS: dict[RefusalCode, Callable[[], radix_compile.Explanation]] = {
     RefusalCode.INNER_BACKEND: does_not_compile,
     RefusalCode.INTERNAL_ERROR: mistake,
 }
-"""One for each code that no mixing op has."""
+"""A program for each code that no case of ``MIXING`` has."""
 
 
 @pytest.mark.filterwarnings("ignore:radix. nothing folds:UserWarning")
@@ -377,7 +377,7 @@ def test_no_code_is_left_out() -> None:
 
 
 def raised() -> list[tuple[str, ast.Call]]:
-    """Where the package refuses: the place, and the call that makes the exception."""
+    """The places where the package refuses, with the calls that construct the exceptions."""
     root = Path(radix_compile.__file__).parent
     return [
         (f"{file.relative_to(root)}:{call.lineno}", call)
@@ -389,7 +389,7 @@ def raised() -> list[tuple[str, ast.Call]]:
 
 
 def test_every_refusal_names_its_code_and_every_code_is_named() -> None:
-    """Only a user's own rule may leave it out."""
+    """Only rules of users may leave the code out."""
     assert len(raised()) > 60
     assert [place for place, call in raised() if len(call.args) < 2] == []
     files = [file for file in Path(radix_compile.__file__).parent.rglob("*.py") if file.name != "advice.py"]
@@ -419,7 +419,7 @@ ADVISED = {
     RefusalCode.UNSUPPORTED_GRADIENT: "torch.no_grad()",
     RefusalCode.INTERNAL_ERROR: "a bug in radix_compile",
 }
-"""Words of the advice. Of the other codes nothing is known that would help."""
+"""Words of the advice for each code. There is no advice for the other codes."""
 
 
 def test_advice_is_looked_up_by_code() -> None:

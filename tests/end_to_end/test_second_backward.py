@@ -1,4 +1,4 @@
-"""Gradients asked for twice of one forward pass (``retain_graph=True``): the same each time, and the plain ones."""
+"""Two backward passes after one forward pass (``retain_graph=True``) give the plain program's gradients each time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def loss_of(model: nn.Module) -> Run:
     return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def gradients(loss: Tensor, model: nn.Module, **how: bool) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters()), **how))
+def gradients(loss: Tensor, model: nn.Module, **options: bool) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters()), **options))
 
 
 def assert_same(ours: list[Tensor], others: list[Tensor]) -> None:
-    assert any(one.any() for one in ours)
+    assert any(gradient.any() for gradient in ours)
     assert all(map(torch.equal, ours, others))
 
 
@@ -44,21 +44,21 @@ def test_a_graph_that_is_kept(inner: str) -> None:
     first = gradients(loss, model, retain_graph=True)
     torch.testing.assert_close(first, plain, rtol=1e-4, atol=1e-6)
     assert_same(first, gradients(loss, model, retain_graph=True))
-    assert_same(first, gradients(loss, model))  # the last of them writes to what it reads
+    assert_same(first, gradients(loss, model))  # the last backward pass overwrites its inputs
     with pytest.raises(RuntimeError, match="second time"):
         gradients(loss, model)
 
     loss = run(ids)
-    for times in (1, 2):  # they add up
+    for count in (1, 2):  # gradients add up
         loss.backward(retain_graph=True)
-        assert_same([one.grad / times for one in model.parameters()], first)
-    run(ids)  # whose gradients nobody asks for
+        assert_same([weight.grad / count for weight in model.parameters()], first)
+    run(ids)  # without a backward pass
     assert_same(gradients(run(ids), model), first)
 
     higher = gradients(run(ids), model, create_graph=True)
-    assert_same([one.detach() for one in higher], first)
-    with pytest.raises(RuntimeError, match="does not currently support double backward"):  # as plain inductor
-        gradients(sum(one.sum() for one in higher), model)
+    assert_same([gradient.detach() for gradient in higher], first)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):  # as in plain inductor
+        gradients(sum(gradient.sum() for gradient in higher), model)
     assert radix_compile.stats().folded_calls == 5
 
 
@@ -77,14 +77,14 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("inner", slow_unless(lambda inner: inner == "aot_eager", INNERS))
 def test_another_batch_before_the_second_time(inner: str) -> None:
-    """Of other sizes, by the same program, and the first graph still stands; part of it is recomputed every time."""
+    """A second batch, of other sizes, leaves the graph of the first intact. The checkpoint recomputes every time."""
     model = Small()
     batches = shared_batch(4, 12, 8), shared_batch(4, 12, 3, seed=1)
     plain = [gradients(model(ids), model) for ids in batches]
     run = torch.compile(model, backend="radix", options={"inner_backend": inner, "fold": "always", "strict": True})
     losses = [run(ids) for ids in batches]
-    found = [[gradients(loss, model, retain_graph=keep) for loss in losses] for keep in (True, True, False)]
-    for first, second, last, expected in zip(*found, plain, strict=True):
+    ours = [[gradients(loss, model, retain_graph=keep) for loss in losses] for keep in (True, True, False)]
+    for first, second, last, expected in zip(*ours, plain, strict=True):
         torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-6)
         assert_same(first, second)
         assert_same(first, last)

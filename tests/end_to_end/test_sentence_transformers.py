@@ -1,4 +1,4 @@
-"""Embedding and reranking through sentence-transformers, whose ``compile`` takes the backend by name."""
+"""Embedding and reranking through the ``compile`` method of sentence-transformers, which takes a backend's name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUERIES = [" ".join(WORDS[20 + i : 22 + 2 * i]) for i in range(6)]
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A causal language model of random weights and a tokenizer of one token for each word, as a hub has them."""
+    """A folder with a causal model of random weights and a tokenizer with one token per word."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i for i, word in enumerate(WORDS, 3)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,7 +43,7 @@ def embedder(saved: Path, pooling: str) -> SentenceTransformer:
     )
 
 
-@pytest.mark.slow  # batches of shared prefixes go through the same calls
+@pytest.mark.slow  # test_batches_of_shared_prefixes makes the same calls
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
 def test_encode_with_a_prompt(saved: Path, pooling: str) -> None:
     plain, model = embedder(saved, pooling), embedder(saved, pooling)
@@ -51,15 +51,15 @@ def test_encode_with_a_prompt(saved: Path, pooling: str) -> None:
     embeddings = model.encode(QUERIES, prompt_name="query", batch_size=3)
     expected = plain.encode(QUERIES, prompt_name="query", batch_size=3)
     assert abs(embeddings - expected).max() < 1e-5 * abs(expected).max()
-    assert abs(expected[0] - expected[1]).max() > 0.01  # they do differ
+    assert abs(expected[0] - expected[1]).max() > 0.01  # the queries have different embeddings
     stats = radix_compile.stats()
     assert stats.folded_calls == 2
-    # The prompt's 12 words once for each of the two batches, and the queries.
+    # Each of the two batches has the prompt's 12 words once, and the queries.
     assert stats.compact_tokens <= 2 * 12 + stats.tokens - 6 * 12
 
 
 def test_batches_of_shared_prefixes(saved: Path) -> None:
-    """What ``encode`` sorts by length is scattered; one call for each batch keeps it together."""
+    """``encode`` sorts by length, which separates equal prefixes. One call per sampled batch does not."""
     texts = [" ".join([*WORDS[10 * g + 10 : 10 * g + 20], *WORDS[60 : 61 + i]]) for i in range(4) for g in range(4)]
     plain, model = embedder(saved, "lasttoken"), embedder(saved, "lasttoken")
     model.compile(backend="radix", options=OPTIONS)
@@ -68,19 +68,19 @@ def test_batches_of_shared_prefixes(saved: Path) -> None:
         by_length = model.encode(texts, batch_size=4)
         scattered = radix_compile.stats()
         radix_compile.reset_stats()
-        together = torch.empty(expected.shape)
+        by_prefix = torch.empty(expected.shape)
         for batch in SharedPrefixBatchSampler(texts, 4):
-            together[batch] = torch.from_numpy(model.encode([texts[i] for i in batch], batch_size=4))
-    for found in (by_length, together.numpy()):
-        assert abs(found - expected).max() < 1e-5 * abs(expected).max()
-    assert scattered.compact_tokens == scattered.tokens  # four sequences of one length, which share nothing
-    kept = radix_compile.stats()
-    assert kept.folded_calls == 4
-    assert kept.compact_tokens < kept.tokens / 2
+            by_prefix[batch] = torch.from_numpy(model.encode([texts[i] for i in batch], batch_size=4))
+    for embeddings in (by_length, by_prefix.numpy()):
+        assert abs(embeddings - expected).max() < 1e-5 * abs(expected).max()
+    assert scattered.compact_tokens == scattered.tokens  # sequences of equal length share nothing here
+    stats = radix_compile.stats()
+    assert stats.folded_calls == 4
+    assert stats.compact_tokens < stats.tokens / 2
 
 
 def test_reranking(saved: Path) -> None:
-    """A query with each of its passages: the query is shared."""
+    """Pairs of one query with its passages share the query."""
     pairs = [(PROMPT, query) for query in QUERIES]
     plain, model = CrossEncoder(str(saved), device="cpu"), CrossEncoder(str(saved), device="cpu")
     model.compile(backend="radix", options=OPTIONS)

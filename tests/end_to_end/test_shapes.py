@@ -1,4 +1,4 @@
-"""Sizes that happen to be equal change nothing, inputs come as they come, and new lengths do not compile again."""
+"""Equal sizes change nothing, ids may have any integer dtype and layout, and new lengths do not recompile."""
 
 from __future__ import annotations
 
@@ -112,26 +112,26 @@ def test_the_options_that_choose_between_the_programs(options: dict[str, float])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("multiple", "padded"), [(16, 32), (40, 40), (10**12, 48)])
 def test_pad_multiple_of(multiple: int, padded: int, dynamic: bool) -> None:
-    """Of 48 rows, which is where padding ends."""
+    """The batch has 48 rows, and padding stops there."""
     model = MLP()
-    seen: list[int] = []
+    sizes: list[int] = []
 
     def inner(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
         def run(*args: torch.Tensor) -> object:
-            seen.append(len(args[-2]))
+            sizes.append(len(args[-2]))
             return gm(*args)
 
         return run
 
     backend = radix_compile.RadixBackend(inner_backend=inner, fold="always", pad_multiple_of=multiple)
     compare(model, torch.compile(model, backend=backend, dynamic=dynamic), shared_batch(4, 12, 6))
-    assert seen == [padded]
+    assert sizes == [padded]
     assert radix_compile.stats().compact_tokens == 30
 
 
 @pytest.mark.parametrize("dims", [[0], [1], [0, 1]])
 def test_sizes_that_are_marked_unbacked(dims: list[int]) -> None:
-    """They are no numbers when a graph is compiled: it runs plain, and one sentence says why."""
+    """A graph with unbacked sizes runs plain, with one warning."""
     model = MLP()
     ids = shared_batch(4, 12, 6)
     mark_unbacked(ids, dims)
@@ -142,7 +142,7 @@ def test_sizes_that_are_marked_unbacked(dims: list[int]) -> None:
 
 
 class Picks(nn.Module):
-    """Rows at places that depend on the data, behind layers that do not."""
+    """Token-wise layers, then a selection of rows that depends on the data."""
 
     def __init__(self, by_number: bool) -> None:
         super().__init__()
@@ -166,9 +166,9 @@ def test_sizes_that_depend_on_the_data(by_number: bool) -> None:
     assert radix_compile.stats().folded_calls == 1
 
 
-@pytest.mark.slow  # with inductor, whose compilations it counts
+@pytest.mark.slow  # it compiles with inductor
 def test_twenty_batches_compile_nothing_new() -> None:
-    """Through inductor: after the shapes have become symbols, neither Dynamo nor inductor compiles again."""
+    """Once the shapes are symbols, neither Dynamo nor inductor compiles again."""
     model = build("Qwen3", num_hidden_layers=1)
     compiled = torch.compile(model, backend="radix", options={"fold": "always"}, dynamic=True)
     compare(model, compiled, shared_batch(4, 12, 8))

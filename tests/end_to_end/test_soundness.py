@@ -1,7 +1,7 @@
-"""Kinds of programs that once folded and returned wrong numbers: masks by column, buffers, floors, integers that wrap.
+"""Kinds of programs that once returned wrong numbers: masks by column, buffers, mask values, integers that wrap around.
 
-Each may fold or not: the numbers, and where plain has NaN, are those of the plain program. ``docs/soundness.md`` says
-which claim of the analysis each of them is about.
+Each may fold or not. Its numbers, NaN included, must be those of the plain program. ``docs/soundness.md`` names the
+claim of the analysis that each test is about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = Callable[..., Tensor]
 
 @pytest.fixture(autouse=True)
 def everything_folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """However little of a graph's arithmetic that is; and in float64."""
+    """Fold graphs with any share of token-wise arithmetic, and compute in float64."""
     monkeypatch.setattr(backend, "LEAST_SHARE", 0.0)
     torch.set_default_dtype(torch.float64)
     yield
@@ -49,13 +49,13 @@ class Model(nn.Module):
 
 
 def shared_ids() -> Tensor:
-    """Of which the first seven columns are the same."""
+    """``[B, S]`` token ids with seven equal columns in front."""
     ids = torch.randint(1, VOCABULARY, (B, S), generator=torch.Generator().manual_seed(0))
     ids[1:, :7] = ids[0, :7]
     return ids
 
 
-# One text, from where the padding of a sequence ends; and in documents of which there are several in a row.
+# The same text after different amounts of left padding, and in packed documents.
 STARTS = torch.tensor([0, 3, 5, 3])[:, None]
 PADDING = (torch.arange(S) >= STARTS).long()
 PADDED = torch.where(PADDING != 0, 2 + torch.arange(S) - STARTS, 1)
@@ -65,7 +65,7 @@ PACKED = torch.arange(1, 7).repeat(B, 2)
 
 
 def check(step: Step, ids: Tensor, *inputs: Tensor, buffer: Tensor | None = None, folds: bool | None = None) -> None:
-    """Compare with the plain model, its NaN too; ``folds`` says whether calls must fold, or must not."""
+    """Compare with the plain model, NaN included. If ``folds`` is not None, the call must fold or must not."""
     model = Model(step, buffer)
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
     with torch.no_grad():
@@ -129,7 +129,7 @@ RELATIVE: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("name", [*BY_COLUMN, *RELATIVE])
 @pytest.mark.parametrize("first", ["tables", "documents"])
 def test_packed_documents(name: str, first: str, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Constants meet each other first, or each the documents; what a column decides is another in the next document."""
+    """A mask by column differs from document to document. It is joined with the causal mask or the documents first."""
     table = {**BY_COLUMN, **RELATIVE}[name]
 
     def step(model: Model, x: Tensor, ids: Tensor, documents: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def test_packed_documents(name: str, first: str, attend: Callable[[Tensor, Tenso
 
     check(step, PACKED, DOCUMENTS)
     if name in RELATIVE:
-        assert compact_tokens() == 12  # 1 to 6, and 4 to 6 and on with 1 to 3, wherever they are
+        assert compact_tokens() == 12  # the paths of 1 to 6, and of 4 to 6 followed by 1 to 3
 
 
 @pytest.mark.parametrize("attend", [lambda x, mask: attention(x, mask, LOWEST), as_one_op])
@@ -172,7 +172,7 @@ SHOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", SHOWN)
 @pytest.mark.parametrize("kind", ["packed", "left padding"])
 def test_shown_keys(name: str, kind: str, attend: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """What hides keys is read by the plan alone where attention runs on the tree, and may go by columns, too."""
+    """With attention on the tree, only the plan reads the mask of hidden keys. This mask may depend on the column."""
 
     def packed(model: Model, x: Tensor, ids: Tensor, documents: Tensor) -> Tensor:
         shown = SHOWN[name](torch.ones_like(ids), ids) != 0
@@ -222,7 +222,7 @@ def test_scores_by_column(name: str, kind: str) -> None:
 
 
 def test_bias_of_padding_by_query_column() -> None:
-    """The columns of the queries are features of the mask, until it meets the scores."""
+    """The query columns are a feature dimension of the bias until it is added to the scores."""
 
     def step(model: Model, x: Tensor, ids: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
         x = x + F.embedding(positions, model.positions)
@@ -235,7 +235,7 @@ def test_bias_of_padding_by_query_column() -> None:
 
 
 def test_numbers_of_sequences_that_are_the_same_in_all_rows() -> None:
-    """A table may say where sequences start: paths start there."""
+    """A constant table may mark where sequences start. Paths start there."""
 
     def step(model: Model, x: Tensor, ids: Tensor) -> Tensor:
         return attention(x, causal() & same((columns() // 6)[None]))
@@ -301,29 +301,31 @@ def test_baddbmm_with_a_mask(beta: float, floor: float, hidden: float) -> None:
 @pytest.mark.parametrize("floor", [LOWEST, -1e9, -math.inf])
 @pytest.mark.parametrize("select", [True, False])
 def test_gradients_of_rows_that_see_nothing_but_a_floor(floor: float, select: bool) -> None:
-    """They attend to all hidden keys alike: what the logarithm of a sum of exponentials has no digits for."""
+    """Fully masked rows attend to all hidden keys equally, which a log-sum-exp of such low scores cannot represent."""
 
     def step(model: Model, x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
         bias = torch.where((padding != 0)[:, None, None, :], 0.0, floor)
-        bias = bias[:, 0] if select else bias.squeeze(1).cos().acos() + bias.squeeze(1)  # in words that nobody reads
+        bias = (
+            bias[:, 0] if select else bias.squeeze(1).cos().acos() + bias.squeeze(1)
+        )  # in ops that the analysis does not follow
         scores = torch.baddbmm(bias.expand(B, S, S), x.tanh(), x.mT)
         return torch.where(causal(), scores, -math.inf).softmax(-1) @ x
 
     model = Model(step)
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "eager", "fold": "always"})
-    found = []
+    gradients = []
     for run in (compiled, model):
         result = run(PADDED, PADDING)
         factors = torch.arange(result.numel()).view(result.shape).cos()
-        found.append(torch.autograd.grad((result * factors).nansum(), [model.embedding.weight, model.first.weight]))
-    for ours, expected in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad((result * factors).nansum(), [model.embedding.weight, model.first.weight]))
+    for ours, expected in zip(*gradients, strict=True):
         known = ~expected.isnan()
         torch.testing.assert_close(ours[known], expected[known], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_rows_that_are_no_numbers_stay_in_their_sequences(layers: int) -> None:
-    """A row of padding that sees nothing is NaN, and so is what sees it, though with a weight of zero."""
+    """A fully masked row of padding is NaN, and so are rows that read it, even with a weight of zero."""
 
     def step(model: Model, x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
         for _ in range(layers):
@@ -333,7 +335,7 @@ def test_rows_that_are_no_numbers_stay_in_their_sequences(layers: int) -> None:
     check(step, PADDED, PADDING)
 
 
-# -------------------------------------------------------------------------------- what was uniform, and is not any more
+# ----------------------------------------------------------------------------------- tables made of uniform tensors
 
 NOT_UNIFORM: dict[str, Callable[[], Tensor]] = {
     "diff": lambda: torch.diff(torch.zeros(S), prepend=torch.zeros(S)[:1] - 1),
@@ -383,7 +385,7 @@ def test_tables_of_uniform_tensors(name: str) -> None:
     check(step, shared_ids(), folds=True)
 
 
-# ---------------------------------------------------------------------------------------------- floors in other types
+# ----------------------------------------------------------------------------------------- mask values in other types
 
 
 def floor_of(dtype: torch.dtype) -> Tensor:
@@ -463,7 +465,7 @@ def test_columns_that_wrap(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("offset", [0, 5])
 def test_positions_that_wrap(dtype: torch.dtype, offset: int) -> None:
-    """Of documents whose positions grow by one from column to column, and over the end of their type."""
+    """The positions of a document grow by one per column, and past the largest number of their dtype."""
     most = torch.iinfo(dtype).max
 
     def step(model: Model, x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:

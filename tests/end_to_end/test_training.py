@@ -1,4 +1,4 @@
-"""Training through the fold: losses, every gradient, and the next step, as those of the plain model."""
+"""Training: the losses, all gradients and the updated weights are those of the plain model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Loss = Callable[..., Tensor]
 
 
 def loss_of(model: nn.Module) -> Loss:
-    """With the loss in the graph: ``labels`` go into the model."""
+    """The loss of the model, computed inside the graph from ``labels``."""
     return lambda **batch: model(**batch, use_cache=False).loss
 
 
 def gradients(loss: Loss, model: nn.Module, **batch: Tensor) -> list[Tensor]:
-    """The loss, and then every parameter's gradient (an empty tensor where there is none)."""
+    """The loss, followed by the gradient of every parameter (an empty tensor if there is none)."""
     model.zero_grad()
     value = loss(**batch)
     value.backward()
@@ -35,16 +35,16 @@ def gradients(loss: Loss, model: nn.Module, **batch: Tensor) -> list[Tensor]:
 
 
 def assert_equal(ours: list[Tensor], plain: list[Tensor]) -> None:
-    """To rounding: that of float32, in which the RMS norms of transformers compute in a float64 model too.
+    """Compare up to rounding in float32, the dtype of RMS norms of transformers even in a float64 model.
 
-    A rounding in a norm goes into every gradient before it, so the largest of them all is the measure.
+    A rounding error in a norm affects every gradient before it, so the tolerance is relative to the largest gradient.
     """
     assert len(ours) == len(plain) > 1
     assert any(gradient.any() for gradient in plain[1:])
-    largest = max(other.abs().max().item() for other in plain if other.numel())
+    largest = max(gradient.abs().max().item() for gradient in plain if gradient.numel())
     rounding = 4 * torch.finfo(torch.float32).eps * largest
-    for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=rounding)
+    for gradient, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=rounding)
 
 
 def labelled(ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ BATCHES: dict[str, Callable[[], dict[str, Tensor]]] = {
 
 @pytest.mark.parametrize("kind", slow_unless(lambda kind: kind == "GPT2", ["Qwen3", "Llama", "GPT2"]))
 def test_steps_are_those_of_the_plain_model(kind: str) -> None:
-    """Every batch: the loss and the gradients, an update, and both again. In float64, where they agree to rounding."""
+    """Compare the loss and the gradients of each batch, before and after an update."""
     dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if kind == "GPT2" else {}
     start = build(kind, **dropout).double().train()
     model = copy.deepcopy(start)
@@ -92,13 +92,13 @@ def test_steps_are_those_of_the_plain_model(kind: str) -> None:
         radix_compile.reset_stats()
         for _ in range(2):
             assert_equal(gradients(compiled, model, **batch()), gradients(loss_of(plain), plain, **batch()))
-            for one in (model, plain):
-                torch.optim.SGD(one.parameters(), lr=0.1).step()
+            for updated in (model, plain):
+                torch.optim.SGD(updated.parameters(), lr=0.1).step()
         stats = radix_compile.stats()
         assert stats.folded_calls == 2, name
         keys = batch()["input_ids"], batch()["attention_mask"]
-        sees_nothing = keys[1].cumsum(1) == 0
-        assert stats.compact_tokens == 2 * paths(*keys, unique=sees_nothing), name
+        fully_masked = keys[1].cumsum(1) == 0
+        assert stats.compact_tokens == 2 * paths(*keys, unique=fully_masked), name
 
 
 def test_a_single_sequence_runs_plain() -> None:
@@ -111,7 +111,7 @@ def test_a_single_sequence_runs_plain() -> None:
 
 
 def masked_attention_compiles_in_float64() -> bool:
-    """Inductor's gradient of it fails on the CPU in torch 2.11, whatever the backend: "expected scalar type Double"."""
+    """Can inductor compile the gradient? On a CPU in torch 2.11 it fails: "expected scalar type Double"."""
     q, k, v = (torch.randn(2, 2, 8, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     try:
         torch.compile(F.scaled_dot_product_attention)(q, k, v, torch.ones(8, 8, dtype=torch.bool)).sum().backward()
@@ -120,9 +120,9 @@ def masked_attention_compiles_in_float64() -> bool:
     return True
 
 
-@pytest.mark.slow  # three programs, forward and backward
+@pytest.mark.slow  # it compiles three programs, forward and backward
 def test_through_inductor() -> None:
-    """The decompositions, fused and compiled: also with the loss outside the graph, and with the same bits twice."""
+    """Train through inductor, with the loss inside and outside of the graph. Two backward passes give the same bits."""
     attention = "sdpa" if masked_attention_compiles_in_float64() else "eager"
     model = build("Qwen3", attention=attention, num_hidden_layers=1).double().train()
     plain = copy.deepcopy(model)
@@ -138,21 +138,21 @@ def test_through_inductor() -> None:
     compiled = torch.compile(model, backend="radix", options=options)
     ours = gradients(outside(compiled), model, **batch)
     assert_equal(ours, gradients(outside(plain), plain, **batch))
-    for one, other in zip(ours, gradients(outside(compiled), model, **batch), strict=True):
-        assert torch.equal(one, other)
+    for first, second in zip(ours, gradients(outside(compiled), model, **batch), strict=True):
+        assert torch.equal(first, second)
     inside = torch.compile(loss_of(model), backend="radix", options=options)
     batch["labels"] = labels
     ours = gradients(inside, model, **batch)
     assert_equal(ours, gradients(loss_of(plain), plain, **batch))
-    for one, other in zip(ours, gradients(inside, model, **batch), strict=True):
-        assert torch.equal(one, other)
+    for first, second in zip(ours, gradients(inside, model, **batch), strict=True):
+        assert torch.equal(first, second)
     assert radix_compile.stats().folded_calls == 4
 
 
 @pytest.mark.parametrize("inner", slow_unless(lambda inner: inner == "aot_eager", ["eager", "aot_eager"]))
 @pytest.mark.parametrize("autocast", [False, True], ids=["pure", "autocast"])
 def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool, inner: str) -> None:
-    """Every gradient against float64: at most twice the error of the plain model's, which sums more roundings."""
+    """The error of every gradient, against float64, is at most twice the error of the plain model."""
     model = build("Qwen3").train()
     exact_model = in_float64(model)
     if not autocast:
@@ -165,8 +165,8 @@ def test_bfloat16_errs_no_more_than_the_plain_model(autocast: bool, inner: str) 
         ours, theirs = gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch)
     exact = gradients(loss_of(exact_model), exact_model, **batch)
     assert radix_compile.stats().folded_calls == 1
-    for one, other, reference in zip(ours, theirs, exact, strict=True):
-        assert_as_exact(one, other, reference.double(), factor=2.0)
+    for gradient, expected, reference in zip(ours, theirs, exact, strict=True):
+        assert_as_exact(gradient, expected, reference.double(), factor=2.0)
 
 
 def test_accumulated_gradients() -> None:
@@ -182,21 +182,21 @@ def test_accumulated_gradients() -> None:
 
 
 def saved_bytes(loss: Loss, **batch: Tensor) -> int:
-    """What autograd keeps until the backward pass, parameters not counted, each storage once."""
-    kept: dict[int, int] = {}
+    """The bytes that autograd saves for the backward pass. Parameters do not count, and each storage counts once."""
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         loss(**batch).backward()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def test_saved_activations_shrink_with_compression() -> None:
-    """All but what attention keeps in full form, Q, K, V and its output: here a fifth."""
+    """All saved tensors shrink except those of attention in full form (Q, K, V and the result), here a fifth."""
     model = build("Qwen3", intermediate_size=256, vocab_size=1000).train()
     plain = torch.compile(loss_of(model), backend="aot_eager")
     folded = torch.compile(loss_of(model), backend="radix", options=FOLD)
@@ -214,9 +214,9 @@ def test_saved_activations_shrink_with_compression() -> None:
 def test_checkpointed_layers_fold_and_save_less() -> None:
     model = build("Qwen3").double().train()
     plain = copy.deepcopy(model)
-    kept_all = torch.compile(loss_of(model), backend="radix", options=FOLD)
+    saves_all = torch.compile(loss_of(model), backend="radix", options=FOLD)
     batch = BATCHES["a shared prefix"]()
-    without = saved_bytes(kept_all, **batch)
+    without_checkpoints = saved_bytes(saves_all, **batch)
     model.gradient_checkpointing_enable()
     plain.gradient_checkpointing_enable()
     torch._dynamo.reset()
@@ -224,7 +224,7 @@ def test_checkpointed_layers_fold_and_save_less() -> None:
     compiled = torch.compile(loss_of(model), backend="radix", options=FOLD)
     assert_equal(gradients(compiled, model, **batch), gradients(loss_of(plain), plain, **batch))
     assert radix_compile.stats().folded_calls == 1
-    assert saved_bytes(compiled, **batch) < 0.7 * without
+    assert saved_bytes(compiled, **batch) < 0.7 * without_checkpoints
 
 
 def test_frozen_parameters() -> None:
@@ -251,7 +251,7 @@ def test_tied_embeddings() -> None:
 
 
 def test_learned_positions_get_their_gradient() -> None:
-    """A table by column meets every node of the column."""
+    """A table by column gets a gradient from every node of the column."""
     model = build("GPT2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0).double().train()
     plain = copy.deepcopy(model)
     batch = BATCHES["three levels"]()
@@ -282,7 +282,7 @@ def test_lora_adapters_on_attention_and_mlp() -> None:
 
 
 def test_dropout_folds_what_stays_right_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """Up to the first dropout. Rows of one prefix get different masks, so that nothing after it is shared."""
+    """Ops before the first dropout fold. Dropout masks differ between rows of equal prefix, so ops after it do not."""
     embedding, first, second = nn.Embedding(97, 32), nn.Linear(32, 256), nn.Linear(256, 32)
 
     def program(ids: Tensor) -> Tensor:

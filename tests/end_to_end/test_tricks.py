@@ -1,7 +1,6 @@
-"""Programs made to mislead the analysis. The backend may fold them or not, but the numbers are the plain model's.
+"""Programs made to mislead the analysis. All of them must give the numbers of the plain model.
 
-``FOLDS`` are those that look dangerous and are not: they must fold. ``REFUSED`` look harmless: nothing behind the trick
-may fold, which the numbers of a batch with shared prefixes would show.
+``FOLDS`` look dangerous but are not, and must fold. ``REFUSED`` look harmless but are not, and must not fold.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import radix_compile
 from tests.models import VOCABULARY, shared_batch
 
 B, S, D = 6, 12, 12
-"""As many features as columns, so that a size says nothing."""
+"""There are as many features as columns, so that no size reveals the meaning of a dimension."""
 
 Trick = Callable[..., Tensor]
 
 
 class Model(nn.Module):
-    """Token-wise layers with the trick between them: ``trick(x, ids, *rest)``, with ``x`` ``[B, S, D]``."""
+    """Token-wise layers with ``trick(x, ids, *rest)`` between them; ``x`` is ``[B, S, D]``."""
 
     def __init__(self, trick: Trick) -> None:
         super().__init__()
@@ -42,14 +41,14 @@ class Model(nn.Module):
 
 
 def batch() -> Tensor:
-    """Two groups of sequences with a prefix each, every other sequence in the same group."""
+    """Token ids of two groups of sequences. Each group shares a prefix, and the groups alternate."""
     ids, other = shared_batch(B, S, 7), shared_batch(B, S, 5, seed=1)
     ids[::2] = other[::2]
     return ids
 
 
 def run(trick: Trick, *rest: Tensor, dynamic: bool | None = None) -> int:
-    """Compare with the plain model in float64; returns the number of folded calls."""
+    """Compare with the plain model in float64. Returns the number of folded calls."""
     model, ids = Model(trick).double(), batch()
     compiled = torch.compile(
         model, backend="radix", options={"inner_backend": "eager", "fold": "always"}, dynamic=dynamic
@@ -92,7 +91,7 @@ def seeing(visible: Callable[[], Tensor]) -> Trick:
 def packed(
     runs: Callable[[Tensor], Tensor], number: Callable[[Tensor], Tensor] = lambda positions: positions, dim: int = -1
 ) -> Trick:
-    """Attention inside documents that ``runs`` numbers, from where the steps of ``number(positions)`` are not one."""
+    """Attention within documents, which ``runs`` numbers from where ``number(positions)`` does not grow by one."""
 
     def trick(x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
         counted = number(positions)
@@ -111,7 +110,8 @@ GAP = PADDING.clone()
 GAP[:, 5:10] = 0
 
 
-def seen(padding: Tensor) -> Tensor:
+def real(padding: Tensor) -> Tensor:
+    """A mask of the keys that are no padding."""
     return padding[:, None, :] != 0
 
 
@@ -120,22 +120,22 @@ def window(width: int) -> Tensor:
     return causal() & (key > query - width)
 
 
-def depends_on_blind_rows(x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
-    """The second mask is made of what the first layer computed, also where that saw nothing but the future."""
-    first = attention(x, causal() & seen(padding))
+def mask_of_masked_rows(x: Tensor, ids: Tensor, padding: Tensor) -> Tensor:
+    """The second mask depends on the first layer, whose fully masked rows attend to later rows."""
+    first = attention(x, causal() & real(padding))
     query, key = columns()
     shown = (first.sum(-1) * 1e4).long() % 2 == 0
     return sdpa(x, causal() & (shown[:, None, None, :] | (query == key)))
 
 
 def grouped_sequences(x: Tensor, ids: Tensor) -> Tensor:
-    """Without a head dimension, grouped queries share the keys of another sequence."""
+    """Without a head dimension, grouped queries read the keys of another sequence."""
     queries = torch.stack([x, 2 * x]).reshape(2 * B, S, D)
     return F.scaled_dot_product_attention(queries, x, x, is_causal=True, enable_gqa=True).reshape(2, B, S, D).sum(0)
 
 
 def narrow_columns(x: Tensor, ids: Tensor) -> Tensor:
-    """Column numbers that wrap around below zero."""
+    """A mask of column numbers that wrap around below zero."""
     count = arange(S, dtype=torch.uint8)
     return attention(x, (count[None, :] <= (count - 5)[:, None]) | (arange(S)[None, :] == arange(S)[:, None]))
 
@@ -152,13 +152,13 @@ def ones(*shape: int) -> Tensor:
 
 
 def empty_changes_dtype(x: Tensor, ids: Tensor) -> Tensor:
-    """Joined with an empty tensor bytes become floats, which do not overflow."""
+    """A concatenation with an empty float tensor turns bytes into floats, which do not overflow."""
     joined = torch.cat([torch.empty(0), ids.to(torch.uint8)], 1)
     return x + (joined * 100).double()[..., None]
 
 
 def biased(x: Tensor, bias: Tensor) -> Tensor:
-    """Under a mask that is the lowest number, not minus infinity."""
+    """Biased attention whose mask is the lowest number, not minus infinity."""
     heads = x[:, None].expand(B, B, S, D)
     return (torch.where(causal(), heads @ heads.mT + bias, LOWEST).softmax(-1) @ heads).mean(1)
 
@@ -170,19 +170,22 @@ def by_distance(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def as_low_as_the_mask(x: Tensor, ids: Tensor, slope: Tensor) -> Tensor:
-    """The first row sees all the others."""
+    """A bias as low as the mask, so that the first row attends to all others."""
     query, _ = columns()
     return biased(x, slope * (S - query))
 
 
-def blind_rows_times(x: Tensor, ids: Tensor, padding: Tensor, factor: Tensor) -> Tensor:
-    """Rows that saw no key are seen by all in the second layer, and are zero there if the factor is."""
-    first = attention(x, causal() & seen(padding)) * factor[:, :, None]
+def masked_rows_times(x: Tensor, ids: Tensor, padding: Tensor, factor: Tensor) -> Tensor:
+    """All rows read the fully masked rows in the second layer. A factor of zero makes these rows zero."""
+    first = attention(x, causal() & real(padding)) * factor[:, :, None]
     return attention(first, causal())
 
 
 FOLDS: dict[str, tuple[Any, ...]] = {
-    "rows that saw no key, times zero": (lambda x, ids, padding: blind_rows_times(x, ids, padding, padding), PADDING),
+    "rows that saw no key, times zero": (
+        lambda x, ids, padding: masked_rows_times(x, ids, padding, padding),
+        PADDING,
+    ),
     "weights times a table": (
         lambda x, ids, table: torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) @ table,
         numbers(S, D),
@@ -217,15 +220,15 @@ FOLDS: dict[str, tuple[Any, ...]] = {
     ),
     "packed documents": (packed(lambda breaks: breaks.cumsum(-1)), POSITIONS),
     "packed documents, one row of positions": (packed(lambda breaks: breaks.cumsum(-1)), POSITIONS[:1]),
-    "padding": (lambda x, ids, padding: attention(x, causal() & seen(padding)), PADDING),
+    "padding": (lambda x, ids, padding: attention(x, causal() & real(padding)), PADDING),
     "padding, inverted": (lambda x, ids, padding: attention(x, causal() & (padding[:, None, :] == 0)), PADDING),
-    "padding, the same for all": (lambda x, ids, padding: attention(x, causal() & seen(padding)), PADDING[:1]),
+    "padding, the same for all": (lambda x, ids, padding: attention(x, causal() & real(padding)), PADDING[:1]),
     "padding, in a window, then in none": (
-        lambda x, ids, padding: attention(attention(x, window(3) & seen(padding)), causal() & seen(padding)),
+        lambda x, ids, padding: attention(attention(x, window(3) & real(padding)), causal() & real(padding)),
         GAP,
     ),
     "padding, in none, then in a window": (
-        lambda x, ids, padding: attention(attention(x, causal() & seen(padding)), window(3) & seen(padding)),
+        lambda x, ids, padding: attention(attention(x, causal() & real(padding)), window(3) & real(padding)),
         GAP,
     ),
     "a table of columns": (lambda x, ids, table: x + table, numbers(S, D)),
@@ -242,7 +245,7 @@ FOLDS: dict[str, tuple[Any, ...]] = {
         lambda x, ids: x.transpose(0, 1).reshape(S * B, D).relu().reshape(S, B, D).transpose(0, 1),
     ),
     "indices that count": (lambda x, ids: x[arange(B)[:, None, None], arange(S)[:, None], arange(D)],),
-    # A table that starts out the same in every column, and is not in the end.
+    # Tables made of uniform tensors that are not uniform any more.
     "the order of ties": (lambda x, ids: x + torch.zeros(S).sort(stable=True).indices[:, None],),
     "uniform weights, a bias": (lambda x, ids, bias: x + F.linear(ones(1, D), ones(S, D), bias).T, numbers(S)),
     "uniform product, a bias": (lambda x, ids, bias: x + torch.addmm(bias, ones(1, D), ones(D, S)).T, numbers(S)),
@@ -251,7 +254,7 @@ FOLDS: dict[str, tuple[Any, ...]] = {
 }
 
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "rows that saw no key, times something else": (blind_rows_times, PADDING, torch.ones_like(PADDING)),
+    "rows that saw no key, times something else": (masked_rows_times, PADDING, torch.ones_like(PADDING)),
     "a bias as low as the mask": (as_low_as_the_mask, ones(1) * LOWEST / S),
     "a bias as low as the mask, computed": (
         lambda x, ids: as_low_as_the_mask(x, ids, torch.pow(ones(1) * 2, arange(1023, 1024)) * (-2 / S)),
@@ -278,12 +281,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     ),
     "weights moved away from zero": (lambda x, ids: (torch.where(causal(), x @ x.mT, LOWEST).softmax(-1) - 0.1) @ x,),
     "mask for some sequences": (lambda x, ids: sdpa(x, causal() & (arange(B)[:, None, None, None] < 3)),),
-    # A dimension of size one broadcasts: its only entry is not that of the column it meets.
+    # A dimension of size one broadcasts: its entry does not belong to the column that it meets.
     "one key column": (seeing(lambda: arange(1)[None, :] <= columns()[0]),),
     "one key column, expanded": (seeing(lambda: arange(1).expand(S)[None, :] <= columns()[0]),),
     "first column of the mask": (seeing(lambda: causal()[:, :1]),),
     "triangle of one column": (seeing(lambda: torch.ones(S, 1, dtype=torch.bool).tril()),),
-    # Numbers that are not what they were made from.
+    # Numbers that differ from those they were computed from.
     "column numbers that wrap around": (narrow_columns,),
     "runs by product": (packed(lambda breaks: breaks.cumprod(-1)), POSITIONS),
     "runs along the batch": (packed(lambda breaks: breaks.cumsum(0)), POSITIONS[:1]),
@@ -292,23 +295,23 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         packed(lambda breaks: breaks.cumsum(-1), lambda positions: (positions != 0).long()),
         torch.tensor([0, -3]).repeat(B, S // 2),
     ),
-    # Rows that see no key, and those who read them.
+    # Fully masked rows, and rows that read them.
     "fully masked rows, then all see them": (
-        lambda x, ids, padding: sdpa(attention(x, causal() & seen(padding)), is_causal=True),
+        lambda x, ids, padding: sdpa(attention(x, causal() & real(padding)), is_causal=True),
         PADDING,
     ),
     "fully masked rows, then a running sum": (
-        lambda x, ids, padding: attention(x, causal() & seen(padding)).cumsum(1),
+        lambda x, ids, padding: attention(x, causal() & real(padding)).cumsum(1),
         PADDING,
     ),
-    "fully masked rows, then a mask made of them": (depends_on_blind_rows, PADDING),
+    "fully masked rows, then a mask made of them": (mask_of_masked_rows, PADDING),
     "two paddings": (
-        lambda x, ids, padding: attention(x, causal() & seen(padding) & (ids[:, None, :] != 20)),
+        lambda x, ids, padding: attention(x, causal() & real(padding) & (ids[:, None, :] != 20)),
         PADDING,
     ),
     "padding of queries": (lambda x, ids, padding: attention(x, causal() & (padding[:, :, None] != 0)), PADDING),
     "padding or causal": (lambda x, ids, padding: attention(x, causal() | (padding[:, None, :] == 0)), PADDING),
-    # Sequences that meet.
+    # Rows that read other sequences.
     "grouped queries of other sequences": (grouped_sequences,),
     "a table of sequences": (lambda x, ids, table: x + table, numbers(B, 1, 1)),
     "looked up by sequence": (
@@ -319,7 +322,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "swapped, and not back": (lambda x, ids: x.transpose(0, 1).reshape(S * B, D).relu().reshape(B, S, D),),
     "a table as long as the sequence": (lambda x, ids, table: table @ x, numbers(S, S)),
     "gathered columns": (lambda x, ids: x.gather(1, ids.remainder(S)[..., None].expand(B, S, D)),),
-    # Equal entries next to merged dimensions, in ops that do not broadcast.
+    # Uniform tensors beside merged dimensions, in ops that do not broadcast.
     "uniform weights for each head": (
         lambda x, ids: (
             torch.bmm(x.view(B, S, 2, 6).transpose(1, 2).reshape(B * 2, S, 6), ones(6, 6).expand(B * 2, 6, 6))
@@ -356,7 +359,7 @@ def test_refused(name: str) -> None:
     ids=["truncated", "filled", "underflow", "overflow"],
 )
 def test_mask_that_is_zero_in_its_dtype(nothing: Callable[[], Tensor]) -> None:
-    """No row sees a key, so with a finite mask all rows see everything."""
+    """All rows are fully masked, and the mask is finite, so all rows attend to everything."""
     run(lambda x, ids: attention(x, causal() & nothing()))
 
 
@@ -369,7 +372,7 @@ def test_triangle_with_a_symbolic_diagonal() -> None:
 
 
 def test_gradient_that_counts_the_tokens_of_the_batch() -> None:
-    """``scale_grad_by_freq`` divides by how often a token occurs in the batch, not among the nodes."""
+    """``scale_grad_by_freq`` divides by the count of a token in the batch, not among the nodes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, D, scale_grad_by_freq=True), nn.Linear(D, 4 * D)).double()
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})

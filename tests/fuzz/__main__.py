@@ -1,4 +1,4 @@
-"""The long mode: ``python -m tests.fuzz --count 20000``. Stops at the first example that fails, unless told not to."""
+"""Compare many random programs, folded and plain: ``python -m tests.fuzz --count 20000``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.fuzz.check import FAILURES, Outcome, check, draw_example, minimised
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--count", type=int, default=2000, help="how many examples")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the first; the next has the next number")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that many")
-    parser.add_argument("--compiled", type=float, default=0.1, help="the share that goes through torch.compile")
-    parser.add_argument("--inductor", type=float, default=0.0, help="the share that does so with inductor: slow")
-    parser.add_argument("--only", nargs="+", default=[], help="names of pieces that are to be most of the programs")
-    parser.add_argument("--keep-going", action="store_true", help="do not stop at an example that fails")
+    parser.add_argument("--count", type=int, default=2000, help="the number of examples")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first example; the seeds are consecutive")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this many seconds")
+    parser.add_argument("--compiled", type=float, default=0.1, help="the share of examples through torch.compile")
+    parser.add_argument("--inductor", type=float, default=0.0, help="the share of examples through inductor (slow)")
+    parser.add_argument("--only", nargs="+", default=[], help="draw mostly the pieces with these names")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at the first example that fails")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     outcome, started = Outcome(), time.monotonic()
@@ -32,11 +32,11 @@ def main() -> int:
         except FAILURES:
             traceback.print_exc()
             print(f"\nfailed after {outcome.examples} examples\n\n{example}", flush=True)
-            print(f"smaller:\n\n{minimised(example)}")
-            shares = f"--compiled {arguments.compiled} --inductor {arguments.inductor}"
+            print(f"a smaller example:\n\n{minimised(example)}")
+            settings = f"--compiled {arguments.compiled} --inductor {arguments.inductor}"
             if arguments.only:
-                shares += f" --only {' '.join(arguments.only)}"
-            print(f"again: python -m tests.fuzz --count 1 --seed {seed} {shares}")
+                settings += f" --only {' '.join(arguments.only)}"
+            print(f"run it again: python -m tests.fuzz --count 1 --seed {seed} {settings}")
             failed.append(seed)
             if not arguments.keep_going:
                 break

@@ -1,4 +1,4 @@
-"""Attention in the forms it is written in: fused or by hand, with masks that are causal and masks that only look it."""
+"""Attention, fused or written out, with causal masks and with similar masks that are not causal."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from tests.fuzz.masks import INDICES, LOWEST, NOT_CAUSAL, causal_mask, window
 
 
 def projections(d: Draw) -> tuple[list[str], bool]:
-    """Lines that make ``q``, ``k`` and ``v``, ``[B, H, S, E]``; and do keys and values have fewer heads?"""
+    """Lines that compute ``q``, ``k`` and ``v``, ``[B, H, S, E]``, and whether keys and values have fewer heads."""
     lines, grouped = _projected(d)
-    if d.chance(0.15):  # features that are not side by side
+    if d.chance(0.15):  # the features of a head are not contiguous
         lines.append("q, k, v = (t.mT.contiguous().mT for t in (q, k, v))")
     return lines, grouped
 
 
 def _projected(d: Draw) -> tuple[list[str], bool]:
-    apart = "reshape(B, S, H, E).transpose(1, 2)"
+    as_heads = "reshape(B, S, H, E).transpose(1, 2)"
     groups = d.one_of(*(g for g in range(1, d.sizes.H + 1) if d.sizes.H % g == 0))
     if d.chance(0.4):
-        return [f"q, k, v = (t.{apart} for t in F.linear(x, w(3 * D, D)).chunk(3, -1))"], False
+        return [f"q, k, v = (t.{as_heads} for t in F.linear(x, w(3 * D, D)).chunk(3, -1))"], False
     if d.chance(0.5):
-        return [f"q, k, v = F.linear(x, w(D, D)).{apart}, x.{apart}, {d.one_of('x', 'z')}.{apart}"], False
-    lines = [f"q = F.linear(x, w(D, D)).{apart}"]
+        return [f"q, k, v = F.linear(x, w(D, D)).{as_heads}, x.{as_heads}, {d.one_of('x', 'z')}.{as_heads}"], False
+    lines = [f"q = F.linear(x, w(D, D)).{as_heads}"]
     for name in "kv":
         lines.append(f"{name} = F.linear(x, w({groups} * E, D)).reshape(B, S, {groups}, E).transpose(1, 2)")
     if d.chance(0.3) and groups < d.sizes.H:
@@ -34,8 +34,8 @@ def _projected(d: Draw) -> tuple[list[str], bool]:
     return [*lines, f"k, v = k{repeated}, v{repeated}"], False
 
 
-def turned(d: Draw) -> list[str]:
-    """Lines that turn queries and keys by their columns."""
+def rotated(d: Draw) -> list[str]:
+    """Lines that apply rotary positions to queries and keys."""
     column = d.column_numbers()
     dims = "[:, None]" if column == "torch.arange(S)" else "[:, None, :, None]"
     return [
@@ -45,13 +45,14 @@ def turned(d: Draw) -> list[str]:
     ]
 
 
-def together(d: Draw) -> str:
+def merged_heads(d: Draw) -> str:
+    """Lines that merge the heads of ``y``, perhaps followed by a projection."""
     merged = "y = y.transpose(1, 2).reshape(B, S, D)"
     return f"{merged}\ny = F.linear(y, w(D, D))" if d.chance(0.5) else merged
 
 
 def floor(d: Draw, fully_masked: bool) -> str:
-    """What hides a score. A row without a single key is NaN with minus infinity, and what is computed from it."""
+    """The number that hides a score. With minus infinity, fully masked rows and their results are NaN."""
     return (
         LOWEST
         if fully_masked and d.chance(0.5 if d.relative else 0.75)
@@ -60,14 +61,14 @@ def floor(d: Draw, fully_masked: bool) -> str:
 
 
 def can_be_negated(mask: str) -> bool:
-    """Of where rows are not equal nothing is known, so that it does not fold (see ``odd_attention``)."""
+    """Is the negated mask understood? Inequality of rows is not, and does not fold (see ``odd_attention``)."""
     return "] == " not in mask
 
 
 def fused(d: Draw, mask: str, fully_masked: bool) -> str:
     lines, grouped = projections(d)
     if d.chance(0.4):
-        lines += turned(d)
+        lines += rotated(d)
     hide = floor(d, fully_masked)
     ways = ["mask", f"torch.where(mask, 0.0, {hide})"]
     if can_be_negated(mask):
@@ -75,9 +76,9 @@ def fused(d: Draw, mask: str, fully_masked: bool) -> str:
         ways += [f"torch.zeros(S, S).masked_fill(~mask, {hide})"] * (fully_masked is False)
         ways += [f"(1.0 - mask.double()) * {LOWEST}", f"(~mask).double() * {LOWEST}"]
     applied = d.one_of(*ways)
-    more = ", enable_gqa=True" if grouped else d.one_of("", ", scale=0.3")
-    lines += [INDICES, f"mask = {mask}", f"y = F.scaled_dot_product_attention(q, k, v, {applied}{more})"]
-    return "\n".join([*lines, together(d)])
+    options = ", enable_gqa=True" if grouped else d.one_of("", ", scale=0.3")
+    lines += [INDICES, f"mask = {mask}", f"y = F.scaled_dot_product_attention(q, k, v, {applied}{options})"]
+    return "\n".join([*lines, merged_heads(d)])
 
 
 def by_hand(d: Draw, mask: str, fully_masked: bool) -> str:
@@ -85,7 +86,7 @@ def by_hand(d: Draw, mask: str, fully_masked: bool) -> str:
     if grouped:
         lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
     if d.chance(0.4):
-        lines += turned(d)
+        lines += rotated(d)
     hide = floor(d, fully_masked)
     lines += [INDICES, f"mask = {mask}", f"scores = {scores(d)}"]
     if d.chance(0.2):  # queries last
@@ -93,7 +94,7 @@ def by_hand(d: Draw, mask: str, fully_masked: bool) -> str:
             f"weights = scores.where(mask, {hide}).mT.softmax(-2)",
             "y = weights.mT @ v",
         ]
-        return "\n".join([*lines, together(d)])
+        return "\n".join([*lines, merged_heads(d)])
     ways = [f"torch.where(mask, scores, {hide})", f"scores + torch.where(mask, 0.0, {hide})"]
     if can_be_negated(mask):
         ways.append(f"scores.masked_fill(~mask, {hide})")
@@ -102,10 +103,11 @@ def by_hand(d: Draw, mask: str, fully_masked: bool) -> str:
         f"weights = ({hidden}).softmax(-1)",
         d.one_of("y = weights @ v", "y = torch.matmul(weights, v)", "y = weights @ (weights @ v)"),
     ]
-    return "\n".join([*lines, together(d)])
+    return "\n".join([*lines, merged_heads(d)])
 
 
 def scores(d: Draw) -> str:
+    """Scaled products of queries and keys, perhaps with a soft cap."""
     product = d.one_of("q @ k.transpose(-1, -2)", "torch.matmul(q, k.mT)")
     scaled = d.one_of(f"({product}) / math.sqrt(E)", f"({product}) * 0.5", "(q * 0.7) @ k.mT")
     return f"4 * torch.tanh(({scaled}) / 4)" if d.chance(0.25) else scaled
@@ -114,9 +116,9 @@ def scores(d: Draw) -> str:
 def plain_causal(d: Draw) -> str:
     lines, grouped = projections(d)
     if d.chance(0.4):
-        lines += turned(d)
-    more = ", enable_gqa=True" if grouped else ""
-    return "\n".join([*lines, f"y = F.scaled_dot_product_attention(q, k, v, is_causal=True{more})", together(d)])
+        lines += rotated(d)
+    options = ", enable_gqa=True" if grouped else ""
+    return "\n".join([*lines, f"y = F.scaled_dot_product_attention(q, k, v, is_causal=True{options})", merged_heads(d)])
 
 
 # ---------------------------------------------------------------------------------------------------------- causal
@@ -139,7 +141,7 @@ def written_out(d: Draw) -> str:
 
 @piece(Kind.ANY, when=lambda d: d.has("given"))
 def masked_by_the_caller(d: Draw) -> str:
-    """With a mask of whatever type the call has."""
+    """A mask from the caller, bool or float."""
     lines, grouped = projections(d)
     if grouped:
         lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
@@ -154,12 +156,12 @@ def masked_by_the_caller(d: Draw) -> str:
         "y = (q @ k.mT * (given == 0) / S) @ v",
         "y = F.scaled_dot_product_attention(q, k, v, given) + given.double().clamp(min=-1).mean(-1)[..., None]",
     )
-    return "\n".join([*lines, way, together(d)])
+    return "\n".join([*lines, way, merged_heads(d)])
 
 
 @piece(Kind.CAUSAL, when=lambda d: d.has("positions") and not d.padded)
 def packed_documents(d: Draw) -> str:
-    """Attention inside runs of the positions."""
+    """Attention within packed documents, which are runs of consecutive positions."""
     first = "torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1)"
     key, query = "positions[:, None, None, :]", "positions[:, None, :, None]"
     ordered = d.one_of("keys <= queries", f"{key} <= {query}", f"{key} < {query} + 1", "~(keys > queries)")
@@ -190,16 +192,16 @@ def not_causal(d: Draw) -> str:
 @piece(Kind.MIXING)
 def bidirectional(d: Draw) -> str:
     lines, grouped = projections(d)
-    more = ", enable_gqa=True" if grouped else ""
-    return "\n".join([*lines, f"y = F.scaled_dot_product_attention(q, k, v{more})", together(d)])
+    options = ", enable_gqa=True" if grouped else ""
+    return "\n".join([*lines, f"y = F.scaled_dot_product_attention(q, k, v{options})", merged_heads(d)])
 
 
 @piece(Kind.MIXING)
 def nearly_masked(d: Draw) -> str:
-    """A causal mask, put to use in a wrong way."""
-    apart = "reshape(B, S, H, E).transpose(1, 2)"
+    """A causal mask, used in a way that is not causal."""
+    as_heads = "reshape(B, S, H, E).transpose(1, 2)"
     lines = [
-        f"q, k, v = F.linear(x, w(D, D)).{apart}, x.{apart}, x.{apart}",
+        f"q, k, v = F.linear(x, w(D, D)).{as_heads}, x.{as_heads}, x.{as_heads}",
         "causal = torch.ones(S, S, dtype=torch.bool).tril()",
         "scores = q @ k.mT / math.sqrt(E)",
         "y = "
@@ -226,7 +228,7 @@ def nearly_masked(d: Draw) -> str:
             "F.scaled_dot_product_attention(*[t.transpose(0, 2) for t in (q, k, v)], is_causal=True).transpose(0, 2)",
         ),
     ]
-    return "\n".join([*lines, together(d)])
+    return "\n".join([*lines, merged_heads(d)])
 
 
 # ------------------------------------------------------------------------------------------------------------- any
@@ -239,11 +241,11 @@ def masked_by_a_formula(d: Draw) -> str:
 
 @piece(Kind.ANY)
 def odd_attention(d: Draw) -> str:
-    """Masks, biases and shapes at the edge of what is understood."""
-    apart = "reshape(B, S, H, E).transpose(1, 2)"
+    """Unusual masks, biases and shapes, some of which are understood."""
+    as_heads = "reshape(B, S, H, E).transpose(1, 2)"
     causal = "torch.ones(S, S, dtype=torch.bool).tril()"
     lines = [
-        f"q, k, v = F.linear(x, w(D, D)).{apart}, x.{apart}, z.{apart}",
+        f"q, k, v = F.linear(x, w(D, D)).{as_heads}, x.{as_heads}, z.{as_heads}",
         f"scores = q @ k.mT + {d.one_of('0.0', 'w(S, S)', 'w(H, 1, 1)', '0.1 * torch.arange(S)')}",
         "y = "
         + d.one_of(
@@ -263,4 +265,4 @@ def odd_attention(d: Draw) -> str:
             "F.scaled_dot_product_attention(q, k, v, w(S, S) + torch.full((S, S), -math.inf).triu(1))",
         ),
     ]
-    return "\n".join([*lines, together(d)])
+    return "\n".join([*lines, merged_heads(d)])

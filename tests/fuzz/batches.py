@@ -1,4 +1,4 @@
-"""Random batches that are prefix trees: sequences that branch off earlier ones, of different lengths, padded or not."""
+"""Random batches that form prefix trees: sequences of different lengths branch off earlier ones, padded or not."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.fuzz.draw import Sizes
 Rows = list[list[int]]
 
 KEYS = ("positions", "padding", "kinds", "columns", "given", "documents", "far", "lengths", "prefix", "table")
-"""The inputs that a program may have next to ``ids``: ``[B, S]``, and of other shapes
+"""The inputs that a program may have besides ``ids``. All are ``[B, S]``, except
 
 ``columns``  ``[1, S]``
 ``given``    ``[B, 1, S, S]`` or ``[1, 1, S, S]``: a mask, mostly causal
-``lengths``  ``[B]``: how many tokens are no padding
-``prefix``   ``[B]`` or ``[B, 1]``: how many may look ahead
-``table``    ``[1, N]``, of at least ``S``: as kept in a buffer
+``lengths``  ``[B]``: the number of tokens without padding
+``prefix``   ``[B]`` or ``[B, 1]``: the number of tokens that may see later tokens
+``table``    ``[1, N]`` with ``N`` of at least ``S``, like a buffer
 
-``documents`` are numbers of sequences that are packed in a row, ``far`` positions near the largest of 32 bits.
+``documents`` are the numbers of packed sequences. ``far`` are positions near the largest int32.
 """
 
 SHARES = {"padding": 0.5, "positions": 0.3, "documents": 0.25, "kinds": 0.25, "columns": 0.2, "given": 0.3}
@@ -33,10 +33,13 @@ def draw_inputs(random: Random) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Given:
-    """What is the same about the inputs of all batches of a program.
+    """Properties of the inputs that are the same in all batches of a program.
 
-    Is there one mask for all sequences, and is it of floats? Has the ``prefix`` two dimensions? By how much is the
-    ``table`` longer than the sequence, or is it as long as the batch?
+    ``one_for_all``  one mask for all sequences.
+    ``floats``       the mask has a float dtype.
+    ``prefix_dims``  the number of dimensions of ``prefix``.
+    ``longer``       the number of columns of ``table`` after the last column of the sequence.
+    ``as_batch``     ``table`` has ``B * S`` columns instead.
     """
 
     one_for_all: bool = False
@@ -64,10 +67,10 @@ def draw_batch(
     packed: bool = False,
     padded: bool = False,
 ) -> dict[str, Tensor]:
-    """``ids`` and the given inputs; ``mask`` is the type of the padding mask.
+    """``ids`` and the named inputs. ``mask`` is the dtype of the padding mask.
 
-    What is not random in them is a function of each sequence from its start, so that equal prefixes stay equal. With
-    ``padded``, padding is mostly on the left, and positions are counted from it.
+    Inputs that are not random are functions of the tokens from the start of a sequence, so that equal prefixes stay
+    equal. With ``padded``, padding is mostly on the left, and positions start after it.
     """
     on_the_left = random.random() < (0.7 if padded else 0.3)
     rows = _tree(random, sizes, whole=random.random() < 0.3)
@@ -84,7 +87,7 @@ def draw_batch(
         positions = torch.tensor(_filled(starts, sizes.S, on_the_left))
     if packed and random.random() < 0.8:
         documents = torch.tensor(_filled(numbers, sizes.S, on_the_left))
-    many = torch.arange(given.table_size(sizes))[None, :]
+    table_columns = torch.arange(given.table_size(sizes))[None, :]
     prefix = torch.tensor([random.randint(0, sizes.S) for _ in range(sizes.B)])
     batch = {
         "ids": ids,
@@ -97,13 +100,13 @@ def draw_batch(
         "far": _far(random, positions),
         "lengths": padding.long().sum(1),
         "prefix": prefix if given.prefix_dims == 1 else prefix[:, None],
-        "table": _table(random, many),
+        "table": _table(random, table_columns),
     }
     return {name: batch[name] for name in ("ids", *inputs)}
 
 
 def _tree(random: Random, sizes: Sizes, whole: bool) -> Rows:
-    """Each sequence goes on where an earlier one is left; with few tokens to choose from, some meet by chance."""
+    """Sequences that branch off earlier ones. With few tokens to choose from, some also agree by chance."""
     rows: Rows = []
     for _ in range(sizes.B):
         parent = random.choice(rows) if rows and random.random() < 0.85 else []
@@ -114,9 +117,9 @@ def _tree(random: Random, sizes: Sizes, whole: bool) -> Rows:
 
 
 def _packed(random: Random, sizes: Sizes, short: bool) -> tuple[Rows, Rows, Rows]:
-    """Rows full of sequences of a tree, cut where a row ends, their positions, and their numbers.
+    """Rows of packed sequences from a tree, with their positions and the numbers of the sequences.
 
-    ``short`` if some rows end before that.
+    The last sequence of a row is cut off at the end. With ``short``, some rows have fewer than ``S`` tokens.
     """
     rows, positions, numbers = ([[] for _ in range(sizes.B)] for _ in range(3))
     sequences = _tree(random, replace(sizes, B=sizes.B * sizes.S, S=random.randint(2, 6)), whole=False)
@@ -135,13 +138,13 @@ def _packed(random: Random, sizes: Sizes, short: bool) -> tuple[Rows, Rows, Rows
 
 
 def _filled(rows: Rows, length: int, on_the_left: bool) -> Rows:
-    """Filled up with zeros, as :func:`_pad` does."""
-    more = [[0] * (length - len(row)) for row in rows]
-    return [zeros + row if on_the_left else row + zeros for zeros, row in zip(more, rows, strict=True)]
+    """The rows, filled up with zeros like :func:`_pad`."""
+    padding = [[0] * (length - len(row)) for row in rows]
+    return [zeros + row if on_the_left else row + zeros for zeros, row in zip(padding, rows, strict=True)]
 
 
 def _pad(rows: Rows, length: int, hide: int | None, on_the_left: bool) -> list[list[bool]]:
-    """Pad with token 0; returns which entries the padding mask hides, maybe a token too."""
+    """Pad with token 0, in place. Returns the entries that the padding mask hides: padding and the token ``hide``."""
     hidden = []
     for row in rows:
         count = length - len(row)
@@ -152,36 +155,36 @@ def _pad(rows: Rows, length: int, hide: int | None, on_the_left: bool) -> list[l
 
 
 def _far(random: Random, positions: Tensor) -> Tensor:
-    """Positions up to the largest number of 32 bits, or a little over it and on with the smallest."""
+    """Positions up to the largest int32, or slightly beyond it, so that they wrap around."""
     last = 2**31 - 1 - int(positions.max()) + random.choice([-2, -1, 0, 0, 2])
     return (random.choice([positions, torch.arange(positions.shape[1]).expand_as(positions)]) + last).int()
 
 
 def _table(random: Random, columns: Tensor) -> Tensor:
-    """Numbers of columns, ones with holes, or anything that is the same for all sequences."""
-    some = columns.remainder(random.randint(2, 5))
-    return random.choice([columns, columns.flip(1), some, (some != 1).long(), (some != 0).long()]).contiguous()
+    """Numbers of columns, in order, reversed or remainders, or zeros and ones by remainder."""
+    rest = columns.remainder(random.randint(2, 5))
+    return random.choice([columns, columns.flip(1), rest, (rest != 1).long(), (rest != 0).long()]).contiguous()
 
 
 def _documents(random: Random, ids: Tensor) -> Tensor:
-    """Numbers of sequences: counted where a token stands, of few tokens, or just anything."""
+    """Numbers of sequences: counts of a token, the tokens up to 2, or random numbers."""
     anything = [[random.randint(0, 2) for _ in row] for row in ids.tolist()]
     counted = (ids == 1).cumsum(1)
     return random.choice([counted, counted, ids.clamp(max=2), torch.tensor(anything)]).contiguous()
 
 
 def _mask(random: Random, ids: Tensor, given: Given) -> Tensor:
-    """Some earlier keys are hidden, by the tokens at both ends; one time in eight the mask is not causal."""
-    seen = (ids[:, :, None] * random.randint(1, 5) + ids[:, None, :]) % random.randint(2, 4) != 0
+    """A mask that hides some earlier keys, by the tokens of query and key. One mask in eight is not causal."""
+    visible = (ids[:, :, None] * random.randint(1, 5) + ids[:, None, :]) % random.randint(2, 4) != 0
     if random.random() < 7 / 8:
-        seen = seen.tril() | torch.eye(ids.shape[1], dtype=torch.bool)
-    seen = seen[: 1 if given.one_for_all else len(ids), None]
+        visible = visible.tril() | torch.eye(ids.shape[1], dtype=torch.bool)
+    visible = visible[: 1 if given.one_for_all else len(ids), None]
     floor = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
-    return torch.where(seen, 0.0, floor) if given.floats else seen
+    return torch.where(visible, 0.0, floor) if given.floats else visible
 
 
 def _positions(random: Random, ids: Tensor, padding: Tensor, padded: bool) -> Tensor:
-    """From 0 to ``S - 1``: columns, tokens so far, columns of packed documents, or just anything."""
+    """From 0 to ``S - 1``: columns, counts of tokens, columns of packed documents, or random numbers."""
     shape = ids.shape
     columns = torch.arange(shape[1]).expand(shape)
     match random.choice(["columns", "tokens", "documents", "anything", *["tokens"] * 6 * padded]):

@@ -1,15 +1,15 @@
-"""Attention whose scores are added to, boosted, scaled and hidden by large numbers, or that goes to no key."""
+"""Attention with biases, changed scores, masks of large numbers, or sinks."""
 
 from __future__ import annotations
 
-from tests.fuzz.attentions import floor, projections, scores, together
+from tests.fuzz.attentions import floor, merged_heads, projections, scores
 from tests.fuzz.draw import Draw, Kind, piece
 from tests.fuzz.formulas import formula_mask
-from tests.fuzz.masks import CAUSAL, INDICES, LOWEST, causal_mask, seen_keys
+from tests.fuzz.masks import CAUSAL, INDICES, LOWEST, causal_mask, padding_mask
 
 
 def separate_heads(d: Draw) -> list[str]:
-    """Lines that make ``q``, ``k`` and ``v`` with as many heads each."""
+    """Lines that compute ``q``, ``k`` and ``v`` with equal numbers of heads."""
     lines, grouped = projections(d)
     if grouped:
         lines.append("k, v = k.repeat_interleave(H // k.shape[1], 1), v.repeat_interleave(H // v.shape[1], 1)")
@@ -22,7 +22,7 @@ def any_mask(d: Draw) -> tuple[str, bool]:
 
 @piece(Kind.CAUSAL)
 def with_sinks(d: Draw) -> str:
-    """A softmax with weights that go to no key."""
+    """A softmax with a sink: an extra entry behind the keys."""
     mask, fully_masked = causal_mask(d)
     lines, grouped = projections(d)
     if grouped:
@@ -38,12 +38,12 @@ def with_sinks(d: Draw) -> str:
         *d.one_of([], ["scores = scores - scores.max(-1, keepdim=True).values"]),
         "y = scores.softmax(-1)[..., :S] @ v",
     ]
-    return "\n".join([*lines, together(d)])
+    return "\n".join([*lines, merged_heads(d)])
 
 
 @piece(Kind.CAUSAL)
 def biased_by_distance(d: Draw) -> str:
-    """ALiBi: a slope for each head, times columns or places."""
+    """ALiBi: a slope for each head times a distance or a position."""
     mask, fully_masked = causal_mask(d)
     lines, grouped = projections(d)
     if grouped:
@@ -63,33 +63,34 @@ def biased_by_distance(d: Draw) -> str:
     else:
         lines.append("scores = q @ k.mT + bias")
     lines.append(f"y = torch.where({mask}, scores, {floor(d, fully_masked)}).softmax(-1) @ v")
-    return "\n".join([*lines, together(d)])
+    return "\n".join([*lines, merged_heads(d)])
 
 
-def _some(d: Draw) -> str:
-    """Predicates over rows, queries or keys, for scores of which some are treated in another way."""
-    place, side = d.number(1, d.sizes.S - 1), d.one_of("[None]", "[:, None]")
+def _selection(d: Draw) -> str:
+    """A predicate over rows, queries or keys that selects the scores to change."""
+    column, side = d.number(1, d.sizes.S - 1), d.one_of("[None]", "[:, None]")
     return d.one_of(
-        f"(torch.arange(S) < {place}){side}",
-        f"~(torch.arange(S){side} < {place})",
-        f"(torch.arange(S) == {place}){side}",
+        f"(torch.arange(S) < {column}){side}",
+        f"~(torch.arange(S){side} < {column})",
+        f"(torch.arange(S) == {column}){side}",
         f"(ids == {d.token()}){d.one_of('[:, None, None, :]', '[:, None, :, None]')}",
-        f"(queries - keys < {place})",
-        f"(queries - keys == {place}) | (keys < {d.number(0, 2)})",
+        f"(queries - keys < {column})",
+        f"(queries - keys == {column}) | (keys < {d.number(0, 2)})",
         f"(torch.arange(S) // 2){side} == 0",
     )
 
 
 def boost(d: Draw) -> str:
-    """Scores, changed where a predicate holds, or by tables."""
-    some, table = _some(d), d.one_of("torch.arange(S)", "w(S)", *["table[0, :S]", "table[:, :S][0]"] * d.has("table"))
+    """A line that changes some scores, or all scores by a table."""
+    selected = _selection(d)
+    table = d.one_of("torch.arange(S)", "w(S)", *["table[0, :S]", "table[:, :S][0]"] * d.has("table"))
     side = d.one_of("[None]", "[:, None]")
     by_row = "positions" if d.has("positions") else "ids"
     return "scores = " + d.one_of(
-        f"torch.where({some}, 3 * scores, scores)",
-        f"torch.where({some}, scores, scores - 1.5)",
-        f"scores.masked_fill({some}, {d.one_of('0.5', '0.0', '-3.0')})",
-        f"scores + 0.1 * ({some})",
+        f"torch.where({selected}, 3 * scores, scores)",
+        f"torch.where({selected}, scores, scores - 1.5)",
+        f"scores.masked_fill({selected}, {d.one_of('0.5', '0.0', '-3.0')})",
+        f"scores + 0.1 * ({selected})",
         f"scores + 0.1 * {table}{side}",
         f"scores * (1 + {table}{side}) / S",
         f"scores * torch.log(2.0 + {table}{side}.abs())",
@@ -103,9 +104,9 @@ def boost(d: Draw) -> str:
 
 @piece(Kind.CAUSAL)
 def boosted(d: Draw) -> str:
-    """Scores that are changed before they are hidden, and after."""
+    """Scores that change before the mask, and perhaps after it."""
     mask, fully_masked = any_mask(d)
-    hide = "-math.inf" if d.chance(0.7) else floor(d, fully_masked)  # nothing is too large for minus infinity
+    hide = "-math.inf" if d.chance(0.7) else floor(d, fully_masked)  # minus infinity hides scores of any size
     lines = [*separate_heads(d), INDICES, f"scores = {scores(d)}", *(boost(d) for _ in range(d.one_of(1, 1, 2)))]
     lines.append(f"mask = {mask}")
     lines.append(
@@ -113,21 +114,21 @@ def boosted(d: Draw) -> str:
     )
     after = ["scores = scores / 2", "scores = scores - scores.amax(-1, keepdim=True)", boost(d)]
     lines += [d.one_of(*after)] if d.chance(0.15 if d.relative else 0.3) else []
-    return "\n".join([*lines, "y = scores.softmax(-1) @ v", together(d)])
+    return "\n".join([*lines, "y = scores.softmax(-1) @ v", merged_heads(d)])
 
 
 FLOORS = (
     *("torch.finfo(torch.float16).min", "torch.finfo(torch.float32).min", "torch.finfo(torch.bfloat16).min"),
     *("-1e4", "-1e9", "-30000.0", "-65504.0"),
 )
-"""Numbers that hide scores as long as nothing large is added."""
+"""Numbers that hide scores if no large number is added."""
 
 LARGE = ("1.0", "100.0", "3e4", "-3e4", "4e4", "1e9", "1e38")
 
 
 @piece(Kind.CAUSAL)
 def hidden_by_a_number(d: Draw) -> str:
-    """A mask of narrow numbers that is made wider, and added to with others that may be as large."""
+    """A mask of numbers in a narrow dtype, perhaps widened, plus a bias that may be as large."""
     mask = d.one_of(*CAUSAL) if d.chance(0.6) else any_mask(d)[0]
     hide, dtype, large = d.one_of(
         ("torch.finfo(torch.float16).min", "torch.float16", "3e4"),
@@ -167,17 +168,17 @@ def hidden_by_a_number(d: Draw) -> str:
             f"y = ({scores(d)} + mask).softmax(-1) @ v",
         )
     )
-    return "\n".join([*lines, together(d)])
+    return "\n".join([*lines, merged_heads(d)])
 
 
 @piece(Kind.CAUSAL)
 def added_by_baddbmm(d: Draw) -> str:
-    """The mask is the first argument, with a factor."""
+    """The mask is the first argument of ``baddbmm``, scaled by ``beta``."""
     mask, fully_masked = any_mask(d)
     hide = floor(d, fully_masked)
     later = []
-    if d.has("padding") and d.chance(0.5):  # what is hidden by the row first, and by the column later
-        mask, lowest = seen_keys(d), d.one_of("-math.inf", LOWEST)
+    if d.has("padding") and d.chance(0.5):  # hide padding first, and later keys afterwards
+        mask, lowest = padding_mask(d), d.one_of("-math.inf", LOWEST)
         later = [f"scores = torch.where({d.one_of(*CAUSAL)}, scores, {lowest})"]
     lines = [*separate_heads(d), INDICES, f"mask = torch.where({mask}, {d.one_of('0.0', '0.0', '1.0')}, {hide})"]
     beta = d.one_of("1", "1", "1.0", "0.5", "0", "2", "1e-6", "-1", "1e-320")
@@ -190,4 +191,4 @@ def added_by_baddbmm(d: Draw) -> str:
     merged = "q.reshape(B * H, S, E), k.reshape(B * H, S, E).mT"
     way = d.one_of("mask.expand(B, H, S, S).reshape(B * H, S, S)", "mask.expand(B, H, S, S).flatten(0, 1)")
     lines.append(f"scores = torch.baddbmm({way}, {merged}{settings}).view(B, H, S, S)")
-    return "\n".join([*lines, *later, "y = scores.softmax(-1) @ v", together(d)])
+    return "\n".join([*lines, *later, "y = scores.softmax(-1) @ v", merged_heads(d)])

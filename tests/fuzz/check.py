@@ -1,4 +1,4 @@
-"""Whether what folds computes what the plain program does, and examples made smaller while it does not."""
+"""Compare folded programs with plain ones, and make failing examples smaller."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FAILURES = (
     *(AssertionError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NameError),
     *(CaptureError, CannotFold),
 )
-"""What a wrong fold or a crash ends with."""
+"""The errors of a wrong fold or a crash."""
 
 
 def check(example: Example, outcome: Outcome) -> None:
-    """Raises one of :data:`FAILURES` if the folded program does not compute what the plain one does."""
+    """Raise one of :data:`FAILURES` unless the folded program gives the results of the plain one."""
     with _float64(), _kernels(example), torch.set_grad_enabled(example.gradients):
         outcome.add(examples=1)
         outcome.routes[example.route] = outcome.routes.get(example.route, 0) + 1
         plain = Module(example.program)
         calls = [Call(batch, plain(**batch)) for batch in example.batches]
-        calls = [call for call in calls if is_usable(call.wanted)]
+        calls = [call for call in calls if is_usable(call.expected)]
         if not calls:
             outcome.add(discarded=1)
             return
@@ -46,6 +46,7 @@ def check(example: Example, outcome: Outcome) -> None:
 
 
 def failure(example: Example) -> Exception | None:
+    """The error of :func:`check`, if it raises one."""
     try:
         check(example, Outcome())
     except FAILURES as error:
@@ -54,12 +55,12 @@ def failure(example: Example) -> Exception | None:
 
 
 def minimised(example: Example) -> Example:
-    """A smaller example that fails in the same way: with one batch and no block that can be left out."""
+    """A smaller example with the same type of error: it has one batch, and no block can be left out."""
     error = failure(example)
-    found: Example | None = example if error is not None else None
-    while found is not None:
-        example = found
-        found = next((one for one in _smaller(example) if type(failure(one)) is type(error)), None)
+    smaller: Example | None = example if error is not None else None
+    while smaller is not None:
+        example = smaller
+        smaller = next((part for part in _smaller(example) if type(failure(part)) is type(error)), None)
     return example
 
 
@@ -80,31 +81,31 @@ def _float64() -> Iterator[None]:
 
 
 def _kernels(example: Example) -> contextlib.AbstractContextManager[None]:
-    """Torch's fused attention has a wrong gradient for rows that see no key, and is not always the one that runs."""
+    """Run attention in plain torch ops: torch's fused kernels have a wrong gradient for fully masked rows."""
     return sdpa_kernel(SDPBackend.MATH) if example.gradients else contextlib.nullcontext()
 
 
 def _is_unstable(example: Example, plain: Module, calls: list[Call]) -> bool:
-    """Do weights that are off by some roundings change the plain program's own results by as much as is allowed?
+    """Do weights with a few rounding errors change the plain program's own results by more than the tolerance?
 
-    A norm of two features that are nearly equal makes large numbers of roundings.
+    For example, a norm over two nearly equal features amplifies rounding errors.
     """
-    off = Module(example.program)
+    perturbed = Module(example.program)
     with torch.no_grad():
-        for weight in off.parameters():
+        for weight in perturbed.parameters():
             weight *= 1 + 8 * torch.finfo(weight.dtype).eps * torch.randn(weight.shape, generator=generator())
     try:
         for call in calls:
-            _assert_close_to_plain(off, plain, call)
+            _assert_close_to_plain(perturbed, plain, call)
     except AssertionError:
         return True
     return False
 
 
-def _assert_close_to_plain(off: Module, plain: Module, call: Call) -> None:
-    results: tuple[Tensor, ...] = off(**call.batch)
-    for one, other in zip(results, call.wanted, strict=True):
-        assert_close(one, other, plain.error)
-    found = gradients(results, list(off.parameters()), call.wanted)
-    expected = gradients(call.wanted, list(plain.parameters()), call.wanted, again=True)
-    assert_same_gradients(found, expected, plain.error)
+def _assert_close_to_plain(perturbed: Module, plain: Module, call: Call) -> None:
+    results: tuple[Tensor, ...] = perturbed(**call.batch)
+    for result, expected in zip(results, call.expected, strict=True):
+        assert_close(result, expected, plain.tolerance)
+    perturbed_gradients = gradients(results, list(perturbed.parameters()), call.expected)
+    plain_gradients = gradients(call.expected, list(plain.parameters()), call.expected, keep_graph=True)
+    assert_same_gradients(perturbed_gradients, plain_gradients, plain.tolerance)

@@ -1,4 +1,4 @@
-"""What has to be the same of two runs of a program: numbers, gradients, strides, and who shares memory with whom."""
+"""Compare two runs of a program: numbers, gradients, strides, and which results share memory."""
 
 from __future__ import annotations
 
@@ -11,67 +11,69 @@ Results = tuple[Tensor, ...]
 Gradients = list[Tensor | None]
 
 
-class WrongGradients(AssertionError):  # noqa: N818 - it says what
-    """A weight has another gradient than in the plain program, or has one in one of them alone."""
+class WrongGradients(AssertionError):  # noqa: N818 - the name says what is wrong
+    """The gradient of a weight differs from the plain program's, or only one of the two exists."""
 
 
-class WrongStrides(AssertionError):  # noqa: N818 - it says what
-    """A result lies otherwise in memory, so that a caller's ``view`` may fail."""
+class WrongStrides(AssertionError):  # noqa: N818 - the name says what is wrong
+    """The strides of a result differ from the plain program's, so that a caller's ``view`` may fail."""
 
 
-class WrongWrites(AssertionError):  # noqa: N818 - it says what
-    """Writing to a result in place does not change the others as in the plain program."""
+class WrongWrites(AssertionError):  # noqa: N818 - the name says what is wrong
+    """An in-place write to a result changes the other results in another way than in the plain program."""
 
 
 def assert_same(
     ours: Results,
-    wanted: Results,
+    plain: Results,
     weights: Sequence[nn.Parameter],
     kept: Tensor | None = None,
     twice: bool = False,
-    error: float = 1e-9,
+    tolerance: float = 1e-9,
 ) -> None:
-    """All results, or the kept rows of them, and the gradients of all weights; ``twice`` if one backward has two runs.
+    """Compare the results, or their rows where ``kept`` is true, and the gradients of all weights.
 
-    ``wanted`` may be compared with again. ``error`` is what is allowed, relative to the largest entry.
+    With ``twice``, the backward pass of ``ours`` runs twice. The graph of ``plain`` is kept for further comparisons.
+    ``tolerance`` is relative to the largest entry.
     """
-    assert len(ours) == len(wanted), f"{len(ours)} results, not {len(wanted)}"
-    rows = ours, wanted
+    assert len(ours) == len(plain), f"{len(ours)} results, not {len(plain)}"
+    rows, plain_rows = ours, plain
     if kept is not None and not kept.all():
-        rows = tuple(one[kept] for one in ours), tuple(one[kept] for one in wanted)
-    for one, other in zip(*rows, strict=True):
-        assert_close(one, other, error)
-    found, expected = rows
-    right = gradients(expected, weights, expected, again=True)
-    for again in (True, False)[not twice :]:
-        assert_same_gradients(gradients(found, weights, expected, again), right, error)
-    _assert_same_strides(ours, wanted)
+        rows, plain_rows = tuple(result[kept] for result in ours), tuple(result[kept] for result in plain)
+    for result, expected in zip(rows, plain_rows, strict=True):
+        assert_close(result, expected, tolerance)
+    plain_gradients = gradients(plain_rows, weights, plain_rows, keep_graph=True)
+    for keep_graph in (True, False)[not twice :]:
+        assert_same_gradients(gradients(rows, weights, plain_rows, keep_graph), plain_gradients, tolerance)
+    _assert_same_strides(ours, plain)
 
 
-def assert_same_writes(ours: Results, again: Results, own: Sequence[Tensor], error: float = 1e-9) -> None:
-    """Writes to one result after the other: the others must change as those of the plain program do.
+def assert_same_writes(ours: Results, plain: Results, callers: Sequence[Tensor], tolerance: float = 1e-9) -> None:
+    """Write to each result in turn, and compare how the other results change with the plain program.
 
-    ``again`` are results of the plain program that nobody needs any more, ``own`` what belongs to the caller.
+    ``plain`` are results of the plain program that are not needed any more. Memory of ``callers`` is not written to.
     """
-    owned = {one.untyped_storage().data_ptr() for one in own}
-    for number, (one, other) in enumerate(zip(ours, again, strict=True)):
-        if not _can_be_written(other, owned):
+    protected = {tensor.untyped_storage().data_ptr() for tensor in callers}
+    for number, (result, expected) in enumerate(zip(ours, plain, strict=True)):
+        if not _can_be_written(expected, protected):
             continue
-        if not _can_be_written(one, owned):
-            raise WrongWrites(f"result {number} can be written to in the plain program alone")
-        _write(one)
-        _write(other)
-        for place, (here, there) in enumerate(zip(ours, again, strict=True)):
+        if not _can_be_written(result, protected):
+            raise WrongWrites(f"result {number} can be written to in the plain program only")
+        _write(result)
+        _write(expected)
+        for other_number, (other, expected_other) in enumerate(zip(ours, plain, strict=True)):
             try:
-                assert_close(here, there, error)
+                assert_close(other, expected_other, tolerance)
             except AssertionError as difference:
-                raise WrongWrites(f"after writing to result {number}, result {place}: {difference}") from difference
+                raise WrongWrites(
+                    f"after writing to result {number}, result {other_number}: {difference}"
+                ) from difference
 
 
-def _can_be_written(result: Tensor, owned: set[int]) -> bool:
-    """Not if entries are one in memory, nor if they are the caller's."""
-    spread = any(size > 1 and stride == 0 for size, stride in zip(result.shape, result.stride(), strict=True))
-    return result.numel() > 0 and not spread and result.untyped_storage().data_ptr() not in owned
+def _can_be_written(result: Tensor, protected: set[int]) -> bool:
+    """Is each entry at an address of its own, outside of the caller's memory?"""
+    overlaps = any(size > 1 and stride == 0 for size, stride in zip(result.shape, result.stride(), strict=True))
+    return result.numel() > 0 and not overlaps and result.untyped_storage().data_ptr() not in protected
 
 
 def _write(result: Tensor) -> None:
@@ -81,59 +83,58 @@ def _write(result: Tensor) -> None:
         result.detach().zero_()
 
 
-def assert_close(one: Tensor, other: Tensor, error: float = 1e-9) -> None:
-    """Where the other one is not a number, nothing is asked for."""
-    one, other = one.detach(), other.detach()
-    assert one.shape == other.shape, f"{list(one.shape)}, not {list(other.shape)}"
-    hold = ~other.isnan()
-    if not hold.all():
-        one, other = one[hold], other[hold]
-    finite = other[other.isfinite()]
+def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """Compare the entries that are not NaN in ``expected``."""
+    result, expected = result.detach(), expected.detach()
+    assert result.shape == expected.shape, f"{list(result.shape)}, not {list(expected.shape)}"
+    is_number = ~expected.isnan()
+    if not is_number.all():
+        result, expected = result[is_number], expected[is_number]
+    finite = expected[expected.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    torch.testing.assert_close(one, other, rtol=error, atol=error * max(1.0, largest))
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance * max(1.0, largest))
 
 
-def _assert_same_strides(ours: Results, wanted: Results) -> None:
-    for number, (one, other) in enumerate(zip(ours, wanted, strict=True)):
-        where = [dim for dim, size in enumerate(other.shape) if size > 1]
-        if other.numel() == 0 or one.shape != other.shape:
+def _assert_same_strides(ours: Results, plain: Results) -> None:
+    for number, (result, expected) in enumerate(zip(ours, plain, strict=True)):
+        if expected.numel() == 0 or result.shape != expected.shape:
             continue
-        found, expected = ([tensor.stride(dim) for dim in where] for tensor in (one, other))
-        if found != expected:
-            raise WrongStrides(f"result {number}: strides {one.stride()}, not {other.stride()}")
+        dims = [dim for dim, size in enumerate(expected.shape) if size > 1]
+        if any(result.stride(dim) != expected.stride(dim) for dim in dims):
+            raise WrongStrides(f"result {number}: strides {result.stride()}, not {expected.stride()}")
 
 
-def assert_same_gradients(found: Gradients, expected: Gradients, error: float = 1e-9) -> None:
-    """Where a row is not a number, so are gradients, of which weights nobody cares."""
-    lost = any(other is not None and other.isnan().any() for other in expected)
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if other is None:
-            if one is not None and one.any() and not lost:
+def assert_same_gradients(ours: Gradients, plain: Gradients, tolerance: float = 1e-9) -> None:
+    """Compare the gradients of all weights, unless the plain ones have NaN entries (from rows that are NaN)."""
+    has_nan = any(expected is not None and expected.isnan().any() for expected in plain)
+    for number, (gradient, expected) in enumerate(zip(ours, plain, strict=True)):
+        if expected is None:
+            if gradient is not None and gradient.any() and not has_nan:
                 raise WrongGradients(f"weight {number} has a gradient, and none in the plain program")
             continue
-        if one is None:
+        if gradient is None:
             raise WrongGradients(f"weight {number} has no gradient, and one in the plain program")
         try:
-            if not lost:
-                assert_close(one, other, error)
+            if not has_nan:
+                assert_close(gradient, expected, tolerance)
         except AssertionError as difference:
             raise WrongGradients(f"weight {number}: {difference}") from difference
 
 
-def gradients(results: Results, weights: Sequence[nn.Parameter], like: Results, again: bool = False) -> Gradients:
-    """Of a sum of all entries, each with a factor of its own, that are finite in ``like``.
+def gradients(results: Results, weights: Sequence[nn.Parameter], like: Results, keep_graph: bool = False) -> Gradients:
+    """The gradients of a weighted sum of the entries that are finite in ``like``. The factors are always the same.
 
-    ``again`` if they will be asked for once more.
+    With ``keep_graph``, the backward pass may run again.
     """
     with torch.enable_grad():
         terms = []
-        for result, other in zip(results, like, strict=True):
+        for result, expected in zip(results, like, strict=True):
             if result.requires_grad:
                 factors = torch.randn(result.shape, generator=generator())
-                terms.append((torch.where(other.isfinite(), result, 0) * factors).sum())
+                terms.append((torch.where(expected.isfinite(), result, 0) * factors).sum())
         if not terms:
             return [None] * len(weights)
-        return list(torch.autograd.grad(sum(terms), weights, allow_unused=True, retain_graph=again))
+        return list(torch.autograd.grad(sum(terms), weights, allow_unused=True, retain_graph=keep_graph))
 
 
 def generator() -> torch.Generator:
@@ -141,5 +142,5 @@ def generator() -> torch.Generator:
 
 
 def is_usable(results: Results) -> bool:
-    """Is anything finite in it? Where nothing is, nothing is proved."""
+    """Is any entry finite? Without finite entries, a comparison proves nothing."""
     return any(result.isfinite().any() for result in results if result.is_floating_point())

@@ -1,4 +1,4 @@
-"""What the pieces of a random program are drawn with: sizes that collide, weights, and the register of pieces."""
+"""The source of random choices for programs: sizes that collide, weights, and the registry of pieces."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 OTHER_SHAPES = ("columns", "given", "lengths", "prefix", "table")
-"""The inputs that have not one entry for each row."""
+"""The inputs that do not have one entry per row."""
 
 
 class Kind(Enum):
-    """What a piece does to rows, and so what becomes of what follows it."""
+    """How a piece reads rows, and so whether the pieces after it may fold."""
 
     POSITION_WISE = "position-wise"
     CAUSAL = "causal"
@@ -41,12 +41,12 @@ class Sizes:
 
     @property
     def K(self) -> int:  # noqa: N802
-        """More than any number in an integer input."""
+        """A number that is larger than every entry of an integer input."""
         return max(self.V, self.S)
 
 
 def draw_sizes(random: Random) -> Sizes:
-    """Small sizes, of which some are often the same, so that nothing can be told by a size."""
+    """Small sizes. Some are often equal, so that no size reveals the meaning of a dimension."""
     batch, columns = random.randint(2, 6), random.randint(2, 9)
     heads, width = random.randint(1, 4), random.choice([2, 2, 4])
     if random.random() < 0.4:
@@ -65,16 +65,16 @@ def draw_sizes(random: Random) -> Sizes:
 
 @dataclass
 class Draw:
-    """The source of every choice of one program, and what its text needs.
+    """The source of all random choices for one program.
 
-    ``inputs``  the inputs that it may read next to ``ids``.
-    ``shapes``  of the weights, by name.
-    ``fixed``   if the program is for this number of sequences or columns alone.
-    ``padded``  if every causal mask is to hide the padding.
-    ``packed``  if attention is mostly to stay within sequences of which there are several in a row.
-    ``relative``  if rows are to depend on what is in front of them, but mostly not on their column.
-    ``only``    names of pieces that are to be most of it, if any.
-    ``traced``  if Dynamo reads the program, and so sees what is an ``autograd.Function``.
+    ``inputs``    the inputs that the program may read besides ``ids``.
+    ``shapes``    the shapes of the weights, by name.
+    ``fixed``     the program works only for this number of sequences or columns.
+    ``padded``    every causal mask hides the padding.
+    ``packed``    attention mostly stays within packed sequences.
+    ``relative``  rows depend on earlier rows, but mostly not on their column.
+    ``only``      names of pieces to draw mostly.
+    ``traced``    Dynamo traces the program, and so recognises an ``autograd.Function``.
     """
 
     random: Random
@@ -90,7 +90,7 @@ class Draw:
 
     def write(self, piece: Piece) -> str:
         """The piece's text, with a new parameter for every ``w(shape)`` in it."""
-        return re.sub(r"\bw\(([^()]*)\)", lambda found: self._weight(found[1]), piece.write(self))
+        return re.sub(r"\bw\(([^()]*)\)", lambda match: self._weight(match[1]), piece.write(self))
 
     def _weight(self, shape: str) -> str:
         name = f"w{len(self.shapes)}"
@@ -118,11 +118,11 @@ class Draw:
         return name in self.inputs
 
     def keys(self) -> str:
-        """An integer input with one entry for each row."""
+        """The name of an integer input with one entry per row."""
         return self.one_of("ids", *(name for name in self.inputs if name not in ("far", *OTHER_SHAPES)))
 
     def column_numbers(self) -> str:
-        """``[S]``, ``[1, S]`` or ``[B, S]``, and mostly the same wherever a sequence starts."""
+        """Text for ``[S]``, ``[1, S]`` or ``[B, S]``: columns, mostly from a sequence's start if ``relative``."""
         if (self.packed or self.relative) and self.chance(0.95):
             return "positions" if self.has("positions") else "(ids % S)"
         if self.padded and self.chance(0.5):
@@ -132,7 +132,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Piece:
-    """``write`` gives the text that makes ``y`` from ``x`` (and ``z``, an earlier value), all ``[B, S, D]``."""
+    """``write`` returns text that computes ``y`` from ``x`` and an earlier ``z``, all ``[B, S, D]``."""
 
     name: str
     kind: Kind
@@ -146,7 +146,7 @@ PIECES: list[Piece] = []
 def piece(
     kind: Kind, when: Callable[[Draw], bool] = lambda d: True
 ) -> Callable[[Callable[[Draw], str]], Callable[[Draw], str]]:
-    """Register a piece, for the draws that it is possible with."""
+    """Register a piece for the draws where ``when`` holds."""
 
     def register(write: Callable[[Draw], str]) -> Callable[[Draw], str]:
         PIECES.append(Piece(write.__name__, kind, write, when))

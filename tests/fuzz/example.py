@@ -1,4 +1,4 @@
-"""One example: a random program, batches for it, and the way in which they are compared. All of it from a seed."""
+"""One example: a random program, its batches and how to compare them, all drawn from a seed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.fuzz.programs import Program, draw_program
 
 Batch = dict[str, Tensor]
 
-FEW = Sizes(B=4, S=6, H=2, E=4, V=6)
-"""The same sizes for all that inductor compiles, so that it finds some kernels in its cache."""
+INDUCTOR_SIZES = Sizes(B=4, S=6, H=2, E=4, V=6)
+"""The sizes of every example for inductor, so that inductor finds some kernels in its cache."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """``route`` is "passes" (the pipeline, and the folded graph as it is), or an inner backend of ``torch.compile``."""
+    """``route`` is "passes" (the folded graph runs uncompiled) or an inner backend for ``torch.compile``."""
 
     seed: int
     program: Program
@@ -32,25 +32,25 @@ class Example:
 
     def __str__(self) -> str:
         settings = f"seed {self.seed}: route={self.route} gradients={self.gradients} dynamic={self.dynamic}"
-        batch = "\n".join(f"# {name} = {_written(tensor)}" for name, tensor in self.batches[0].items())
+        batch = "\n".join(f"# {name} = {_as_text(tensor)}" for name, tensor in self.batches[0].items())
         return f"# {settings} skip={self.skip}\n# the first batch:\n{batch}\n{self.program}"
 
 
-def _written(tensor: Tensor) -> str:
+def _as_text(tensor: Tensor) -> str:
     return f"{tensor.tolist()}" + ("" if tensor.dtype == torch.int64 else f" {tensor.dtype}")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A batch, and what the plain program makes of it."""
+    """A batch, and the results of the plain program."""
 
     batch: Batch
-    wanted: tuple[Tensor, ...]
+    expected: tuple[Tensor, ...]
 
 
 @dataclass
 class Outcome:
-    """What came of the examples: how many, how many folded, met a refusal, could not be compared, and so on."""
+    """Counts of the examples: how many folded, met a refusal, could not be compared (``discarded``), and so on."""
 
     examples: int = 0
     folded: int = 0
@@ -67,45 +67,46 @@ class Outcome:
 
 
 class Module(nn.Module):
-    """The program with its weights."""
+    """The program with its weights, and the tolerance of its results, relative to the largest entry."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
         for name, weight in program.weights().items():
             self.register_parameter(name, weight)
         self.run = program.forward()
-        self.error = 1e-4 if program.is_narrow() else 1e-9
+        self.tolerance = 1e-4 if program.is_narrow() else 1e-9
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, ...]:
         return self.run(self, **batch)
 
 
 def draw_example(seed: int, compiled: float = 0.1, inductor: float = 0.0, only: tuple[str, ...] = ()) -> Example:
-    """Everything about an example follows from its seed, and from what is asked for. Inductor's are short: it is slow.
+    """The example of a seed. Equal arguments give equal examples.
 
-    ``compiled`` and ``inductor`` are the shares that go through ``torch.compile``, without inductor and with it;
-    ``only`` are names of pieces that are to be most of the program.
+    ``compiled`` is the share of examples through ``torch.compile`` without inductor, ``inductor`` the share with it.
+    Programs for inductor are short, because it is slow. ``only`` are names of pieces to draw mostly.
     """
     random = Random(seed)
     route = _route(Random(f"route of {seed}").random(), compiled, inductor)
-    sizes, inputs = FEW if route == "inductor" else draw_sizes(random), draw_inputs(random)
+    sizes, inputs = INDUCTOR_SIZES if route == "inductor" else draw_sizes(random), draw_inputs(random)
     packed = not {"positions", "documents"}.isdisjoint(inputs) and random.random() < 0.5
     if packed:
-        sizes = replace(sizes, B=random.choice([1, 1, 2]), S=12 if sizes is FEW else random.randint(4, 14))
+        sizes = replace(sizes, B=random.choice([1, 1, 2]), S=12 if sizes is INDUCTOR_SIZES else random.randint(4, 14))
     most = 2 if route == "inductor" else 4
     program = draw_program(random, sizes, inputs, packed, only, most, traced=route != "passes")
     gradients, dynamic, skip = (random.random() < 1 / 3 for _ in range(3))
     dynamic &= route != "passes"
     gradients |= route == "inductor"
-    other = sizes
+    other_sizes = sizes
     if dynamic and not program.fixed:
-        other = replace(sizes, B=random.randint(min(sizes.B, 2), sizes.B + 1), S=random.randint(2, sizes.S))
+        other_sizes = replace(sizes, B=random.randint(min(sizes.B, 2), sizes.B + 1), S=random.randint(2, sizes.S))
     mask = random.choice([torch.int64, torch.int32, torch.bool])
     given = draw_given(random)
     settings = {"packed": packed, "padded": program.padded}
-    batches = [draw_batch(random, of, inputs, mask, given, **settings) for of in (sizes, sizes, other)]
+    batches = [draw_batch(random, size, inputs, mask, given, **settings) for size in (sizes, sizes, other_sizes)]
     skip &= route == "passes" and not program.outputs
-    skip &= not any("batch_and_heads_swapped" in block.title for block in program.blocks)  # zeros of rows left out move
+    # After a swap of batch and heads, the zeros of omitted rows are in other rows.
+    skip &= not any("batch_and_heads_swapped" in block.title for block in program.blocks)
     return Example(seed, program, batches, route, gradients, dynamic, skip)
 
 

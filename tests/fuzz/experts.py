@@ -1,4 +1,4 @@
-"""Mixtures of experts: rows sorted by expert, weights looked up, all experts at once, and some that mix rows."""
+"""Mixtures of experts: rows sorted by expert, weights looked up, all experts at once, and routers that mix rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import transformers.integrations.moe  # noqa: F401 - importing it registers the 
 from tests.fuzz.draw import Draw, Kind, activated, piece
 
 HAS_TRACEABLE_BACKWARD = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
-"""Before transformers had this op, no compiler could trace the backward pass of its grouped product on a CPU."""
+"""Can the backward pass of the grouped product be traced on a CPU? Older versions of transformers lack this op."""
 
 
 @piece(Kind.POSITION_WISE)
 def table_of_experts(d: Draw) -> str:
-    """A router that looks up the weights of each row's experts."""
+    """A router that gathers the weights of each row's experts."""
     experts = d.number(2, 4)
     return "\n".join(
         [
@@ -43,7 +43,7 @@ def _product_by_expert(d: Draw, experts: int) -> str:
     return drawn if HAS_TRACEABLE_BACKWARD else each
 
 
-def _put_back(d: Draw, slots: int) -> list[str]:
+def _restored_order(d: Draw, slots: int) -> list[str]:
     inverse = d.one_of(
         "place = order.argsort()",
         f"place = torch.empty_like(order).index_put((order,), torch.arange(B * S * {slots}))",
@@ -57,14 +57,14 @@ def _put_back(d: Draw, slots: int) -> list[str]:
 
 @piece(Kind.POSITION_WISE)
 def sorted_experts(d: Draw) -> str:
-    """A router that brings together the rows of each expert, and puts them back."""
+    """A router that sorts rows by expert, and restores their order."""
     experts, slots = d.number(2, 4), d.number(1, 2)
-    return "\n".join([*_router(d, experts, slots), _product_by_expert(d, experts), *_put_back(d, slots)])
+    return "\n".join([*_router(d, experts, slots), _product_by_expert(d, experts), *_restored_order(d, slots)])
 
 
 @piece(Kind.POSITION_WISE)
 def all_experts(d: Draw) -> str:
-    """Every expert for every row, with weights that are mostly zero, or one after the other."""
+    """Every expert computes every row. Most of the router's weights are zero."""
     experts, slots = d.number(2, 4), d.number(1, 2)
     lines = [f"share, chosen = F.linear(x, w({experts}, D)).softmax(-1).topk({slots}, -1)"]
     dense = f"share = torch.zeros(B, S, {experts}).scatter(-1, chosen, share)"
@@ -85,7 +85,7 @@ def all_experts(d: Draw) -> str:
 
 @piece(Kind.MIXING)
 def limited_experts(d: Draw) -> str:
-    """An expert takes so many rows, and no more; or rows are weighed by what all of them chose."""
+    """Experts with a limited number of rows, or weights that depend on the choices of all rows."""
     experts = d.number(2, 3)
     return "\n".join(
         [
@@ -104,9 +104,9 @@ def limited_experts(d: Draw) -> str:
 
 @piece(Kind.MIXING)
 def order_as_numbers(d: Draw) -> str:
-    """A router whose rows do not come back to where they were, or that uses the order for something else."""
+    """A router that does not restore the order of rows, or that computes with the order itself."""
     slots = d.number(1, 2)
-    start, back = _router(d, 3, slots), _put_back(d, slots)
+    start, back = _router(d, 3, slots), _restored_order(d, slots)
     summed = f".reshape(B, S, {slots}, D).sum(2)"
     return "\n".join(
         d.one_of(

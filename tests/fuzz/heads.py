@@ -1,4 +1,4 @@
-"""What is computed at the end: logits, losses, and one row or a mean for each sequence."""
+"""The last computation of a program: logits, losses, or one row or mean for each sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.fuzz.draw import Draw
 LOGITS = "logits = F.linear(x, w(V, D))\n"
 
 EXACT = "((logits * 8).round().float() / 8)"
-"""Logits of float32 without a rounding, so that what is computed of them in float64 can be compared as such."""
+"""Logits that float32 holds exactly, so that losses computed from them in float64 can be compared in float64."""
 
 
 def draw_head(d: Draw) -> str:
@@ -15,7 +15,7 @@ def draw_head(d: Draw) -> str:
 
 
 def _loss(d: Draw) -> str:
-    """Something over the vocabulary: logits, log-probabilities, a loss."""
+    """Logits, log-probabilities or a loss over the vocabulary."""
     reduction = d.one_of("'sum'", "'none'", "'mean'")
     dtype = d.one_of("", "", ", dtype=torch.float64", ", dtype=torch.float32")
     shifted = "logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1)"
@@ -46,19 +46,20 @@ def _loss(d: Draw) -> str:
 
 
 def _lengths(d: Draw) -> str:
-    """``[B]``: numbers of tokens."""
-    known = ["(ids != 0).sum(1)"]
-    known += ["padding.long().sum(-1)"] * 2 * d.has("padding") + ["lengths"] * 2 * d.has("lengths")
-    return d.one_of(*known)
+    """``[B]``: the number of tokens of each sequence."""
+    lengths = ["(ids != 0).sum(1)"]
+    lengths += ["padding.long().sum(-1)"] * 2 * d.has("padding") + ["lengths"] * 2 * d.has("lengths")
+    return d.one_of(*lengths)
 
 
 def _shown(d: Draw) -> str:
-    """``[B, S]``: which tokens count."""
+    """``[B, S]``: a mask of the tokens that count."""
     length = _lengths(d)
     return d.one_of("(ids != 0)", f"(torch.arange(S) < {length}[:, None])", *["(padding != 0)"] * 2 * d.has("padding"))
 
 
 def _pooled(d: Draw) -> str:
+    """One row, sum or mean for each sequence."""
     length, shown = _lengths(d), _shown(d)
     last = f"({length} - 1).clamp(min=0)"
     return "y = " + d.one_of(
@@ -81,6 +82,7 @@ def _pooled(d: Draw) -> str:
 
 
 def _masked_loss(d: Draw) -> str:
+    """A loss over the tokens that count."""
     shown = _shown(d)
     losses = "losses = F.cross_entropy(logits.mT, ids.roll(-1, 1), reduction='none')\n"
     return LOGITS + d.one_of(

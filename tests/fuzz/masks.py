@@ -1,6 +1,6 @@
-"""Masks as text: causal ones, ones that only look it, and random formulas over query and key.
+"""Masks as text: causal ones, and similar ones that are not causal.
 
-``queries`` and ``keys`` are ``[S, 1]`` and ``[1, S]`` numbers of columns.
+``queries`` and ``keys`` are column numbers, ``[S, 1]`` and ``[1, S]``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ LOWEST = "torch.finfo(x.dtype).min"
 
 
 def window(d: Draw) -> str:
+    """A window over the last columns, the query's own included."""
     width = d.number(1, d.sizes.S)
     return d.one_of(
         f"(keys > queries - {width})",
@@ -55,15 +56,15 @@ def window(d: Draw) -> str:
     )
 
 
-def seen_keys(d: Draw) -> str:
-    """Keys that are no padding."""
+def padding_mask(d: Draw) -> str:
+    """A mask of the keys that are no padding."""
     return d.one_of(
         "(padding != 0)[:, None, None, :]", "padding[:, None, None, :].bool()", "(padding[:, None, None] != 0)"
     )
 
 
 def causal_mask(d: Draw) -> tuple[str, bool]:
-    """A mask, ``[S, S]`` or ``[B, 1, S, S]``, of earlier rows and the row itself; and may a row see none at all?"""
+    """A causal mask, ``[S, S]`` or ``[B, 1, S, S]``, and whether rows may be fully masked."""
     mask, fully_masked = f"({d.one_of(*CAUSAL)})", False
     if d.chance(0.3):
         mask += f" & {window(d)}"
@@ -71,7 +72,7 @@ def causal_mask(d: Draw) -> tuple[str, bool]:
         name = d.one_of("ids", *(name for name in ("kinds",) if d.has(name)))
         mask += f" & ({name}[:, None, None, :] == {name}[:, None, :, None])"
     elif d.has("padding") and (d.padded or d.chance(0.6)):
-        mask += f" & {seen_keys(d)}"
+        mask += f" & {padding_mask(d)}"
         fully_masked = True
         if d.chance(0.25) and not d.padded:
             mask, fully_masked = f"{mask} | (keys == queries)", False

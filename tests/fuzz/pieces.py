@@ -1,8 +1,7 @@
-"""The building blocks of random programs: text that makes ``y`` from ``x``, both ``[B, S, D]``.
+"""The pieces of random programs: text that computes ``y`` from ``x``, both ``[B, S, D]``.
 
-A piece may also read ``z``, an earlier value, the inputs, and weights of its own. Its kind is a promise, which
-``test_fuzz`` keeps it to: after a position-wise or causal piece rows still fold, after a mixing one they must not. Of
-those of any kind nothing is promised, they may fold or not.
+A piece may also read ``z`` (an earlier value), the inputs, and its own weights. Position-wise and causal pieces keep
+rows prefix-determined, mixing pieces do not, and pieces of any kind may or may not.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def pointwise(d: Draw) -> str:
 @piece(Kind.POSITION_WISE)
 def rotary(d: Draw) -> str:
     column = d.column_numbers()
-    there, back, dims = d.one_of(
+    view, inverse, dims = d.one_of(
         ("x.reshape(B, S, H, E)", "y.reshape(B, S, D)", "[..., None, None]"),
         (
             "x.reshape(B, S, H, E).transpose(1, 2)",
@@ -80,15 +79,15 @@ def rotary(d: Draw) -> str:
     )
     return (
         f"angle = {column}{dims} / (1 + torch.arange(E // 2))\n"
-        f"left, right = {there}.chunk(2, -1)\n"
+        f"left, right = {view}.chunk(2, -1)\n"
         "y = torch.cat([left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1)\n"
-        f"y = {back}"
+        f"y = {inverse}"
     )
 
 
 @piece(Kind.POSITION_WISE)
 def seen_as_another_type(d: Draw) -> str:
-    """Pairs of features as complex numbers, and numbers as their bits."""
+    """Views of pairs of features as complex numbers, and of numbers as their bits."""
     column = d.column_numbers()
     return d.one_of(
         "h = torch.view_as_complex(x.reshape(B, S, D // 2, 2).contiguous())\n"
@@ -139,11 +138,11 @@ def by_token(d: Draw) -> str:
 
 @piece(Kind.POSITION_WISE)
 def looked_up_features(d: Draw) -> str:
-    some = d.number(1, d.sizes.D)
+    width = d.number(1, d.sizes.D)
     return d.one_of(
         "y = x + x.gather(-1, (ids % D)[..., None])",
         "y = x.gather(-1, (ids[..., None] + torch.arange(D)) % D)",
-        f"best, at = x.topk({some}, -1)\ny = x + best.sum(-1, keepdim=True) + w(D)[at].mean(-1, keepdim=True)",
+        f"best, at = x.topk({width}, -1)\ny = x + best.sum(-1, keepdim=True) + w(D)[at].mean(-1, keepdim=True)",
         "order = w(D).argsort()\ny = x.index_select(-1, order)",
         "y, order = x.sort(-1)\ny = y + order",
         "y = torch.where(x >= x.amax(-1, keepdim=True), x, 0.1 * x)",
@@ -154,15 +153,15 @@ def looked_up_features(d: Draw) -> str:
 
 @piece(Kind.POSITION_WISE)
 def joined_features(d: Draw) -> str:
-    some = d.number(1, d.sizes.D - 1)
+    width = d.number(1, d.sizes.D - 1)
     return d.one_of(
-        f"a, b = x.split([{some}, D - {some}], -1)\ny = torch.cat([b, a.tanh()], -1)",
+        f"a, b = x.split([{width}, D - {width}], -1)\ny = torch.cat([b, a.tanh()], -1)",
         "a, b = x.chunk(2, -1)\ny = torch.stack([b, 2 * a], -1).reshape(B, S, D)",
-        f"y = F.pad(x[..., {some}:], (0, {some}))",
+        f"y = F.pad(x[..., {width}:], (0, {width}))",
         "y = torch.cat([x, z], -1) @ w(2 * D, D)",
         "y = x.flip(-1) + x.cumsum(-1)",
         "y = torch.stack(x.reshape(B, S, H, E).unbind(2)[::-1], 2).reshape(B, S, D)",
-        f"y = x[..., {some - 1}:{some}].repeat(1, 1, D) + x[..., :1].repeat_interleave(D, -1)",
+        f"y = x[..., {width - 1}:{width}].repeat(1, 1, D) + x[..., :1].repeat_interleave(D, -1)",
         "y = torch.cat([x, w(D).expand(B, S, D)], -1).reshape(B, S, 2, D).sum(2)",
     )
 
@@ -254,7 +253,7 @@ def tells_sequences_apart(d: Draw) -> str:
 
 @piece(Kind.MIXING)
 def later_keys(d: Draw) -> str:
-    """Of the inputs alone: counts and positions that depend on what comes later."""
+    """Factors from the inputs that depend on later tokens: counts, positions, sorts."""
     return "y = x * " + d.one_of(
         "(ids == ids.flip(1))[..., None]",
         "(ids != 0).sum(1)[:, None, None]",

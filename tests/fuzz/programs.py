@@ -1,4 +1,4 @@
-"""Random programs over a hidden state ``[B, S, D]``, as text that can be read, run and made smaller."""
+"""Random programs over a hidden state ``[B, S, D]``, as text that can be read, run and reduced."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ Forward = Callable[..., tuple[Tensor, ...]]
 _NUMBERS = itertools.count()
 
 PACKED = ("packed_documents", "masked_by_a_formula", "boosted", "hidden_by_a_number", "added_by_baddbmm")
-"""The causal pieces that mostly keep sequences apart of which there are several in a row."""
-
+"""The causal pieces that mostly keep packed sequences apart."""
 
 PADDED = (*PACKED[1:], "fused_masked", "written_out", "with_sinks", "attention_cut_off")
-"""The causal pieces that mostly hide padding, and nothing else by column."""
+"""The causal pieces that mostly hide padding, and do not depend on the column in any other way."""
 
 BY_COLUMN = ("learned_columns", "made_in_the_program", "masked_by_a_made_table", "counted_indices", "the_same_twice")
-"""Pieces after which a row depends on its column, so that nothing is shared between columns."""
+"""Pieces that make a row depend on its column, so that rows at different columns share nothing."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """``text`` makes ``y`` from ``x``, the result of block number ``source``, and perhaps ``z``, that of ``other``."""
+    """``text`` computes ``y`` from ``x``, the result of block ``source``, and maybe ``z``, the result of ``other``."""
 
     title: str
     text: str
@@ -48,9 +47,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Program:
-    """Block 0 makes the first hidden state from the ids.
+    """Blocks that compute hidden states. Block 0 embeds the ids.
 
-    What the head makes is returned, or the ``outputs``, and what nothing reads. ``padded`` if padding is hidden.
+    The program returns the result of ``head``, the ``outputs``, and all hidden states that no block reads. Its masks
+    hide padding if ``padded``.
     """
 
     sizes: Sizes
@@ -64,7 +64,7 @@ class Program:
     padded: bool = False
 
     def text(self) -> str:
-        """``forward``, as it is run."""
+        """The source of ``forward``."""
         unused = set(range(len(self.blocks))) - {n for b in self.blocks[1:] for n in (b.source, b.other) if n >= 0}
         lines = ["B, S = ids.shape"]
         for number, block in enumerate(self.blocks):
@@ -90,7 +90,7 @@ class Program:
         return f"{numbers}\n{weights}\n\n{self.text()}"
 
     def forward(self) -> Forward:
-        """The text as a function of ``self``, which has the weights, and the inputs. A new one every time."""
+        """A new function of the text. Its arguments are an object with the weights, and the inputs."""
         text, name = self.text(), f"<program {next(_NUMBERS)}>"
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)  # for the source lines of refusals
         names: dict[str, Any] = {"torch": torch, "F": F, "math": math, "H": self.sizes.H, "E": self.sizes.E}
@@ -100,32 +100,32 @@ class Program:
         return forward
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Of ordinary size, and the same ones for every program that was made from this one."""
-        made = {}
+        """The weights by name. They depend on the seed alone, so reduced programs have the same weights."""
+        weights = {}
         for number, (name, shape) in enumerate(self.shapes.items()):
             generator = torch.Generator().manual_seed(self.seed + number)
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
-            made[name] = nn.Parameter(values / math.sqrt(shape[-1]))
-        return made
+            weights[name] = nn.Parameter(values / math.sqrt(shape[-1]))
+        return weights
 
     def is_narrow(self) -> bool:
-        """Is something computed in single precision, which is not only compared or a mask?"""
+        """Does the program compute results in float32? Masks and exact logits do not count."""
         text = self.text().replace("mask = mask.float()", "").replace(EXACT, "")
         return "torch.float32)" in text or ".float()" in text
 
     def without(self, number: int) -> Program:
-        """The program with that block left out: what read its result reads its source's instead."""
+        """The program without a block. Blocks that read its result read the result of its source instead."""
 
-        def moved(old: int) -> int:
+        def renumbered(old: int) -> int:
             target = self.blocks[number].source if old == number else old
             return target - (target > number)
 
-        kept = (block for place, block in enumerate(self.blocks) if place != number)
-        blocks = tuple(replace(b, source=moved(b.source), other=moved(b.other)) for b in kept)
+        kept = (block for i, block in enumerate(self.blocks) if i != number)
+        blocks = tuple(replace(b, source=renumbered(b.source), other=renumbered(b.other)) for b in kept)
         return replace(self, blocks=blocks)
 
     def smaller(self) -> Iterator[Program]:
-        """Every program with one thing less."""
+        """The programs without one of the blocks, without the head, and without the outputs."""
         for number in reversed(range(1, len(self.blocks))):
             yield self.without(number)
         if self.head:
@@ -150,7 +150,7 @@ def draw_program(
     most: int = 4,
     traced: bool = False,
 ) -> Program:
-    """An embedding, up to ``most`` pieces, and perhaps a loss. Of what is not position-wise, ``only`` those names."""
+    """An embedding, up to ``most`` pieces, and maybe a head or outputs. With ``only``, mostly pieces of these names."""
     d = Draw(random, sizes, inputs, packed=packed, only=only, traced=traced)
     seed = random.randrange(2**31)
     d.padded = d.has("padding") and d.chance(0.05 if packed else 0.4)
@@ -159,35 +159,25 @@ def draw_program(
     if not d.padded and not packed and d.chance(0.6):
         kinds |= {Kind.MIXING: 2, Kind.ANY: 2}
     blocks = [_embedding(d)]
-    for place in range(d.number(1, min(3 if d.relative else 4, most))):
-        first = {Kind.CAUSAL: 1} if (packed or d.relative) and not place else kinds
-        blocks.append(_block(d, draw_piece(d, first), len(blocks)))
-    end = d.random.random()
-    head = d.write(Piece("head", Kind.ANY, draw_head, lambda d: True)) if end < 0.2 else ""
-    outputs = d.write(Piece("outputs", Kind.ANY, draw_outputs, lambda d: True)) if end > 0.7 else ""
+    for i in range(d.number(1, min(3 if d.relative else 4, most))):
+        piece_kinds = {Kind.CAUSAL: 1} if (packed or d.relative) and not i else kinds
+        blocks.append(_block(d, draw_piece(d, piece_kinds), len(blocks)))
+    share = d.random.random()
+    head = d.write(Piece("head", Kind.ANY, draw_head, lambda d: True)) if share < 0.2 else ""
+    outputs = d.write(Piece("outputs", Kind.ANY, draw_outputs, lambda d: True)) if share > 0.7 else ""
     return Program(sizes, inputs, tuple(blocks), head, d.shapes, seed, d.fixed, outputs, d.padded)
 
 
 def draw_piece(d: Draw, kinds: dict[Kind, int]) -> Piece:
     kind = d.random.choices([*kinds], [*kinds.values()])[0]
-    wanted = [piece for piece in PIECES if piece.name in d.only and piece.when(d)]
-    if wanted and (kind is not Kind.POSITION_WISE or d.chance(0.5)):
-        return d.one_of(*wanted)
+    named = [piece for piece in PIECES if piece.name in d.only and piece.when(d)]
+    if named and (kind is not Kind.POSITION_WISE or d.chance(0.5)):
+        return d.one_of(*named)
     possible = [piece for piece in PIECES if piece.kind is kind and piece.when(d)]
     if d.relative:
         possible = [piece for piece in possible if piece.name not in BY_COLUMN]
-    apart = [piece for piece in possible if piece.name in (PACKED if d.packed else PADDED)]
-    return d.one_of(*(apart if (d.packed or d.relative) and apart and d.chance(0.95) else possible))
-
-
-def program_of(d: Draw, *pieces: Piece) -> Program:
-    """These pieces one after the other, each between two projections, so that there is something to fold."""
-    blocks = [_embedding(d)]
-    for piece in pieces:
-        text = f"x = F.linear(x, {{}})\n{piece.write(d)}\ny = F.linear(y, {{}})".replace("{}", "w(D, D)")
-        text = d.write(replace(piece, write=lambda d, text=text: text))
-        blocks.append(Block(f"{piece.kind.value}: {piece.name}", text, len(blocks) - 1, len(blocks) - 1))
-    return Program(d.sizes, d.inputs, tuple(blocks), "", d.shapes, 0, d.fixed)
+    preferred = [piece for piece in possible if piece.name in (PACKED if d.packed else PADDED)]
+    return d.one_of(*(preferred if (d.packed or d.relative) and preferred and d.chance(0.95) else possible))
 
 
 def _embedding(d: Draw) -> Block:

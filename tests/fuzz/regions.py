@@ -1,4 +1,4 @@
-"""Regions without a gradient and with one, parts that are cut off from it, and tables made in the program."""
+"""Regions with and without gradients, detached parts, and tables that the program computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fuzz.attentions import projections, together
+from tests.fuzz.attentions import merged_heads, projections
 from tests.fuzz.draw import Draw, Kind, piece
 from tests.fuzz.masks import INDICES, LOWEST, causal_mask
 
@@ -16,11 +16,12 @@ WITH = ("with torch.enable_grad():", "with torch.set_grad_enabled(True):")
 
 
 def inside(region: str, *lines: str) -> list[str]:
+    """The lines, indented below the ``with`` statement ``region``."""
     return [region, *(f"    {line}" for line in lines)]
 
 
-def _row_by_row(d: Draw) -> tuple[list[str], str]:
-    """Lines first, and something that is computed from ``x``."""
+def _value(d: Draw) -> tuple[list[str], str]:
+    """Lines to run first, and the text of a value computed from ``x``."""
     return d.one_of(
         (["t = w(D, D)"], "F.linear(x, t)"),
         (["t = w(D, D)"], "torch.tanh(F.linear(x, t))"),
@@ -40,23 +41,28 @@ def _row_by_row(d: Draw) -> tuple[list[str], str]:
 
 @piece(Kind.POSITION_WISE)
 def the_same_twice(d: Draw) -> str:
-    """Once in a region without a gradient, and once outside of it."""
-    first, value = _row_by_row(d)
-    quiet, loud = inside(d.one_of(*WITHOUT), f"a = {value}"), [f"b = {value}"]
+    """One value, computed in a region without gradients and outside of it."""
+    first, value = _value(d)
+    detached, attached = inside(d.one_of(*WITHOUT), f"a = {value}"), [f"b = {value}"]
     if d.chance(0.3):
-        loud = inside(d.one_of(*WITH), *loud)
+        attached = inside(d.one_of(*WITH), *attached)
     if d.chance(0.2):
-        quiet = inside(d.one_of(*WITH), *inside(d.one_of(*WITHOUT), f"a = {value}"))
+        detached = inside(d.one_of(*WITH), *inside(d.one_of(*WITHOUT), f"a = {value}"))
     if d.chance(0.2):
-        quiet = [*quiet, *inside(d.one_of(*WITHOUT), "c = torch.sin(x)"), "a = a + c + torch.sin(x)"]
-    order = [*quiet, *loud] if d.chance(0.7) else [*loud, *quiet]
+        detached = [
+            *detached,
+            *inside(d.one_of(*WITHOUT), "c = torch.sin(x)"),
+            "a = a + c + torch.sin(x)",
+        ]
+    order = [*detached, *attached] if d.chance(0.7) else [*attached, *detached]
     joined = d.one_of("a * b", "a + 2 * b", "b - a", "b / (1 + a.abs())", "torch.where(a > 0, b, -b)", "b + 0 * a")
     return "\n".join([*first, *order, f"y = {joined}"])
 
 
 @piece(Kind.POSITION_WISE)
 def cut_off(d: Draw) -> str:
-    first, value = _row_by_row(d)
+    """A value of which some part is detached."""
+    first, value = _value(d)
     ways = [
         ["y = a.detach() * a"],
         ["y = a + (a.round() - a).detach()"],
@@ -72,7 +78,7 @@ def cut_off(d: Draw) -> str:
 
 
 class Times(torch.autograd.Function):
-    """A product with a gradient that is written by hand, twice what it should be: whoever derives it gets another."""
+    """A product with a hand-written gradient that is twice the true one, so that no other gradient agrees."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
@@ -87,14 +93,14 @@ class Times(torch.autograd.Function):
 
 @piece(Kind.POSITION_WISE, when=lambda d: d.traced)
 def with_its_own_gradient(d: Draw) -> str:
-    """Mostly with gradients switched on for it alone, as calls without gradients are to see."""
+    """A custom gradient. Mostly, gradients are enabled for this op alone, even in calls without gradients."""
     lines = [f"y = Times.apply({d.one_of('x', 'F.linear(x, w(D, D))')}, w(D))"]
     return "\n".join(inside(d.one_of(*WITH), *lines) if d.chance(0.8) else lines)
 
 
 @piece(Kind.CAUSAL)
 def attention_cut_off(d: Draw) -> str:
-    """Of some parts of attention there is no gradient."""
+    """Attention of which some part is detached."""
     mask, _ = causal_mask(d)
     lines, grouped = projections(d)
     if grouped:
@@ -115,30 +121,30 @@ def attention_cut_off(d: Draw) -> str:
         [*inside(no_grad, f"a = {whole.format('q', 'k', 'v')}"), f"y = a + {whole.format('q', 'k', 'v')}"],
         [*inside(no_grad, f"y = {whole.format('q', 'k', 'v')}")],
     ]
-    return "\n".join([*lines, INDICES, f"mask = {mask}", *d.one_of(*ways), together(d)])
+    return "\n".join([*lines, INDICES, f"mask = {mask}", *d.one_of(*ways), merged_heads(d)])
 
 
 UNIFORM = ("torch.ones({})", "torch.zeros({})", "torch.full(({},), 0.5)", "torch.ones({}, dtype=torch.int64)")
 
 
 def made_table(d: Draw) -> str:
-    """``[S]``: numbers made of equal ones, which only some ops leave equal."""
-    same, shorter, one = (d.one_of(*UNIFORM) for _ in range(3))
-    whole, less = same.format("S"), shorter.format("S - 1")
+    """``[S]``: the result of an op on uniform tensors. Only some of these ops keep tensors uniform."""
+    template, shorter_template, single = (d.one_of(*UNIFORM) for _ in range(3))
+    whole, shorter = template.format("S"), shorter_template.format("S - 1")
     return d.one_of(
         *[f"{whole}.cumsum(0)", f"({whole} + 1).cumprod(0)", f"{whole}.roll(1)", f"{whole}.flip(0)"],
-        f"torch.diff({whole}, prepend={one.format('1')})",
-        f"torch.diff({whole}, append={one.format('1')})",
+        f"torch.diff({whole}, prepend={single.format('1')})",
+        f"torch.diff({whole}, append={single.format('1')})",
         f"torch.diff({whole}, prepend={whole}[:1] - 1)",
         f"torch.diff({whole}[None], prepend={whole}[None, :1] - 1)[0]",
         "torch.diff(torch.arange(S), prepend=torch.zeros(1, dtype=torch.int64))",
         "torch.diff(torch.arange(S) // 2, prepend=torch.arange(1))",
-        f"F.pad({less}, (1, 0))",
-        f"F.pad({less}, (0, 1), value=3)",
+        f"F.pad({shorter}, (1, 0))",
+        f"F.pad({shorter}, (0, 1), value=3)",
         f"F.pad({whole}, (1, 0))[:S]",
         f"F.pad({whole}, (1, -1))",
-        f"torch.cat([{one.format('1')}, {less}])",
-        f"torch.cat([{less}, {one.format('1')}])",
+        f"torch.cat([{single.format('1')}, {shorter}])",
+        f"torch.cat([{shorter}, {single.format('1')}])",
         f"torch.stack([{whole}, 2 * {whole}], -1).flatten()[:S]",
         "torch.ones(S, S).tril().sum(-1)",
         "torch.ones(S, S).triu(1).sum(0)",
@@ -158,9 +164,10 @@ def made_table(d: Draw) -> str:
 
 @piece(Kind.POSITION_WISE)
 def made_in_the_program(d: Draw) -> str:
+    """A table that the program computes, applied to ``x``."""
     table = made_table(d)
-    over = d.one_of("[:, None]", "[:, None].expand(S, D)", "[None, :, None]", "[:, None].expand(B, S, 1)")
-    spread = d.one_of(
+    index = d.one_of("[:, None]", "[:, None].expand(S, D)", "[None, :, None]", "[:, None].expand(B, S, 1)")
+    full_tensor = d.one_of(
         *["torch.ones_like(ids).cumsum(-1)[..., None]", "torch.zeros_like(ids).add(1).cumsum(1)[..., None]"],
         *["torch.ones(B, S).cumsum(1)[..., None]", "torch.ones(B, S).cumsum(0)[..., None]"],
         "torch.ones(B).cumsum(0)[:, None, None]",
@@ -169,20 +176,20 @@ def made_in_the_program(d: Draw) -> str:
         "torch.cat([torch.zeros(B, 1), torch.ones(B, S - 1)], 1)[..., None]",
         "torch.zeros(B, S, 1).roll(1, 1)",
     )
-    number = f"({table}){over}" if d.chance(0.8) else spread
-    lines = [f"t = {number}", d.one_of("y = x * t / S", "y = x + t", "y = F.linear(x + t, w(D, D))")]
+    tensor = f"({table}){index}" if d.chance(0.8) else full_tensor
+    lines = [f"t = {tensor}", d.one_of("y = x * t / S", "y = x + t", "y = F.linear(x + t, w(D, D))")]
     if d.chance(0.2):
-        lines = [*inside(d.one_of(*WITHOUT), f"t = {number} * w(D)"), "y = x * t + t"]
+        lines = [*inside(d.one_of(*WITHOUT), f"t = {tensor} * w(D)"), "y = x * t + t"]
     return "\n".join(lines)
 
 
 @piece(Kind.CAUSAL)
 def masked_by_a_made_table(d: Draw) -> str:
-    """Attention within stretches that are told apart by a table of columns."""
+    """Attention with a mask that reads a table by column."""
     mask, _ = causal_mask(d)
     table = made_table(d)
     lines, grouped = projections(d)
-    more = ", enable_gqa=True" if grouped else ""
+    options = ", enable_gqa=True" if grouped else ""
     term = d.one_of(
         "(t[None] == t[:, None])",
         "(t[None] <= t[:, None])",
@@ -193,5 +200,5 @@ def masked_by_a_made_table(d: Draw) -> str:
     terms = [f"({mask})", term]
     d.random.shuffle(terms)
     whole = f"{' & '.join(terms)} | (keys == queries)"
-    lines += [INDICES, f"t = {table}", f"y = F.scaled_dot_product_attention(q, k, v, {whole}{more})"]
-    return "\n".join([*lines, together(d)])
+    lines += [INDICES, f"t = {table}", f"y = F.scaled_dot_product_attention(q, k, v, {whole}{options})"]
+    return "\n".join([*lines, merged_heads(d)])

@@ -1,4 +1,4 @@
-"""Something along one dimension of some view: the numbers are the judge."""
+"""A random op along a random dimension of a random view. It may fold or not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VIEWS = (
     (3, "x.reshape(B, D, S)", "y.reshape(B, S, D)"),
     (3, "x.reshape(D, B, S)", "y.reshape(B, S, D)"),
 )
-# Nothing that jumps where two entries are equal: those of equal rows are, but for rounding.
+# No op that is discontinuous at equal entries: entries of equal rows are equal only up to rounding.
 ALONG = (
     "y.softmax({dim})",
     "y.cumsum({dim}) / y.shape[{dim}]",
@@ -47,7 +47,7 @@ ALONG = (
 
 @piece(Kind.ANY)
 def roulette(d: Draw) -> str:
-    """Something along one dimension of some view: the numbers are the judge."""
-    rank, there, back = d.one_of(*VIEWS)
-    some = d.one_of(*ALONG).format(dim=d.number(0, rank - 1))
-    return f"y = {there}\ny = {some}\ny = {back if d.chance(0.9) else 'y.reshape(B, S, D)'}"
+    """A random op along a random dimension of a random view."""
+    rank, view, inverse = d.one_of(*VIEWS)
+    op = d.one_of(*ALONG).format(dim=d.number(0, rank - 1))
+    return f"y = {view}\ny = {op}\ny = {inverse if d.chance(0.9) else 'y.reshape(B, S, D)'}"

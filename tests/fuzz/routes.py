@@ -1,4 +1,4 @@
-"""The ways to a folded program: the passes, run one after the other, and ``torch.compile``."""
+"""Two routes to a folded program: running the passes directly, and ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -29,34 +29,36 @@ from tests.fuzz.compare import assert_same, assert_same_writes
 from tests.fuzz.example import Batch, Call, Example, Module, Outcome
 
 FALLBACKS = ("cannot compile the folded program", " failed: ")
-"""Warnings of the backend that it ran plain where it should not have had to."""
+"""Parts of the backend's warnings that a program ran plain because of a bug."""
 
-EAGERLY = "torch.compile runs it eagerly"
-"""A warning that the inner backend cannot even compile the plain program."""
+RUNS_EAGERLY = "torch.compile runs it eagerly"
+"""Part of the warning that the inner backend cannot compile the plain program either."""
 
 
-def _compare(ours: tuple[Tensor, ...], call: Call, plain: Module, kept: Tensor | None = None, **more: bool) -> None:
-    """Everything that can be seen of a call. Last the writes, after which ``ours`` are of no use."""
-    weights, error = list(plain.parameters()), plain.error
-    assert_same(ours, call.wanted, weights, kept, error=error, **more)
+def _compare(
+    ours: tuple[Tensor, ...], call: Call, plain: Module, kept: Tensor | None = None, twice: bool = False
+) -> None:
+    """Compare the results of a call in every way. This overwrites ``ours``."""
+    weights, tolerance = list(plain.parameters()), plain.tolerance
+    assert_same(ours, call.expected, weights, kept, twice, tolerance)
     if kept is None or kept.all():
-        assert_same_writes(ours, plain(**call.batch), [*weights, *call.batch.values()], error)
+        assert_same_writes(ours, plain(**call.batch), [*weights, *call.batch.values()], tolerance)
 
 
 # ---------------------------------------------------------------------------------------------- through the passes
 
 
 def captured(module: Module, batch: Batch) -> fx.GraphModule:
-    """The graph that the passes start from: as if Dynamo had found one op in the program, the program."""
+    """The captured graph, made without Dynamo: capture traces a graph whose only op is the program."""
     names = [name for name, _ in module.named_parameters()]
 
-    def whole(*args: Any) -> tuple[Tensor, ...]:
+    def program(*args: Any) -> tuple[Tensor, ...]:
         weights = SimpleNamespace(**dict(zip(names, args[len(batch) :], strict=True)))
         return module.run(weights, *args[: len(batch)])
 
     args = [*batch.values(), *module.parameters()]
     graph = fx.Graph()
-    graph.output(graph.call_function(whole, tuple(graph.placeholder(f"input_{i}") for i in range(len(args)))))
+    graph.output(graph.call_function(program, tuple(graph.placeholder(f"input_{i}") for i in range(len(args)))))
     with tracing(TracingContext(FakeTensorMode(static_shapes=True))):
         return capture(fx.GraphModule({}, graph), args)
 
@@ -82,15 +84,15 @@ def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Ou
         programs.append((folds[1].program, plan_inputs(folds[1])))
     for call in calls:
         compared = [_check_call(folded, inputs, plain, call, outcome) for folded, inputs in programs]
-        if any(compared) and all(one.isfinite().all() for one in call.wanted):
-            other = next((one for one in calls if one is not call), call)
-            args, others = ([*of.batch.values(), *plain.parameters()] for of in (call, other))
-            with contextlib.suppress(RunsPlain):  # a mask that is not needed may be no mask at all
-                check_claims(source, args, others)
+        if any(compared) and all(result.isfinite().all() for result in call.expected):
+            other_batch = next((other.batch for other in calls if other is not call), call.batch)
+            args, other_args = ([*batch.values(), *plain.parameters()] for batch in (call.batch, other_batch))
+            with contextlib.suppress(RunsPlain):  # an unused mask from the caller may be invalid
+                check_claims(source, args, other_args)
 
 
 def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call: Call, outcome: Outcome) -> bool:
-    """Was it folded, and so compared?"""
+    """Compare a call, if it folds. Returns whether it does."""
     args = [*call.batch.values(), *plain.parameters()]
     try:
         plan = inputs.plan(args)
@@ -100,7 +102,7 @@ def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call:
         return False
     outcome.add(tokens=plan.tokens, compact_tokens=plan.compact_tokens)
     kept = torch.from_numpy(plan.scatter >= 0).view(call.batch["ids"].shape)
-    if len(kept) == len(kept.mT):  # results whose axes are swapped have the left out rows there, as zeros
+    if len(kept) == len(kept.mT):  # in results with swapped axes, the zeros of omitted rows are swapped too
         kept = kept & kept.mT
     arrays = inputs.arrays(plan, args, torch.device("cpu"))
     _compare(folded(*args, *arrays), call, plain, kept=kept)
@@ -118,13 +120,13 @@ def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: 
     with (
         warnings.catch_warnings(record=True) as caught,
         mock.patch.object(backend, "LEAST_SHARE", 0.0),
-        _in_less_time(example.route),
+        _faster_inductor(example.route),
     ):
         warnings.simplefilter("always")
         for call in calls:
             _compare(compiled(**call.batch), call, plain, twice=True)
     messages = [str(warning.message) for warning in caught]
-    if not any(EAGERLY in message for message in messages):
+    if not any(RUNS_EAGERLY in message for message in messages):
         assert not [message for message in messages if any(fallback in message for fallback in FALLBACKS)], messages
     after = radix_compile.stats()
     folded = after.folded_calls - before.folded_calls
@@ -133,8 +135,8 @@ def check_compiled(example: Example, plain: Module, calls: list[Call], outcome: 
 
 
 @contextlib.contextmanager
-def _in_less_time(inner: str) -> Iterator[None]:
-    """Inductor compiles the folded program only, and to code without vectors: neither is what is put to the test."""
+def _faster_inductor(inner: str) -> Iterator[None]:
+    """Save compile time: inductor compiles only the folded program, and without vector instructions."""
     if inner != "inductor":
         yield
         return
@@ -144,7 +146,7 @@ def _in_less_time(inner: str) -> Iterator[None]:
 
 
 def fails_by_itself(example: Example, plain: Module, calls: list[Call]) -> bool:
-    """Does the inner backend fail without us?"""
+    """Does the inner backend fail without radix?"""
     if example.route == "passes":
         return False
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Linear attention in chunks, states that are handed on, convolutions: causal ones, and some that only look it."""
+"""Linear attention in chunks, recurrent states, convolutions: causal ones, and similar ones that are not causal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.fuzz.draw import Draw, Kind, piece
 
 
 def in_chunks(d: Draw, diagonal: int = 0) -> tuple[int, list[str]]:
-    """The size of a chunk, and lines that cut ``x`` into ``parts`` ``[B, n, size, D]`` and make their ``decay``."""
+    """The size of a chunk, and lines that compute ``parts`` ``[B, n, size, D]`` of ``x`` and ``inner`` products."""
     size = d.number(1, 4)
     return size, [
         f"n = -(-S // {size})",
@@ -19,21 +19,22 @@ def in_chunks(d: Draw, diagonal: int = 0) -> tuple[int, list[str]]:
 
 
 def scan(d: Draw) -> str:
+    """A causal scan in chunks."""
     size, lines = in_chunks(d)
-    way = d.one_of("within", "equation", "delta rule", "handed on", "one by one", "summed")
-    if way == "within":
+    kind = d.one_of("within", "equation", "delta rule", "handed on", "one by one", "summed")
+    if kind == "within":
         lines.append("y = inner @ parts")
-    elif way == "equation":
+    elif kind == "equation":
         lines.append("y = torch.einsum('bnij,bnjd->bnid', inner, parts)")
-    elif way == "delta rule":
+    elif kind == "delta rule":
         lines.append("y = torch.linalg.solve_triangular(inner, parts, upper=False, unitriangular=True)")
-    elif way == "handed on":
+    elif kind == "handed on":
         lines += [
             "state = torch.einsum('bnid,bnie->bnde', parts, parts).cumsum(1)",
             "state = torch.cat([torch.zeros_like(state[:, :1]), state], 1)[:, :-1]",
             "y = inner @ parts + parts @ state",
         ]
-    elif way == "one by one":
+    elif kind == "one by one":
         lines += [
             "state, y = x.new_zeros(B, D, D), torch.zeros_like(parts)",
             "for i in range(n):",
@@ -52,15 +53,15 @@ def scanned(d: Draw) -> str:
 
 @piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
 def convolved(d: Draw) -> str:
-    taps, apart = d.number(1, 4), d.number(1, 2)
-    behind = (taps - 1) * apart
+    taps, dilation = d.number(1, 4), d.number(1, 2)
+    behind = (taps - 1) * dilation
     weight, groups = d.one_of((f"w(D, 1, {taps})", "D"), (f"w(D, D, {taps})", "1"))
-    return f"y = F.conv1d(x.mT, {weight}, w(D), padding={behind}, dilation={apart}, groups={groups})[..., :S].mT"
+    return f"y = F.conv1d(x.mT, {weight}, w(D), padding={behind}, dilation={dilation}, groups={groups})[..., :S].mT"
 
 
 @piece(Kind.CAUSAL, when=lambda d: not d.padded and not d.packed)
 def short_convolution(d: Draw) -> str:
-    """By hand: padded on the left, taken apart in windows, or shifted copies."""
+    """Written out: left padding and windows, or a sum of shifted copies."""
     taps = d.number(2, 4)
     padded = f"F.pad(x, (0, 0, {taps - 1}, 0))"
     return "y = " + d.one_of(
@@ -104,7 +105,7 @@ def linear_attention(d: Draw) -> str:
 
 @piece(Kind.ANY)
 def nearly_scanned(d: Draw) -> str:
-    """One column or chunk off, or the other way round."""
+    """A scan with a mistake: off by a column or a chunk, or reversed. Some are still causal."""
     size, lines = in_chunks(d, d.number(-1, 1))
     lines += [
         "y = "
@@ -129,6 +130,7 @@ def nearly_scanned(d: Draw) -> str:
 
 @piece(Kind.ANY)
 def nearly_convolved(d: Draw) -> str:
+    """A convolution whose padding is cut off at any column."""
     taps = d.number(2, 4)
     first = d.number(0, taps - 1)
     return f"y = F.conv1d(x.mT, w(D, D, {taps}), padding={taps - 1})[..., {first}:S + {first}].mT"

@@ -1,4 +1,4 @@
-"""That what differs is found: the fuzzer is no better than what it compares."""
+"""The comparisons of the fuzzer find each kind of difference."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def test_other_numbers(weight: nn.Parameter) -> None:
 
 
 def test_what_is_no_number_may_be_anything(weight: nn.Parameter) -> None:
-    lost = torch.tensor([[True, False, False], [False, False, False]])
-    wanted, ours = (weight * 2).masked_fill(lost, torch.nan), (weight * 2).masked_fill(lost, 7.0)
-    assert_same((ours,), (wanted,), [weight])
-    with pytest.raises(AssertionError):  # but not the other way round
-        assert_same((wanted,), (ours,), [weight])
+    mask = torch.tensor([[True, False, False], [False, False, False]])
+    with_nan, with_number = (weight * 2).masked_fill(mask, torch.nan), (weight * 2).masked_fill(mask, 7.0)
+    assert_same((with_number,), (with_nan,), [weight])
+    with pytest.raises(AssertionError):
+        assert_same((with_nan,), (with_number,), [weight])
 
 
 @pytest.mark.parametrize("ours", [lambda w: w.detach() * 2, lambda w: w + w.detach()])
@@ -37,7 +37,7 @@ def test_lost_gradients(weight: nn.Parameter, ours: object) -> None:
 def test_gradients_where_plain_has_none(weight: nn.Parameter) -> None:
     with pytest.raises(WrongGradients):
         assert_same((weight * 2,), (weight.detach() * 2,), [weight])
-    assert_same((weight.detach() * 2 + 0 * weight,), (weight.detach() * 2,), [weight])  # of zeros: as good as none
+    assert_same((weight.detach() * 2 + 0 * weight,), (weight.detach() * 2,), [weight])  # zeros may replace None
 
 
 def test_gradients_asked_for_twice(weight: nn.Parameter) -> None:
@@ -63,9 +63,9 @@ def test_other_strides(weight: nn.Parameter) -> None:
 
 
 def test_results_that_are_one_tensor(weight: nn.Parameter) -> None:
-    once = weight.detach() * 2
+    result = weight.detach() * 2
     with pytest.raises(WrongWrites):
-        assert_same_writes((once, once), (once.clone(), once.clone()), [])
+        assert_same_writes((result, result), (result.clone(), result.clone()), [])
     with pytest.raises(WrongWrites):
-        assert_same_writes((once.clone(), once.clone().view(6)), (once, once.view(6)), [])
-    assert_same_writes((once.clone(), once.clone()), (once.clone(), once.clone()), [])
+        assert_same_writes((result.clone(), result.clone().view(6)), (result, result.view(6)), [])
+    assert_same_writes((result.clone(), result.clone()), (result.clone(), result.clone()), [])

@@ -1,4 +1,4 @@
-"""Random programs on random trees of sequences: what folds computes what the plain program does, gradients too."""
+"""Random programs on random prefix trees: folded programs give the results and gradients of the plain ones."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def test_examples(first: int) -> None:
 
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reversing the sequence, taken for something that rows do by themselves."""
+    """A rule that calls a flip along the sequence position-wise."""
 
-    def as_if_by_row(node: object, layout: object) -> Value:
+    def position_wise(node: object, layout: object) -> Value:
         return Value(value_of(node.args[0]).axes)  # type: ignore[attr-defined]
 
     flip = torch.ops.aten.flip.default
-    monkeypatch.setitem(OP_INFO, flip, replace(OP_INFO[flip], rule=as_if_by_row))
+    monkeypatch.setitem(OP_INFO, flip, replace(OP_INFO[flip], rule=position_wise))
     examples = (draw_example(seed, compiled=0) for seed in range(2000))
-    for example in (one for one in examples if "flip(" in str(one.program)):
+    for example in (example for example in examples if "flip(" in str(example.program)):
         try:
             check(example, Outcome())
         except FAILURES:
