@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 VOCABULARY = 97
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tiny(kind: str, attention: str, **changes: Any) -> Any:

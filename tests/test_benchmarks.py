@@ -37,10 +37,10 @@ def test_attention_is_the_same_every_way() -> None:
     for case in (one_prefix(3, 20, 5), rerank(2, 2, 5, 3)):
         given = bench_attention.Tensors(case, (4, 2, 16), CPU, torch.float32)
         calls = {name: call for name, _, call in bench_attention.ways(given)}
-        kept = given.arrays[1] >= 0
+        kept = given.tree.scatter >= 0
         full = calls["full"]().transpose(1, 2).flatten(0, 1)[kept]
         assert case.is_padded == (len(full) < case.ids.numel())
-        tree = calls["tree"]()[0].transpose(0, 1)[given.arrays[1][kept]]
+        tree = calls["tree"]()[0].transpose(0, 1)[given.tree.scatter[kept]]
         torch.testing.assert_close(tree, full, rtol=1e-4, atol=1e-5)
 
 

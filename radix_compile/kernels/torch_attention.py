@@ -125,8 +125,8 @@ def _may_be_causal(fused: bool, score_options: ScoreOptions) -> bool:
 
 def _about(mask: Tensor | None, dtype: torch.dtype, scale: float) -> dict[str, Any]:
     """The options of torch's attention of queries of this dtype, and of its gradient."""
-    if mask is not None:  # torch reads a mask of another dtype wrong, if queries are float64 (2.13)
-        mask = mask.to(dtype)[(None,) * (4 - mask.ndim)]
+    if mask is not None:  # with float64 queries, torch reads a mask of float32 as float64 (2.13)
+        mask = mask.to(torch.promote_types(dtype, torch.float32))[(None,) * (4 - mask.ndim)]
     return {"is_causal": mask is None, "attn_mask": mask, "scale": scale}
 
 

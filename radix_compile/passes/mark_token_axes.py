@@ -157,6 +157,8 @@ def _infer(node: fx.Node, tokens: Tokens) -> Marks:
         return source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
     try:
         marks = _apply_rule(node, tokens)
+        if isinstance(marks, Value) and marks.mixed is not None:
+            return marks
         results = val(node)
         if isinstance(results, tuple | list) and not (isinstance(marks, tuple) and len(marks) == len(results)):
             raise Mixes("its rule does not return a value for each of its results", RefusalCode.CUSTOM_RULE)

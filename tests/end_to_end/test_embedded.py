@@ -98,7 +98,7 @@ def test_a_gradient_of_the_embeddings_is_that_of_every_row() -> None:
         assert rows.grad is not None
         return rows.grad
 
-    with pytest.warns(UserWarning, match="the embedded input has a gradient.*pass input_ids"):
+    with pytest.warns(UserWarning, match="the input embeddings have a gradient.*pass input_ids"):
         ours = gradient(compiled)
     torch.testing.assert_close(ours, gradient(model))
     assert radix_compile.stats().folded_calls == 0

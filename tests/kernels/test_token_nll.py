@@ -13,9 +13,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 from radix_compile.kernels import token_nll
 from tests.kernels.plans import Plan, shared, tolerance, tree, values
+from tests.models import DEVICE
 
 radix = torch.ops.radix
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLANS = {
     "one row": shared(1, 1, 0, device=DEVICE),
     "all equal": shared(4, 6, 6, device=DEVICE),

@@ -17,11 +17,10 @@ from radix_compile.plan import triton_tiles as triton_tiles_module
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.torch_tiles import torch_tiles
 from radix_compile.plan.triton_tiles import ROWS, triton_tiles
-from tests.models import features_apart
+from tests.models import DEVICE, features_apart
 from tests.tiers import slow_unless
 
 radix = torch.ops.radix
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPCHECKS = ("test_schema", "test_faketensor")
 """Of an op that has no gradient of its own."""
 

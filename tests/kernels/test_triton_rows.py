@@ -10,11 +10,11 @@ from torch import Tensor
 
 from radix_compile.kernels import reference
 from tests.kernels.plans import Plan, shared, tolerance, tree, values
+from tests.models import DEVICE
 
 triton_rows = pytest.importorskip("radix_compile.kernels.triton_rows", reason="needs Triton")
 triton_sums = pytest.importorskip("radix_compile.kernels.triton_sums", reason="needs Triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OTHERS = [torch.int64, torch.int32, torch.int8, torch.bool]
 PLANS = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import radix_compile
 from radix_compile.ir.axes import BATCH, SEQ, Feature
 from radix_compile.ir.graph import facts, source_of_fold, tokens_of
 from radix_compile.ir.value import value_of
@@ -75,3 +76,16 @@ def test_only_what_is_read_is_a_row_key() -> None:
     fold = fold_of(program, shared_batch(4, 12, 8), torch.arange(48).view(4, 12))
     assert len(tokens_of(fold.captured).keys) == 2
     assert len(plan_inputs(fold).keys) == 1
+
+
+def test_what_reads_a_refused_value_is_no_refusal_of_its_own() -> None:
+    """An op with several results neither."""
+
+    class Mixed(Bag):
+        def forward(self, ids: Tensor) -> Tensor:
+            first, second = self.head(self.embedding(ids).flip(1)).split(8, -1)
+            return first * second
+
+    with torch.no_grad():
+        explanation = radix_compile.explain(Mixed(), torch.zeros(4, 12, dtype=torch.long))
+    assert [refusal.op for refusal in explanation.refusals] == ["aten.flip.default"]

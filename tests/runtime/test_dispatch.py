@@ -15,7 +15,7 @@ from radix_compile import backend
 from radix_compile.passes import fold_graph
 from radix_compile.runtime import dispatch
 from radix_compile.runtime.cost_model import PLAIN
-from tests.models import build, shared_batch
+from tests.models import DEVICE, build, shared_batch
 
 FULL, ROWS, OFF = "full fold", "position-wise fold", "fold off the tree"
 
@@ -140,9 +140,12 @@ def test_without_calibration_what_is_known_counts(model: nn.Module, clock: Clock
 def test_on_a_gpu_attention_in_full_form_is_another_choice(
     model: nn.Module, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str
 ) -> None:
-    monkeypatch.setattr(fold_graph, "code_for", lambda query, value: "triton")
+    ids = IDS.to(DEVICE)
+    model.to(DEVICE)
+    if DEVICE == "cpu":  # then the interpreter runs the kernels of a GPU
+        monkeypatch.setattr(fold_graph, "code_for", lambda query, value: "triton")
     clock.seconds |= {FULL: (0.5, 1.1), ROWS: (0.5, 1.1)} | {faster: (0.3, 1.1)}
-    compiled(model, tmp_path)(IDS)
+    compiled(model, tmp_path)(ids)
     assert {name for name, _ in clock.results[0]} == {PLAIN, FULL, ROWS}
     counted = radix_compile.stats()
     assert counted.folded_calls == 1

@@ -91,7 +91,7 @@ def test_padding_is_part_of_the_key() -> None:
     [
         (lambda b, h, q, k: (q >= k) & ((q - k < 5) | (k < 3)), None, "by one of several conditions"),
         (causal, lambda score, b, h, q, k: 5 * torch.tanh((score + SLOPES[h] * (k - q)) / 5), "under a soft cap"),
-        (causal, lambda score, b, h, q, k: torch.where(q - k < 9, score, -torch.inf), "not all that its masks hide"),
+        (causal, lambda score, b, h, q, k: torch.where(q - k < 9, score, -torch.inf), "may show what its mask hides"),
     ],
 )
 def test_in_full_form_with_a_reason(mask_mod: Mod, score_mod: Mod | None, reason: str) -> None:
