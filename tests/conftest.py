@@ -23,6 +23,7 @@ import radix_compile
 from radix_compile.passes import pipeline
 
 gc.set_threshold(50_000, 20, 100)  # compilers make millions of objects: garbage collection took a tenth of the time
+torch._dynamo.config.run_gc_after_compile = False
 pipeline.ALWAYS_VERIFY = True
 pipeline.RAISE_MISTAKES = True
 MAX_SECONDS = 90.0 if not torch.cuda.is_available() else float("inf")
@@ -89,6 +90,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [] if named_tests else [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # garbage collections then skip all that was imported
 
 
 @pytest.hookimpl(wrapper=True)
