@@ -15,6 +15,7 @@ from radix_compile.analysis.op_info import OP_INFO
 from radix_compile.cli import main
 from radix_compile.options import Options
 from radix_compile.passes import pipeline
+from tests.tiers import slow_unless
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +35,11 @@ def own_table() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_table")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    slow_unless(lambda page: page.name != "training.md", [page for page in PAGES if blocks(page)]),  # 12 s
+    ids=lambda page: page.name,
+)
 def test_snippets_run(page: Path) -> None:
     names: dict[str, object] = {"__name__": "snippet"}
     with warnings.catch_warnings():

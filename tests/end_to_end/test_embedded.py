@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import radix_compile
 from tests.models import build, compare, paths, shared_batch
+from tests.tiers import slow_unless
 
 OPTIONS = {"inner_backend": "aot_eager", "fold": "always", "verify": True}
 RIGHT = (torch.arange(16) < torch.tensor([16, 12, 14, 16])[:, None]).long()
@@ -21,7 +22,7 @@ def embedded(model: nn.Module, ids: Tensor) -> Tensor:
     return embeddings
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "GPT2", "Llama"])
+@pytest.mark.parametrize("kind", slow_unless(lambda kind: kind != "Llama", ["Qwen3", "GPT2", "Llama"]))
 def test_inputs_embeds(kind: str) -> None:
     model, ids = build(kind), shared_batch(4, 16, 9)
     compiled = torch.compile(model, backend="radix", options=OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import radix_compile
 from tests.models import assert_as_exact, build, compare, in_float64, paths, shared_batch
+from tests.tiers import slow_unless
 
 FORMS = [
     "no mask",
@@ -100,8 +102,13 @@ def test_folds_with_the_outputs_of_the_plain_model(kind: str, attention: str, fo
         assert stats.compact_tokens == nodes(form, ids, kwargs) < stats.tokens
 
 
-@pytest.mark.parametrize("form", ["no mask", "right padding"])
-@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize(
+    ("head", "form"),
+    slow_unless(
+        lambda head, form: (head == "Model") == (form == "right padding"),
+        [(head, form) for head in ("Model", "ForSequenceClassification") for form in ("no mask", "right padding")],
+    ),
+)
 def test_folds_under_other_heads(head: str, form: str) -> None:
     model = build("Qwen3", head=head, num_labels=3)
     compiled = torch.compile(
@@ -138,9 +145,13 @@ def test_shapes_that_change_together_or_alone() -> None:
     assert radix_compile.stats().graphs == 0  # the last shapes compiled nothing
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("inside", "inner", "attention"),
+    slow_unless(
+        lambda inside, inner, attention: inside == (inner == "aot_eager") == (attention == "sdpa"),
+        itertools.product([False, True], ["eager", "aot_eager"], ["sdpa", "eager"]),
+    ),
+)
 def test_autocast_around_the_call_and_inside_it(inside: bool, inner: str, attention: str) -> None:
     model = build("Qwen3", num_hidden_layers=1, attention=attention)
     ids = shared_batch(4, 12, 8)

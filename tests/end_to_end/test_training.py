@@ -195,6 +195,7 @@ def saved_bytes(loss: Loss, **batch: Tensor) -> int:
     return sum(saved.values())
 
 
+@pytest.mark.slow  # test_checkpointed_layers_fold_and_save_less measures the same, with checkpoints
 def test_saved_activations_shrink_with_compression() -> None:
     """All saved tensors shrink except those of attention in full form (Q, K, V and the result), here a fifth."""
     model = build("Qwen3", intermediate_size=256, vocab_size=1000).train()
@@ -302,7 +303,7 @@ def test_the_report_says_that_the_loss_reads_the_nodes(capsys: pytest.CaptureFix
     assert "its softmax runs once per node" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("left", slow_unless(lambda left: left, [False, True]))
 def test_rows_that_padding_leaves_out_have_no_gradient(left: bool) -> None:
     model = build("Qwen3", head="Model").double().train()
     plain = copy.deepcopy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from radix_compile import backend
 from radix_compile.runtime.call_planner import numbers_in_paths, sequence_breaks
 from tests.graphs import fold_of
 from tests.models import VOCABULARY, assert_as_exact, build, in_float64
+from tests.tiers import slow_unless
 
 WIDTH = 8
 TEXTS = ([5, 6, 7, 8], [5, 6, 7, 9, 4], [5, 6, 7], [9, 6, 7, 8, 3, 4, 5], [5, 6, 7, 9, 4], [5, 6, 2, 4, 4, 4])
@@ -189,8 +191,10 @@ def compact_rows(model: nn.Module, *args: Tensor) -> int:
     return radix_compile.stats().compact_tokens
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    slow_unless(lambda name, rows: rows == 2 or name == "columns", itertools.product(APART, [1, 2])),
+)
 def test_texts_share_wherever_they_are(name: str, rows: int) -> None:
     ids, positions, numbers = packed(rows)
     model = Program(APART[name]).eval()
