@@ -43,6 +43,14 @@ def tree_attention(
     else:
         total = scores.logsumexp(-1)
     total = total.masked_fill(total == float("-inf"), float("inf"))  # a node without a key is zero
-    weights = (scores - total[..., None]).exp()
+    largest = scores.amax(-1, keepdim=True)
+    if score_options.sinks is not None:
+        largest = torch.maximum(largest, own)
+    largest = largest.clamp(min=torch.finfo(exact).min)
+    weights = (scores - largest).exp()  # and not from log-sum-exp, which has too few digits for large scores
+    sums = weights.sum(-1, keepdim=True)
+    if score_options.sinks is not None:
+        sums = sums + (own - largest).exp()
+    weights = weights / sums.masked_fill(sums == 0, 1)
     result = weights @ v.repeat_interleave(group, 0)
     return result.to(query.dtype)[None], total

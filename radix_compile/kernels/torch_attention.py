@@ -146,9 +146,24 @@ def _spelled(
 ) -> tuple[Tensor, Tensor]:
     heads, exact = q.shape[1], torch.promote_types(q.dtype, torch.float32)
     scores, _ = _scores(_grouped(q, k.shape[1]).to(exact), k.to(exact), mask, scale, softcap)
-    total = scores.logsumexp(-1)
-    attended = (scores - total[..., None]).exp_() @ v.to(exact)
-    return attended.reshape(1, heads, -1, v.shape[3]), total.reshape(1, heads, -1)
+    attended = _softmax(scores, None) @ v.to(exact)
+    return attended.reshape(1, heads, -1, v.shape[3]), scores.logsumexp(-1).reshape(1, heads, -1)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights of keys, given a further score that broadcasts to scores; zero in rows that are fully masked.
+
+    Each row starts from its largest score. Log-sum-exp has no digits left for the sum where scores are large.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks)
+    largest = largest.clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - largest).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        sums = sums + (sinks - largest).exp()
+    return weights / sums.masked_fill(sums == 0, 1)
 
 
 def _scores(
@@ -182,8 +197,8 @@ def tree_attention_backward(
     grad, query, result = map(dense, (grad, query, result))
     by_query = heads_inside(query)
     by_key, by_value = (heads_inside(one, dtype=exact).zero_() for one in (key, value))
-    _, bias, scale, window, softcap = score_options
-    fused = _can_fuse(query, value, score_options)
+    sinks, bias, scale, window, softcap = score_options
+    fused = _can_fuse(query, value, score_options) and not _are_large(total)
     keys, values = _rows(key), _rows(value)
     for tile in tiles(plan, window, _may_be_causal(fused, score_options)):
         own = slice(tile.start, tile.stop)
@@ -193,7 +208,7 @@ def tree_attention_backward(
         if fused:
             found = _fused_backward(g, q, k, v, attended, summed, mask, scale)
         else:
-            found = _spelled_backward(g, q, k, v, summed, mask, scale, softcap)
+            found = _spelled_backward(g, q, k, v, sinks, mask, scale, softcap)
         by_query[:, :, own] = found[0]
         for sums, more in zip((by_key, by_value), found[1:], strict=True):
             if mask is None:  # then the keys are the queries
@@ -201,6 +216,15 @@ def tree_attention_backward(
             else:
                 sums.index_add_(2, tile.nodes, more)
     return by_query, by_key.to(key.dtype), by_value.to(value.dtype)
+
+
+LARGE = 1000.0
+"""Log-sum-exp of this size has an error of 1e-4 in float32, and so have all weights that are computed from it."""
+
+
+def _are_large(total: Tensor) -> bool:
+    """Has a row log-sum-exp so large that weights lose digits? It is infinite in rows that are fully masked."""
+    return bool(((total.abs() > LARGE) & total.isfinite()).any())
 
 
 def _fused_backward(
@@ -212,12 +236,21 @@ def _fused_backward(
 
 
 def _spelled_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, shape = k.shape[1], q.shape
-    q, g, total = (_grouped(one, groups) for one in (q, g, total[..., None]))
+    if sinks is not None:
+        sinks = _grouped(sinks.to(q.dtype)[None, :, None, None].expand(*shape[:3], 1), groups)
+    q, g = (_grouped(one, groups) for one in (q, g))
     scores, capped = _scores(q, k, mask, scale, softcap)
-    weights = (scores - total).exp_()
+    weights = _softmax(scores, sinks)
     by_value = weights.mT @ g
     by_weights = g @ v.mT
     # As softmax has it, and not from the results: nothing is left of the gradient of a single key.

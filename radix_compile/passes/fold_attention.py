@@ -26,10 +26,14 @@ from radix_compile.ir.facts import FullyMasked, Masked, Weights, fully_masked_ro
 from radix_compile.ir.grad_modes import grad_modes
 from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.value import value_of, values_of
+from radix_compile.kernels.tree_attention import code_for
 from radix_compile.passes.fold import Fold
 from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
+
+MAX_SCALE = 100.0
+"""The gradient of the Triton kernels starts from log-sum-exp, which has too few digits if scores are scaled by more."""
 
 
 def fold_attention(fold: Fold) -> None:
@@ -60,6 +64,9 @@ def fold_attention(fold: Fold) -> None:
                     raise NotOnTree("a part of it has no gradient (detach, or torch.no_grad())")
                 if any(bias.may_be_large() for bias in attention.biases):
                     raise NotOnTree("its bias may be so large that sums of scores lose their digits")
+                large = abs(attention.parts.scale) > MAX_SCALE
+                if large and known.is_differentiable and code_for(*attention.operands) == "triton":
+                    raise NotOnTree("its scores are scaled by so much that sums of them lose their digits")
                 if attention.visible.sequence_ids is not None and not assumes:
                     raise NotOnTree("several sequences may be packed in a row")
                 if attention.parts.blocks is not None and not assumes:

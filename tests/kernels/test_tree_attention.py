@@ -282,6 +282,27 @@ def test_gradients(code: str, batch: str, name: str) -> None:
         assert_near(one, expected, ordinary)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["plain", "soft-capped", "sinks", "other value sizes", "a bias"])
+def test_gradients_of_large_scores_that_are_equal(name: str, dtype: torch.dtype) -> None:
+    """Log-sum-exp has no digits left for the logarithm of the number of keys that share a row's weight."""
+    ids = BATCHES["a tree"]
+    tree, (options, score_options) = tree_of(ids), split(CARRIED[name])
+    given = inputs(tree, ids=ids, dtype=dtype, **options)
+    size = 1e9 if dtype == torch.float32 else 1e17
+    values = given.value.detach().requires_grad_()
+    given = given._replace(query=torch.full_like(given.query, size), key=torch.ones_like(given.key), value=values)
+    grad = inputs(tree, (4, 4), options.get("sizes", (16, 16)), dtype=dtype).value
+    expected, _ = run(attention_reference.tree_attention, tree, given, **score_options)
+    (by_value,) = torch.autograd.grad(expected, values, grad)
+    with torch.no_grad():
+        result, total = run(torch_attention.tree_attention, tree, given, **score_options)
+        torch.testing.assert_close(result, expected.detach())
+        about = ScoreOptions(given.sinks, given.bias, **{"scale": 0.3, **score_options})
+        ours = torch_attention.tree_attention_backward(grad, *given[:3], result, total, tree, about)[2]
+    torch.testing.assert_close(ours, by_value)
+
+
 @pytest.mark.parametrize("step", slow_unless(lambda step: step == 16, [16, 32]))
 @pytest.mark.parametrize("name", slow_unless(lambda name: name == "all of it", ["plain", "all of it"]))
 def test_steps_of_other_sizes(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:

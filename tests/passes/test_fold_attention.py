@@ -421,6 +421,32 @@ def test_rows_that_see_no_key_have_a_program_where_they_need_one(attention: str,
     assert radix_compile.stats().folded_calls == 2
 
 
+@pytest.mark.parametrize(
+    ("floor", "scale", "on_tree"),
+    [(-math.inf, 1.0, True), (-1.7e308, 1.0, True), (-1.7e308, -1.0, False), (3.0, -1.0, True), (3.0, 1e9, False)],
+)
+def test_biases_that_may_be_large(floor: float, scale: float, on_tree: bool) -> None:
+    """A factor below zero turns the floor of a mask into the largest numbers of all."""
+
+    class Biased(Model):
+        def forward(self, ids: Tensor, padding: Tensor) -> Tensor:  # type: ignore[override]
+            x = self.embedding(ids)
+            x = x + self.after(x)
+            bias = torch.zeros(B, 1, S, dtype=x.dtype).masked_fill(padding[:, None] == 0, floor)
+            scores = torch.baddbmm(bias.expand(B, S, S), x, x.mT, beta=scale)
+            return self.after(torch.where(causal(), scores, -math.inf).softmax(-1) @ x)
+
+    model, ids = Biased(written).double(), shared_batch(B, S, 8)
+    padding = torch.ones_like(ids)
+    padding[:, -3:] = 0
+    options = {"inner_backend": "eager", "fold": "always"}
+    compiled, weights = torch.compile(model, backend="radix", options=options), list(model.after.parameters())
+    ours, plain = (torch.autograd.grad(run(ids, padding).pow(2).sum(), weights) for run in (compiled, model))
+    for gradient, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+    assert bool(radix_compile.stats().tree_pairs) == on_tree
+
+
 def test_rows_that_see_no_key_count_though_attention_is_only_wanted_in_full_form() -> None:
     """What follows it mixes rows. Its own result does not, and runs on the tree."""
 

@@ -44,7 +44,7 @@ class Bias:
         value = value_of(self.node)
         if self.hides is not None:
             return negation(as_formula(value)) if self.hides else as_formula(value)
-        return value.fact.visible if isinstance(value.fact, Masked) else TRUE
+        return value.fact.visible if isinstance(value.fact, Masked) and self.factor > 0 else TRUE
 
     def shape(self) -> tuple[bool, int, bool]:
         """Return the shape ``[B or 1, H or 1, S or 1, S]`` as (is it B?, number of heads, is it S?).
@@ -74,16 +74,16 @@ class Bias:
         Attention on the tree combines parts by log-sum-exp, and its gradient starts from log-sum-exp. That has no
         precision left for a row in which all scores are so large.
         """
-        fact = value_of(self.node).fact
+        fact, scale = value_of(self.node).fact, abs(self.factor)
         if self.hides is not None:
             return False
         if isinstance(fact, Masked):  # rows that see a key have a score above the floor; the others are known
-            return fact.size > ORDINARY
-        if size_of(self.node) <= ORDINARY:
+            return self.factor <= 0 or fact.size * scale > ORDINARY  # a factor below zero turns the floor upside down
+        if size_of(self.node) * scale <= ORDINARY:
             return False
         numbers = [arg for node in upstream(self.node) for arg in node.args if isinstance(arg, int | float)]
         numbers += [fact.value for node in upstream(self.node) if isinstance(fact := fact_of(node), Filled)]
-        return any(abs(number) > ORDINARY for number in numbers)
+        return any(max(abs(number), 1) * scale > ORDINARY for number in [1, *numbers])
 
     def check(self) -> None:
         """Raise :class:`NotOnTree` if the shape is unsupported, or the bias has a gradient or is a matrix product."""
