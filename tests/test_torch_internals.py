@@ -408,3 +408,31 @@ def test_cuda_graphs_are_a_setting_of_inductors() -> None:
     with torch._inductor.config.patch({"triton.cudagraphs": True}):
         assert internals.records_cuda_graphs("inductor", None, {})
         assert not internals.records_cuda_graphs("inductor", None, {"triton.cudagraphs": False})
+
+
+def test_inductor_keeps_added_dependencies() -> None:
+    """Torch 2.11 drops them: sums into the gradient of a table then came in front of its zeros, and it was all zero."""
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(6, 8), nn.Linear(8, 8, bias=False)
+            self.table = nn.Parameter(torch.randn(8))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids) * 1.5
+            best, at = x.topk(6, -1)
+            y = x + best.sum(-1, keepdim=True) + self.table[at].mean(-1, keepdim=True)
+            return self.layer(x).tanh() + x + y
+
+    torch.manual_seed(0)
+    model, ids = (
+        Looks().double(),
+        torch.tensor([[3, 5, 1, 1, 0, 0], [3, 5, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0], [3, 1, 0, 0, 0, 0]]),
+    )
+    compiled = torch.compile(model, backend="radix", options={"fold": "always", "strict": True})
+    factor, weights = torch.randn(4, 6, 8, dtype=torch.float64), list(model.parameters())
+    ours, plain = (torch.autograd.grad((run(ids) * factor).sum(), weights) for run in (compiled, model))
+    for gradient, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+    assert radix_compile.stats().folded_calls == 1

@@ -9,11 +9,14 @@ import sympy
 import torch
 from torch import fx
 from torch._inductor import config
+from torch._inductor.dependencies import Dep, StarDep, WeakDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import FlexibleLayout, StorageBox, TensorBox, get_stride_order
+from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._ordered_set import OrderedSet
 
 UNBACKED_SIZE_SETTINGS: dict[str, Any] = {}
 """Settings of inductor for programs with unbacked sizes."""
@@ -105,3 +108,23 @@ def _is_output(node: fx.Node) -> bool:
 
 
 _keep_strides_for_backward()
+
+
+def _keep_added_dependencies() -> None:
+    """Make inductor keep the dependencies that it has added to a node by hand when it computes the node's sizes anew.
+
+    Torch 2.11 drops them, torch 2.13 does not. One of them is that sums into a buffer come behind its zeros: without
+    it, code for CPUs lost the gradient of a table, or read a variable that was not there yet.
+    """
+    recompute = SchedulerNode.recompute_size_and_body
+
+    def recompute_and_keep(node: SchedulerNode, *args: Any, **kwargs: Any) -> None:
+        added: list[Dep] = [dep for dep in node.read_writes.reads if isinstance(dep, WeakDep | StarDep)]
+        recompute(node, *args, **kwargs)
+        if dropped := OrderedSet(added) - node.read_writes.reads:
+            node.set_read_writes(node.read_writes.with_read(dropped).rename(node.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = recompute_and_keep  # type: ignore[method-assign,assignment]
+
+
+_keep_added_dependencies()
