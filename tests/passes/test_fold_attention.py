@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -445,6 +446,35 @@ def test_biases_that_may_be_large(floor: float, scale: float, on_tree: bool) -> 
     for gradient, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
     assert bool(radix_compile.stats().tree_pairs) == on_tree
+
+
+@pytest.mark.parametrize(
+    ("code", "scale", "trains", "on_tree"),
+    [
+        ("torch", 1e4, True, True),
+        ("triton", 1e4, False, True),
+        ("triton", 1e4, True, False),
+        ("triton", 1.0, True, True),
+    ],
+)
+def test_scores_that_are_scaled_by_much(
+    monkeypatch: pytest.MonkeyPatch, code: str, scale: float, trains: bool, on_tree: bool
+) -> None:
+    """The gradient of the Triton kernels starts from log-sum-exp, which has no digits left for such scores."""
+    module = sys.modules["radix_compile.passes.fold_attention"]
+    monkeypatch.setattr(module, "code_for", lambda query, value: code)
+
+    class Scaled(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.after(self.embedding(ids))
+            scores = (x @ x.mT * scale).masked_fill(~causal(), -math.inf)
+            return self.after(scores.softmax(-1) @ x)
+
+    with torch.set_grad_enabled(trains):
+        explanation = radix_compile.explain(Scaled(written), shared_batch(B, S, 8))
+    (attention,) = explanation.graphs[0].attentions
+    assert ("scaled by so much" in attention.status) != on_tree
+    assert ("runs on the prefix tree" in attention.status) == on_tree
 
 
 def test_rows_that_see_no_key_count_though_attention_is_only_wanted_in_full_form() -> None:

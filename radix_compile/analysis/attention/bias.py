@@ -83,7 +83,7 @@ class Bias:
             return False
         numbers = [arg for node in upstream(self.node) for arg in node.args if isinstance(arg, int | float)]
         numbers += [fact.value for node in upstream(self.node) if isinstance(fact := fact_of(node), Filled)]
-        return any(max(abs(number), 1) * scale > ORDINARY for number in [1, *numbers])
+        return any(abs(number) * scale > ORDINARY for number in [1, *numbers])
 
     def check(self) -> None:
         """Raise :class:`NotOnTree` if the shape is unsupported, or the bias has a gradient or is a matrix product."""
