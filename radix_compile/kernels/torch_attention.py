@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from radix_compile.kernels.tree_arguments import ScoreOptions, TreeArrays, bias_places, dense, heads_inside
-from radix_compile.plan.torch_tiles import MIN_TILE_NODES, NO_WINDOW
+from radix_compile.plan.torch_tiles import NO_WINDOW, with_small_masks
 
 aten = torch.ops.aten
 
@@ -52,9 +50,8 @@ def tiles(plan: TreeArrays, window: int | None, causal: bool) -> Iterator[Tile]:
 
 
 def _with_masks(start: int, stop: int, device: torch.device) -> Iterator[Tile]:
-    """A tile that is plainly causal in parts, as a mask of all its pairs would take memory."""
-    parts = max((stop - start) // MIN_TILE_NODES, 1)
-    for first, last in pairwise(np.linspace(start, stop, parts + 1).astype(int).tolist()):
+    """A tile that is plainly causal, in parts that have masks."""
+    for first, last in with_small_masks(start, stop):
         nodes = torch.arange(start, last, device=device)
         hidden = nodes > nodes[first - start :, None]
         yield Tile(first, last, nodes, torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf), None)

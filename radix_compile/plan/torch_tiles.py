@@ -72,13 +72,13 @@ def _tiles(plan: PrefixPlan, begin: Int64, end: Int64, window: int | None) -> It
     for start, stop in _stretches(plan.fold, begin, plain=window is None):
         path = plan.scatter[begin[start] : plan.fold[start]]
         path = path[(path >= 0) & (path < start)]
-        parts = 1
+        parts = [(start, stop)]
         if not len(path) and window is None:
             if (end[start:stop] >= stop).all():
                 yield start, stop, path, np.empty((stop - start, 0), np.bool_)
                 continue
-            parts = max((stop - start) // MIN_TILE_NODES, 1)  # a mask of all its pairs would take memory
-        for first, last in pairwise(_divided(start, stop, parts)):
+            parts = with_small_masks(start, stop)
+        for first, last in parts:
             queries = np.arange(first, last)[:, None]
             keys = np.concatenate([path, np.arange(start, last)])
             if window is not None:
@@ -103,13 +103,17 @@ def _stretches(rows: Int64, begin: Int64, plain: bool) -> Iterator[tuple[int, in
             limit = max(MIN_TILE_NODES, int(depth[start]) // 4)
         if stop - start > limit:  # then it is one sequence
             parts = 1 if plain and depth[start] == 0 else (stop - start) // limit
-            yield from pairwise(_divided(start, stop, parts))
+            yield from _divided(start, stop, parts)
             start = stop
     if start < len(rows):
         yield start, len(rows)
 
 
-def _divided(start: int, stop: int, parts: int) -> list[int]:
-    """The bounds of about equal parts."""
-    bounds: list[int] = np.linspace(start, stop, parts + 1).astype(int).tolist()
-    return bounds
+def with_small_masks(start: int, stop: int) -> list[tuple[int, int]]:
+    """The parts of a tile with nothing in front of it: one mask of all its pairs would take memory."""
+    return _divided(start, stop, max((stop - start) // MIN_TILE_NODES, 1))
+
+
+def _divided(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
+    """About equal parts: the first node of each, and the node behind its last."""
+    return list(pairwise(np.linspace(start, stop, parts + 1).astype(int).tolist()))
