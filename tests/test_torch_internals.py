@@ -436,3 +436,16 @@ def test_inductor_keeps_added_dependencies() -> None:
     for gradient, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
     assert radix_compile.stats().folded_calls == 1
+
+
+def test_a_result_times_one_is_not_overwritten_by_the_backward_pass() -> None:
+    """Inductor returned the operand, of which AOTAutograd no longer knew that the backward pass may not write to it."""
+    layer = nn.Linear(8, 8).double()
+
+    def first_sequence(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x + layer(x), (8,))[:1] * torch.ones(6, 8, dtype=x.dtype)
+
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    result = torch.compile(first_sequence, dynamic=False)(x)
+    result.sum().backward()
+    torch.testing.assert_close(result, first_sequence(x), rtol=1e-9, atol=1e-9)

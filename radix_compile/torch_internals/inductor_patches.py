@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._inductor import config
 from torch._inductor.dependencies import Dep, StarDep, WeakDep
+from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import FlexibleLayout, StorageBox, TensorBox, get_stride_order
 from torch._inductor.scheduler import SchedulerNode
@@ -128,3 +129,25 @@ def _keep_added_dependencies() -> None:
 
 
 _keep_added_dependencies()
+
+
+def _keep_storages_of_operands() -> None:
+    """Make inductor keep the fake tensor of ``x`` where it replaces ``x * 1`` or ``x + 0`` by ``x``.
+
+    It puts the fake tensor of the product there, which has a storage of its own. If ``x`` is a view of a tensor saved
+    for backward, AOTAutograd no longer sees that the result shares memory with it, and the backward pass overwrites
+    the caller's result.
+    """
+    remove_no_ops = joint_graph.remove_no_ops
+
+    def remove_and_keep(gm: fx.GraphModule, *args: Any) -> None:
+        values = {node: node.meta["val"] for node in gm.graph.nodes if "val" in node.meta}
+        remove_no_ops(gm, *args)
+        for node in gm.graph.nodes:
+            if node in values:
+                node.meta["val"] = values[node]
+
+    joint_graph.remove_no_ops = remove_and_keep  # type: ignore[assignment]
+
+
+_keep_storages_of_operands()
