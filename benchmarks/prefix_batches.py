@@ -38,7 +38,7 @@ class PrefixBatch:
 
     def plan(self) -> PrefixPlan:
         """Return the plan of the batch without its padding."""
-        return PrefixPlan.from_rows(self.ids, self.mask, skip=self.mask == 0)
+        return PrefixPlan.from_rows(self.ids, self.mask, needed=self.mask != 0)
 
 
 def one_prefix(batch: int, prefix: int, suffix: int, vocabulary: int = 30_000) -> PrefixBatch:

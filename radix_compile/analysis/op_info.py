@@ -21,6 +21,7 @@ from radix_compile.torch_internals import HigherOrderOperator, OpOverload
 if TYPE_CHECKING:
     from radix_compile.analysis.bounds import Bounds
     from radix_compile.analysis.reach.column_reach import ReachRule
+    from radix_compile.analysis.rules.row_numbers import RowNumbersRule
 
 Rule: TypeAlias = Callable[[fx.Node, Layout], Marks]
 """Returns the value of an op's result (a tuple of values for several results), given the values of its inputs.
@@ -50,6 +51,8 @@ class OpInfo:
     rule: the axes of the result, and whether the result is prefix-determined. An op without a rule is assumed to mix
         rows, unless all its inputs are constant.
     fact: the fact about the result's entries; used by the rule for elementwise ops.
+    row_numbers: the rows that each entry of the result is computed from; used behind the last layer. An op without it
+        may compute any entry from any rows.
     reach: the last column that each entry of the result reads; used where axes are lost.
     bounds: an interval that holds all entries of the result.
     flops: the multiplications and additions of a node; None counts as 0.
@@ -68,6 +71,7 @@ class OpInfo:
     fact: FactRule | None = None
     reach: ReachRule | None = None
     bounds: BoundsRule | None = None
+    row_numbers: RowNumbersRule | None = None
     flops: Callable[[fx.Node], int] | None = None
     shape_argument: str | None = None
     is_view: bool = False

@@ -24,11 +24,13 @@ from radix_compile.analysis.rules import (
     indexing,
     masks,
     reductions,
+    row_numbers,
     sequence,
     sorting,
     views,
 )
 from radix_compile.analysis.rules.elementwise import elementwise as elementwise_rule
+from radix_compile.analysis.rules.row_numbers import RowNumbersRule
 
 aten = torch.ops.aten
 
@@ -43,15 +45,17 @@ def elementwise(
     fact: FactRule | None = None,
     reach: ReachRule = pointwise.elementwise_reach,
     bounds: BoundsRule | None = None,
+    rows: RowNumbersRule = row_numbers.elementwise,
 ) -> OpInfo:
     """Return the row of an op whose results' entries are computed from the entries that line up with them."""
-    return OpInfo(rule=elementwise_rule, fact=fact, reach=reach, bounds=bounds, is_cheap=True)
+    return OpInfo(rule=elementwise_rule, fact=fact, reach=reach, bounds=bounds, row_numbers=rows, is_cheap=True)
 
 
 def view(
     rule: Rule,
     *,
     reach: ReachRule | None = None,
+    rows: RowNumbersRule | None = None,
     shape_argument: str | None = None,
     keeps_order: bool = False,
     casts: bool = False,
@@ -62,6 +66,7 @@ def view(
         rule=rule,
         reach=reach,
         bounds=bounds.of_inputs,
+        row_numbers=rows,
         shape_argument=shape_argument,
         is_view=True,
         is_cheap=True,
@@ -82,27 +87,41 @@ VIEWS: dict[Op, OpInfo] = {
         aten.clone.default,
         aten.contiguous.default,
         aten.detach.default,
-        info=view(views.same_entries, reach=pointwise.same_entries, keeps_order=True),
+        info=view(views.same_entries, reach=pointwise.same_entries, rows=row_numbers.same, keeps_order=True),
     ),
-    aten.lift_fresh_copy.default: view(views.same_entries),
-    aten._to_copy.default: view(views.same_entries, reach=pointwise.same_entries, keeps_order=True, casts=True),
-    aten.to.dtype: view(views.same_entries, keeps_order=True, casts=True),
-    aten.to.dtype_layout: view(views.same_entries, casts=True),
-    aten.type_as.default: OpInfo(rule=views.type_as, reach=pointwise.same_entries, keeps_order=True, casts=True),
+    aten.lift_fresh_copy.default: view(views.same_entries, rows=row_numbers.same),
+    aten._to_copy.default: view(
+        views.same_entries, reach=pointwise.same_entries, rows=row_numbers.same, keeps_order=True, casts=True
+    ),
+    aten.to.dtype: view(views.same_entries, rows=row_numbers.same, keeps_order=True, casts=True),
+    aten.to.dtype_layout: view(views.same_entries, rows=row_numbers.same, casts=True),
+    aten.type_as.default: OpInfo(
+        rule=views.type_as, reach=pointwise.same_entries, row_numbers=row_numbers.same, keeps_order=True, casts=True
+    ),
     **each(
         aten.view.default,
         aten._unsafe_view.default,
         aten.reshape.default,
-        info=view(views.reshape, reach=reach_views.reshape, shape_argument="size", keeps_order=True),
+        info=view(
+            views.reshape,
+            reach=reach_views.reshape,
+            rows=row_numbers.reshape,
+            shape_argument="size",
+            keeps_order=True,
+        ),
     ),
-    aten.expand.default: view(views.expand, reach=reach_views.expand, shape_argument="size", keeps_order=True),
-    aten.unsqueeze.default: view(views.unsqueeze, reach=reach_views.unsqueeze, keeps_order=True),
-    aten.squeeze.dim: view(views.squeeze, reach=reach_views.squeeze),
-    aten.squeeze.dims: view(views.squeeze, reach=reach_views.squeeze),
-    aten.permute.default: view(views.permute, reach=reach_views.permute),
-    aten.transpose.int: view(views.permute, reach=reach_views.permute),
-    aten.t.default: view(views.permute, reach=reach_views.permute),
-    aten.mT.default: view(views.permute, reach=reach_views.permute),
+    aten.expand.default: view(
+        views.expand, reach=reach_views.expand, rows=row_numbers.expand, shape_argument="size", keeps_order=True
+    ),
+    aten.unsqueeze.default: view(
+        views.unsqueeze, reach=reach_views.unsqueeze, rows=row_numbers.unsqueeze, keeps_order=True
+    ),
+    aten.squeeze.dim: view(views.squeeze, reach=reach_views.squeeze, rows=row_numbers.squeeze),
+    aten.squeeze.dims: view(views.squeeze, reach=reach_views.squeeze, rows=row_numbers.squeeze),
+    aten.permute.default: view(views.permute, reach=reach_views.permute, rows=row_numbers.permute),
+    aten.transpose.int: view(views.permute, reach=reach_views.permute, rows=row_numbers.transpose),
+    aten.t.default: view(views.permute, reach=reach_views.permute, rows=row_numbers.swap_last),
+    aten.mT.default: view(views.permute, reach=reach_views.permute, rows=row_numbers.swap_last),
     aten.numpy_T.default: view(views.permute),
     aten.view_as_complex.default: view(views.view_as_complex, reads_layout=True),
     aten.view_as_real.default: view(views.view_as_real),
@@ -116,8 +135,20 @@ VIEWS: dict[Op, OpInfo] = {
 }
 
 PARTS: dict[Op, OpInfo] = {
-    aten.slice.Tensor: OpInfo(rule=views.slice_, reach=reach_views.slice_, bounds=bounds.of_inputs, is_cheap=True),
-    aten.select.int: OpInfo(rule=views.select, reach=reach_views.select, bounds=bounds.of_inputs, is_cheap=True),
+    aten.slice.Tensor: OpInfo(
+        rule=views.slice_,
+        reach=reach_views.slice_,
+        bounds=bounds.of_inputs,
+        row_numbers=row_numbers.slice_,
+        is_cheap=True,
+    ),
+    aten.select.int: OpInfo(
+        rule=views.select,
+        reach=reach_views.select,
+        bounds=bounds.of_inputs,
+        row_numbers=row_numbers.select,
+        is_cheap=True,
+    ),
     **each(
         aten.split.Tensor,
         aten.split_with_sizes.default,
@@ -168,16 +199,18 @@ ELEMENTWISE: dict[Op, OpInfo] = {
     aten.logical_or.default: elementwise(fact=masks.or_),
     aten.bitwise_not.default: elementwise(fact=masks.not_),
     aten.logical_not.default: elementwise(fact=masks.not_),
-    aten.where.self: elementwise(fact=masks.where, reach=pointwise.where),
-    aten.where.ScalarOther: elementwise(fact=masks.where, reach=pointwise.where),
-    aten.where.ScalarSelf: elementwise(fact=masks.where, reach=pointwise.where),
+    aten.where.self: elementwise(fact=masks.where, reach=pointwise.where, rows=row_numbers.hide),
+    aten.where.ScalarOther: elementwise(fact=masks.where, reach=pointwise.where, rows=row_numbers.hide),
+    aten.where.ScalarSelf: elementwise(fact=masks.where, reach=pointwise.where, rows=row_numbers.hide),
     aten.where.Scalar: elementwise(fact=masks.where),
-    aten.masked_fill.Scalar: elementwise(fact=masks.masked_fill, reach=pointwise.masked_fill),
+    aten.masked_fill.Scalar: elementwise(fact=masks.masked_fill, reach=pointwise.masked_fill, rows=row_numbers.hide),
     # Arithmetic.
     aten.add.Tensor: elementwise(fact=masks.add, reach=pointwise.total, bounds=bounds.total),
     aten.sub.Tensor: elementwise(fact=masks.sub, reach=pointwise.total, bounds=bounds.difference),
     aten.rsub.Scalar: elementwise(bounds=bounds.difference_reversed),
-    aten.mul.Tensor: elementwise(fact=masks.and_, reach=pointwise.product, bounds=bounds.product),
+    aten.mul.Tensor: elementwise(
+        fact=masks.and_, reach=pointwise.product, bounds=bounds.product, rows=row_numbers.hide
+    ),
     aten.mul.Scalar: elementwise(fact=masks.scale, bounds=bounds.product),
     aten.div.Tensor: elementwise(fact=masks.scale, reach=pointwise.quotient, bounds=bounds.quotient),
     aten.div.Scalar: elementwise(fact=masks.scale),
@@ -222,7 +255,7 @@ REDUCTIONS: dict[Op, OpInfo] = {
         aten.mean.dim,
         aten.amax.default,
         aten.amin.default,
-        info=OpInfo(rule=reductions.reduce, reach=along.reduce),
+        info=OpInfo(rule=reductions.reduce, reach=along.reduce, row_numbers=row_numbers.reduce),
     ),
     **each(
         aten.max.dim,
@@ -248,9 +281,9 @@ REDUCTIONS: dict[Op, OpInfo] = {
         aten.all.default,
         info=OpInfo(rule=reductions.reduce_all),
     ),
-    aten.softmax.int: OpInfo(rule=reductions.softmax, reach=along.softmax),
+    aten.softmax.int: OpInfo(rule=reductions.softmax, reach=along.softmax, row_numbers=row_numbers.along),
     aten._softmax.default: OpInfo(rule=reductions.softmax),
-    aten.log_softmax.int: OpInfo(rule=reductions.along),
+    aten.log_softmax.int: OpInfo(rule=reductions.along, row_numbers=row_numbers.along),
     aten.topk.default: OpInfo(rule=reductions.along),
     **each(
         aten.layer_norm.default,
@@ -282,16 +315,25 @@ ATTENTION: dict[Op, OpInfo] = {
 
 INDEXING: dict[Op, OpInfo] = {
     aten.embedding.default: OpInfo(rule=indexing.embedding),
+    aten.gather.default: OpInfo(rule=indexing.gather, row_numbers=row_numbers.gather),
     **each(
-        aten.gather.default,
         aten.scatter.value,
         aten.scatter.src,
         aten.scatter_add.default,
         info=OpInfo(rule=indexing.gather),
     ),
-    aten.index_select.default: OpInfo(rule=indexing.index_select),
-    aten.index.Tensor: OpInfo(rule=indexing.index, takes_arrangements=True),
+    aten.index_select.default: OpInfo(rule=indexing.index_select, row_numbers=row_numbers.index_select),
+    aten.index.Tensor: OpInfo(rule=indexing.index, row_numbers=row_numbers.index, takes_arrangements=True),
     aten.index_put.default: OpInfo(rule=sorting.index_put, takes_arrangements=True),
+}
+
+LOSSES: dict[Op, OpInfo] = {
+    **each(
+        aten.cross_entropy_loss.default,
+        aten.nll_loss.default,
+        aten.nll_loss_nd.default,
+        info=OpInfo(row_numbers=row_numbers.cross_entropy),
+    ),
 }
 
 SORTING: dict[Op, OpInfo] = {
@@ -331,6 +373,7 @@ FAMILIES: tuple[Mapping[Op, OpInfo], ...] = (
     CONTRACTIONS,
     ATTENTION,
     INDEXING,
+    LOSSES,
     SORTING,
     SEQUENCE,
 )

@@ -113,7 +113,7 @@ def plan_of(sequences: Sequence[list[int]]) -> PrefixPlan:
         row[: len(sequence)] = sequence
     lengths = np.array([len(sequence) for sequence in sequences])
     is_token = np.arange(longest) < lengths[:, None]
-    return PrefixPlan.from_rows(ids, is_token.astype(np.int64), skip=~is_token)
+    return PrefixPlan.from_rows(ids, is_token.astype(np.int64), needed=is_token)
 
 
 def _evaluate(name: str, sequences: Sequence[list[int]], batches: Sequence[Sequence[int]]) -> Order:

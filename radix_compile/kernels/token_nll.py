@@ -6,7 +6,8 @@
 
 ``token_nll(logits, target, scatter, fold, rows, starts, pieces) -> (nll, lse)``
     ``logits`` ``[T', V]`` of any floating dtype, ``target`` ``[T]`` in ``[0, V)``, the plan as in ``index_ops`` (the
-    last four are for the gradient only). ``nll`` ``[T]`` and ``lse`` ``[T']``, both float32, float64 for such logits.
+    last four are for the gradient only). A row without a node gets the loss of node 0, which must not be read, nor
+    have a gradient. ``nll`` ``[T]`` and ``lse`` ``[T']``, both float32, float64 for such logits.
     ``lse`` is there to be saved and has no gradient.
 ``sum_same_target(values, target, scatter, rows, starts) -> Tensor``
     For each row the sum of ``values`` ``[T]`` over the rows of its node with its target: ``[T]``, without atomics.
@@ -40,7 +41,8 @@ def token_nll(
     lse = torch.logsumexp(logits.to(exact), -1)
     # A negative target is out of range, as for cross-entropy, and does not count from the end.
     column = torch.where(target < 0, logits.shape[1], target)
-    return lse.index_select(0, scatter) - logits[scatter, column].to(exact), lse
+    node = scatter.clamp(min=0)
+    return lse.index_select(0, node) - logits[node, column].to(exact), lse
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -61,8 +63,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         raise RuntimeError("the gradient of token_nll needs lists: pass `fold`, `rows`, `starts` and `pieces`")
     total = radix.sum_rows(grad.unsqueeze(0), scatter, fold, rows, starts, pieces, 0, 1).squeeze(0)
     slope = torch.exp(logits.to(lse.dtype) - lse.unsqueeze(1)) * total.unsqueeze(1)
-    at_target = torch.exp(-nll) * total[scatter] - radix.sum_same_target(grad, target, scatter, rows, starts)
-    result = slope.to(logits.dtype).index_put((scatter, target), at_target.to(logits.dtype))
+    node = scatter.clamp(min=0)  # a row without a node writes what is right for its target at node 0
+    at_target = torch.exp(-nll) * total[node] - radix.sum_same_target(grad, target, node, rows, starts)
+    result = slope.to(logits.dtype).index_put((node, target), at_target.to(logits.dtype))
     return result, None, None, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.memory import views_to_keep
 from radix_compile.analysis.op_info import info_of
+from radix_compile.analysis.rules.row_numbers import shown_by
 from radix_compile.ir.axes import Token
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import is_arranged, is_row, values_of
@@ -24,11 +25,15 @@ def choose_cuts(fold: Fold) -> None:
     cheap ops compute from the row keys (masks, positions) run in the form that their readers need. Views of a full
     value that are no wider stay full, so that the fold is of the narrower tensor. (``fold_graph`` runs views of a
     compact value in the form that their readers need. Views by which outputs share memory run in either form.)
+    And an op that hides rows from what mixes them is full: the rows that it hides are then not computed at all.
     """
     graph = fold.captured.graph
     for node in graph.nodes:
         if node.op != "output":
             fold.homes[node] = _home(node, fold)
+    for node in reversed(graph.nodes):
+        if fold.homes.get(node) is Form.COMPACT and _hides_rows(node, fold) and _are_mixed(node):
+            fold.homes[node] = Form.FULL
     for node, _ in views_to_keep(graph, hints_of(graph)):
         if fold.homes[node] is Form.COMPACT:
             fold.homes[node] = Form.EITHER
@@ -50,6 +55,20 @@ def _home(node: fx.Node, fold: Fold) -> Form:
     if is_view(node) and fold.homes[_viewed(node)] is Form.FULL and is_thin(node, _viewed(node)):
         return Form.FULL
     return Form.COMPACT
+
+
+def _hides_rows(node: fx.Node, fold: Fold) -> bool:
+    """Is it a product of rows with a mask, or a choice of rows by one?"""
+    masks = (shown_by(node, rows) for rows in node.all_input_nodes if not is_light(rows, fold))
+    return any(mask is not None and is_light(mask[0], fold) for mask in masks)
+
+
+def _are_mixed(node: fx.Node) -> bool:
+    """Is a value read by ops alone that mix rows, or return them? Views pass it on to such ops."""
+    return bool(node.users) and all(
+        user.op == "output" or values_of(user)[0].mixed is not None or (is_view(user) and _are_mixed(user))
+        for user in node.users
+    )
 
 
 def is_light(node: fx.Node, fold: Fold) -> bool:

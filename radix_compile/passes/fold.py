@@ -57,6 +57,22 @@ class Starts:
     sequence_ids: fx.Node | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadRows:
+    """The rows whose results are read.
+
+    ``program``        computes them, bool ``[B, S]``, from ``(batch, seq, device, *inputs)``.
+    ``inputs``         the positions of the captured graph's inputs that it takes.
+    ``reads_earlier``  these rows depend on the earlier rows of their sequence,
+    ``hidden``         but for those.
+    """
+
+    program: fx.GraphModule
+    inputs: tuple[int, ...]
+    reads_earlier: bool
+    hidden: FullyMasked | None
+
+
 @dataclass
 class Fold:
     """One folded form of a captured graph. The pass that states each of its fields is named.
@@ -70,7 +86,7 @@ class Fold:
     ``program``     the folded program; before ``fold_graph``, the captured one.
     ``starts``      where the paths of rows may start (``prove_shift``).
     ``column``      the first op after which a row may depend on its column, if there is one (``prove_shift``).
-    ``left_out``    the rows that are left out, if ``options.padding`` is "skip" (``skip_padding``).
+    ``read_rows``   the rows whose results are read; None if all may be (``find_read_rows``).
     ``notes``       sentences for the report.
     """
 
@@ -84,7 +100,7 @@ class Fold:
     wanted: Wanted = field(default_factory=Wanted)
     starts: Starts = field(default_factory=Starts)
     column: fx.Node | None = None
-    left_out: FullyMasked | None = None
+    read_rows: ReadRows | None = None
     notes: list[str] = field(default_factory=list)
 
     def tree_attention(self, node: fx.Node) -> TreeAttention | None:

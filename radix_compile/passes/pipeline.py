@@ -14,6 +14,7 @@ from radix_compile.ir.errors import RefusalCode
 from radix_compile.options import Options
 from radix_compile.passes.choose_cuts import choose_cuts
 from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
+from radix_compile.passes.find_read_rows import find_read_rows
 from radix_compile.passes.fold import Fold, FoldVariant
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
@@ -24,7 +25,6 @@ from radix_compile.passes.mark_token_axes import mark_token_axes
 from radix_compile.passes.merge_duplicates import merge_duplicates
 from radix_compile.passes.prove_shift import prove_shift
 from radix_compile.passes.read_attention import read_attention
-from radix_compile.passes.skip_padding import skip_padding
 from radix_compile.passes.verify import verify_graph
 from radix_compile.torch_internals import must_propagate
 
@@ -59,8 +59,8 @@ FOLDING: tuple[FoldPass, ...] = (
     choose_cuts,  # after fold_attention, because only rows proved position-wise may be compact
     fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
     fold_cross_entropy,  # after fold_graph, because it looks for logits that are scattered for the loss alone
-    skip_padding,  # after fold_cross_entropy, because it changes all scatters that are left
-    lower_index_ops,  # after skip_padding, because scatters that are joined have one way to treat padding
+    find_read_rows,  # after fold_cross_entropy, because it changes all scatters that are left
+    lower_index_ops,  # after find_read_rows, because scatters that are joined treat rows without a node alike
     prove_shift,  # after fold_graph, because only what runs compact must not depend on its column
 )
 """The passes that make one folded form of a graph with its facts, once for each variant."""

@@ -139,7 +139,7 @@ class PrefixPlan:
         cls,
         *keys: Array | torch.Tensor,
         unique: Array | torch.Tensor | None = None,
-        skip: Array | torch.Tensor | None = None,
+        needed: Array | torch.Tensor | None = None,
         start: Array | torch.Tensor | None = None,
         breaks: Array | torch.Tensor | None = None,
         pad_multiple_of: SupportsIndex | None = None,
@@ -150,7 +150,7 @@ class PrefixPlan:
             keys: one or more integer or bool arrays or tensors, each ``[B, S]``; dtypes may differ.
             unique: bool ``[B, S]``, rows that get a node of their own though other rows have their path.  The
                 rows after them are merged as usual.  Must be equal on rows of equal path.
-            skip: bool ``[B, S]``, rows that get no node.  Must be equal on rows of equal path.
+            needed: bool ``[B, S]``, the rows that must have a node.  The others have one only if they share it.
             start: integer ``[B]``, the column at which each sequence starts, for rows that do not depend on their
                 column.  The rows in front of it are in no path and get nodes of their own.
             breaks: bool ``[B, S]``, the rows with which a sequence begins, for several packed in a row; column 0
@@ -171,23 +171,23 @@ class PrefixPlan:
         if len(shape) != 2:
             raise ValueError(f"keys[0] must have shape [B, S], got {list(shape)}")
         own = None if unique is None else as_array("unique", unique, "b")
-        left_out = None if skip is None else as_array("skip", skip, "b")
+        kept = None if needed is None else as_array("needed", needed, "b")
         first = None if breaks is None else as_array("breaks", breaks, "b")
         named = {f"keys[{i}]": column for i, column in enumerate(columns)}
-        for name, array in (*named.items(), ("unique", own), ("skip", left_out), ("breaks", first)):
+        for name, array in (*named.items(), ("unique", own), ("needed", kept), ("breaks", first)):
             if array is not None and array.shape != shape:
                 raise ValueError(f"{name} must have the shape {list(shape)} of keys[0], got {list(array.shape)}")
         multiple = as_multiple(pad_multiple_of)
         if first is not None and start is not None:
             raise ValueError("start and breaks cannot be given together")
         if first is not None and first[:, 1:].any():
-            return _from_packed(columns, own, left_out, first, multiple)
+            return _from_packed(columns, own, kept, first, multiple)
 
         length = shape[1]
         turn = None if start is None else _turn(as_array("start", start, "iu"), shape)
         if turn is not None:
             columns = [np.take_along_axis(column, turn, 1) for column in columns]
-            left_out = None if left_out is None else np.take_along_axis(left_out, turn, 1)
+            kept = None if kept is None else np.take_along_axis(kept, turn, 1)
             in_front = turn < turn[:, :1]
             columns.append(in_front)  # or what is in front of one sequence may look like the end of another
             own = in_front if own is None else np.take_along_axis(own, turn, 1) | in_front
@@ -195,8 +195,8 @@ class PrefixPlan:
         offset = np.arange(length)
         new = offset >= shared[:, None]
         own = None if own is None else own[order].ravel()
-        left_out = None if left_out is None else left_out[order].ravel()
-        nodes, places, first_nodes = _number(new.ravel(), own, left_out, shared, np.arange(shape[0]) * length)
+        kept = None if kept is None else kept[order].ravel()
+        nodes, places, first_nodes = _number(new.ravel(), own, kept, shared, np.arange(shape[0]) * length)
 
         scatter = np.empty(shape, np.int64)
         row = (order * length)[:, None] + (offset if turn is None else turn[order])
@@ -210,7 +210,7 @@ class PrefixPlan:
 
 
 def _from_packed(
-    columns: list[Array], own: Array | None, left_out: Array | None, first: Array, multiple: int
+    columns: list[Array], own: Array | None, kept: Array | None, first: Array, multiple: int
 ) -> PrefixPlan:
     """`PrefixPlan.from_rows` for sequences of any lengths, which begin where `first` is true, and in column 0."""
     begins = first.copy()
@@ -223,26 +223,21 @@ def _from_packed(
     row = bounds[order].repeat(lengths) + offset  # in the order of the tree
     new = offset >= shared.repeat(lengths)
     own = None if own is None else own.ravel()[row]
-    left_out = None if left_out is None else left_out.ravel()[row]
+    kept = None if kept is None else kept.ravel()[row]
     scatter = np.empty(begins.size, np.int64)
-    scatter[row], places, first_nodes = _number(new, own, left_out, shared, end - lengths)
+    scatter[row], places, first_nodes = _number(new, own, kept, shared, end - lengths)
     return PrefixPlan(_padded(row[places], multiple), scatter, order, shared, bounds, bounds[:-1], first_nodes)
 
 
 def _number(
-    new: Array, own: Array | None, left_out: Array | None, shared: Int64, begin: Int64
+    new: Array, own: Array | None, kept: Array | None, shared: Int64, begin: Int64
 ) -> tuple[Int64, Int64, Int64]:
     """The nodes of rows in the order of the tree, in which sequence ``i`` starts at ``begin[i]``; the place there of
     the first row of each node; and `PrefixPlan.first_nodes`. `new` and `own` are overwritten.
     """
-    if left_out is not None:
-        new &= ~left_out
     if own is not None:
-        if left_out is not None:
-            own &= ~left_out
         new &= ~own
     places = np.flatnonzero(new)
-    first_nodes = np.append(places.searchsorted(begin), len(places))
     nodes = np.zeros(len(new), np.int64)
     nodes[places] = np.arange(len(places))
     before = 0
@@ -250,12 +245,32 @@ def _number(
         # One copy per sequence: maximum.accumulate down the columns does the same, ten times slower.
         nodes[here : here + prefix] = nodes[before : before + prefix]
         before = here
+    in_tree = len(places)
     if own is not None:
         places = np.append(places, np.flatnonzero(own))
-        nodes[own] = np.arange(first_nodes[-1], len(places))
-    if left_out is not None:
-        nodes[left_out] = -1
-    return nodes, places, first_nodes
+        nodes[own] = np.arange(in_tree, len(places))
+    if kept is not None:
+        stays = np.zeros(len(places), np.bool_)
+        stays[nodes[kept]] = True
+        nodes = np.where(stays, stays.cumsum() - 1, -1)[nodes]
+        in_tree, places = int(stays[:in_tree].sum()), places[stays]
+    return nodes, places, np.append(places[:in_tree].searchsorted(begin), in_tree)
+
+
+def with_earlier_rows(read: Array, hidden: Array | None = None, breaks: Array | None = None) -> Array:
+    """The rows ``[B, S]`` that are read, and those in front of them in their sequences, but for hidden ones.
+
+    Sequences begin in column 0, and where ``breaks`` is true.
+    """
+    if not read.size:
+        return read
+    begins = np.zeros(read.shape, np.bool_) if breaks is None else breaks.copy()
+    begins[:, 0] = True
+    bounds = np.append(np.flatnonzero(begins), read.size)
+    row = np.arange(read.size)
+    last = np.maximum.reduceat(np.where(read.ravel(), row, -1), bounds[:-1])
+    earlier: Array = (row <= last.repeat(np.diff(bounds))).reshape(read.shape)
+    return earlier if hidden is None else (earlier & ~hidden) | read
 
 
 def _padded(fold: Int64, multiple: int) -> Int64:

@@ -31,7 +31,7 @@ from radix_compile.passes.fold_graph import (
     with_blocks,
 )
 from radix_compile.passes.prove_shift import attentions, hidden_padding
-from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan, with_earlier_rows
 from radix_compile.plan.torch_tiles import torch_tiles
 from radix_compile.plan.triton_tiles import triton_tiles
 from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
@@ -79,6 +79,46 @@ class RowProgram:
 
 
 @dataclass(frozen=True)
+class ReadProgram:
+    """The rows that have to be computed: those whose results are read, and the earlier rows that these depend on.
+
+    ``hidden``, a program for rows and the truth value of those that are shown, says on which none depends.
+    """
+
+    run: Callable[..., torch.Tensor]
+    inputs: tuple[int, ...]
+    reads_earlier: bool
+    hidden: tuple[RowProgram, bool] | None
+    last: dict[tuple[int, int], BoolArray] = field(default_factory=dict, compare=False, repr=False)
+    """The rows that are read, for the sizes of the previous call, if they depend on no tensor."""
+
+    def __call__(self, args: Sequence[Any], shape: tuple[int, int], breaks: BoolArray | None) -> BoolArray:
+        read = self._read(args, shape)
+        if not self.reads_earlier:
+            return read
+        hidden = None
+        if self.hidden is not None:
+            program, truth = self.hidden
+            hidden = (program(args, shape) != 0) != truth
+        return with_earlier_rows(read, hidden, breaks)
+
+    def _read(self, args: Sequence[Any], shape: tuple[int, int]) -> BoolArray:
+        given = [args[i] for i in self.inputs]
+        device = next((one.device for one in given if isinstance(one, torch.Tensor)), torch.device("cpu"))
+        if self.inputs:
+            return self._computed(given, shape, device)
+        if shape not in self.last:
+            self.last.clear()
+            self.last[shape] = self._computed(given, shape, device)
+        return self.last[shape]
+
+    def _computed(self, given: Sequence[Any], shape: tuple[int, int], device: torch.device) -> BoolArray:
+        with torch.no_grad():
+            read: BoolArray = self.run(*shape, device, *given).numpy(force=True)
+        return read
+
+
+@dataclass(frozen=True)
 class BlockCheck:
     """Checks that tables of blocks show and hide the keys that a mask does: see ``agree_with_mask``."""
 
@@ -103,7 +143,7 @@ class PlanInputs:
 
     ``keys``          positions of the row-key inputs, each ``[B, S]``, or ``[B, S, ...]`` of which the contents count.
     ``fully_masked``  programs for the rows that see no key: source, window and truth of ``ir.facts.FullyMasked``.
-    ``skip``          program for the rows that stay, if the others are left out.
+    ``read``          program for the rows whose results are read, if not all are.
     ``tree``          if attention runs on the tree, programs for the keys that are shown.
     ``groups``        the arrays of a plan that the folded program takes.
     ``windows``       the windows of attentions on the tree that run in torch.
@@ -124,7 +164,7 @@ class PlanInputs:
 
     keys: tuple[int, ...]
     fully_masked: tuple[tuple[RowProgram, int | None, bool], ...] = ()
-    skip: tuple[RowProgram, bool] | None = None
+    read: ReadProgram | None = None
     tree: tuple[tuple[RowProgram, bool], ...] | None = None
     groups: frozenset[Group] = frozenset()
     windows: tuple[int | None, ...] = ()
@@ -167,19 +207,6 @@ class PlanInputs:
         rows = [*_on_host(keys), *(one for one in seen if one is not None)]
         if share_nothing:
             rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
-        unique: BoolArray | None = None
-        skip: BoolArray | None = None
-        if self.skip is not None:
-            program, truth = self.skip
-            skip = (program(args, shape) != 0) != truth
-        for program, window, truth in self.fully_masked:
-            fully_masked = rows_without_a_key((program(args, shape) != 0) == truth, window)
-            if fully_masked.any():
-                if self.undefined:  # and a weight of zero hides no such row, from whoever else is computed beside it
-                    raise RunsPlain("a row sees no key, and is not a number")
-                if self.keys_visible:
-                    raise NeedsFullAttention("a row sees no key, and attends to all of them or is a key itself")
-                unique = fully_masked if unique is None else unique | fully_masked
         breaks = None
         if self.sequence_ids is not None:
             numbers = self.sequence_ids(args, shape)
@@ -190,12 +217,25 @@ class PlanInputs:
                 rows += numbers_in_paths(numbers, come_back)
         elif self.assumed_ids is not None and (np.diff(self.assumed_ids(args, shape), axis=1) != 0).any():
             raise NeedsFullAttention("several sequences are packed in a row, and rows depend on their column")
+        needed = None if self.read is None else self.read(args, shape, breaks)
+        unique: BoolArray | None = None
+        for program, window, truth in self.fully_masked:
+            fully_masked = rows_without_a_key((program(args, shape) != 0) == truth, window)
+            if not fully_masked.any():
+                continue
+            if self.undefined:  # and a weight of zero hides no such row, from whoever else is computed beside it
+                raise RunsPlain("a row sees no key, and is not a number")
+            if needed is None or (fully_masked & needed).any():
+                needed = None  # such a row may attend to all
+                if self.keys_visible:
+                    raise NeedsFullAttention("a row sees no key, and attends to all of them or is a key itself")
+            unique = fully_masked if unique is None else unique | fully_masked
         start: NDArray[Any] | None = None
         if self.left_padding is not None and breaks is None:
             program, truth = self.left_padding
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
-        options = {"unique": unique, "skip": skip, "start": start, "breaks": breaks}
+        options = {"unique": unique, "needed": needed, "start": start, "breaks": breaks}
         if pad_multiple_of is not None:
             pad_multiple_of = min(pad_multiple_of, max(shape[0] * shape[1], 1))  # more would be more work than plain
         return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
@@ -295,8 +335,6 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     )
     needed = set(upstream(*folded, *(b.source for b in fully_masked)))
     placeholders = captured.graph.find_nodes(op="placeholder")
-    hidden = fold.left_out
-    skip = (_row_program(captured, hidden.source), hidden.truth) if hidden else None
     programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in fully_masked)
     left_padding = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
     sequence_ids = _row_program(captured, starts.sequence_ids) if starts.sequence_ids else None
@@ -323,7 +361,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     return PlanInputs(
         keys,
         programs,
-        skip,
+        _read_program(fold),
         tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
         groups=frozenset(groups_of_plan(fold)),
         windows=torch_windows(fold),
@@ -372,6 +410,14 @@ def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
         f" column ({column.target} at {source_line(column)}): pass position_ids computed from the mask, or pad on the"
         " right"
     )
+
+
+def _read_program(fold: Fold) -> ReadProgram | None:
+    found = fold.read_rows
+    if found is None:
+        return None
+    hidden = None if found.hidden is None else (_row_program(fold.captured, found.hidden.source), found.hidden.truth)
+    return ReadProgram(found.program, found.inputs, found.reads_earlier, hidden)
 
 
 def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radix_compile.plan import fold_and_scatter, prefix_plan, prefix_sort
-from radix_compile.plan.prefix_plan import PrefixPlan
+from radix_compile.plan.prefix_plan import PrefixPlan, with_earlier_rows
 
 settings.register_profile("prefix_plan", deadline=None, max_examples=150)
 settings.load_profile("prefix_plan")
@@ -40,7 +40,7 @@ def common_prefix(one: list[tuple], other: list[tuple]) -> int:
 
 
 def brute_force(
-    keys: list[np.ndarray], unique: np.ndarray, skip: np.ndarray, plan: PrefixPlan, sequences: Sequences
+    keys: list[np.ndarray], unique: np.ndarray, needed: np.ndarray, plan: PrefixPlan, sequences: Sequences
 ) -> np.ndarray:
     """The scatter index by its definition: walk the sequences in the plan's order with a dict of paths."""
     scatter = np.full(keys[0].shape, -1)
@@ -50,13 +50,14 @@ def brute_force(
         path: tuple = ()
         for row, key in zip(sequences[number], paths_of(sequences[number], keys), strict=True):
             path += (key,)
-            if unique[row] and not skip[row]:
+            if unique[row]:
                 outside.append(row)
-            elif not skip[row]:
+            else:
                 scatter[row] = nodes.setdefault(path, len(nodes))
     for number, row in enumerate(outside):
         scatter[row] = len(nodes) + number
-    return scatter.ravel()
+    kept = {node: number for number, node in enumerate(np.unique(scatter[needed]).tolist())}
+    return np.array([kept.get(node, -1) for node in scatter.ravel().tolist()], np.int64)
 
 
 def check_tree(plan: PrefixPlan, unique: np.ndarray, sequences: Sequences) -> None:
@@ -89,18 +90,20 @@ def check_tree(plan: PrefixPlan, unique: np.ndarray, sequences: Sequences) -> No
 def check_plan(
     plan: PrefixPlan,
     keys: list[np.ndarray],
-    unique: np.ndarray,
-    skip: np.ndarray,
+    unique: np.ndarray | None = None,
+    needed: np.ndarray | None = None,
     breaks: np.ndarray | None = None,
 ) -> None:
-    batch, length = keys[0].shape
+    _, length = keys[0].shape
+    unique = np.zeros(keys[0].shape, bool) if unique is None else unique
+    needed = np.ones(keys[0].shape, bool) if needed is None else needed
     sequences = split(keys[0].shape, breaks)
-    expected = brute_force(keys, unique, skip, plan, sequences)
+    expected = brute_force(keys, unique, needed, plan, sequences)
     np.testing.assert_array_equal(plan.scatter, expected)
     nodes = int(expected.max(initial=-1)) + 1
     check_tree(plan, unique, sequences)
     assert plan.compact_tokens == nodes
-    assert plan.tokens == batch * length - int(skip.sum())
+    assert plan.tokens == (expected >= 0).sum() >= needed.sum()
     assert plan.compression == (nodes / plan.tokens if plan.tokens else 1.0)
     # `fold` picks one row of each node, nodes in order.
     np.testing.assert_array_equal(plan.scatter[plan.fold[:nodes]], np.arange(nodes))
@@ -157,17 +160,23 @@ def path_mask(keys: list[np.ndarray], salt: int, share: int, breaks: np.ndarray 
     return mask
 
 
+def random_mask(keys: list[np.ndarray], seed: int, eighths: int | None) -> np.ndarray | None:
+    """A mask that says something else about rows of equal paths, true for that many eighths of them."""
+    if eighths is None:
+        return None
+    return np.random.default_rng(seed).integers(0, 8, keys[0].shape) < eighths
+
+
 @given(row_keys(), st.integers(0, 5), st.sampled_from((None, 0, 2, 8)), st.sampled_from((None, 0, 2, 8)))
 def test_from_rows_is_the_prefix_tree(
-    columns: list, salt: int, unique_share: int | None, skip_share: int | None
+    columns: list, salt: int, unique_share: int | None, needed_share: int | None
 ) -> None:
     keys = [column for column, _ in columns]
     arguments = [torch.from_numpy(c) if layout == "tensor" else c for c, layout in columns]
-    none = np.zeros(keys[0].shape, bool)
     unique = None if unique_share is None else path_mask(keys, salt, unique_share)
-    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share)
-    plan = PrefixPlan.from_rows(*arguments, unique=unique, skip=skip)
-    check_plan(plan, keys, none if unique is None else unique, none if skip is None else skip)
+    needed = random_mask(keys, salt, needed_share)
+    plan = PrefixPlan.from_rows(*arguments, unique=unique, needed=needed)
+    check_plan(plan, keys, unique, needed)
 
 
 @given(row_keys(), st.integers(0, 2**16))
@@ -204,29 +213,28 @@ def test_what_is_in_front_of_one_sequence_is_not_the_end_of_another() -> None:
 
 @given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.floats(0, 1))
 def test_sequences_packed_in_rows_have_paths_of_their_own(
-    columns: list, salt: int, unique_share: int | None, skip_share: int | None, often: float
+    columns: list, salt: int, unique_share: int | None, needed_share: int | None, often: float
 ) -> None:
     keys = [column for column, _ in columns]
     breaks = np.random.default_rng(salt).random(keys[0].shape) < often
-    none = np.zeros(keys[0].shape, bool)
     unique = None if unique_share is None else path_mask(keys, salt, unique_share, breaks)
-    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share, breaks)
+    needed = random_mask(keys, salt, needed_share)
     before = breaks.copy()
-    plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, breaks=breaks)
-    check_plan(plan, keys, none if unique is None else unique, none if skip is None else skip, breaks)
+    plan = PrefixPlan.from_rows(*keys, unique=unique, needed=needed, breaks=breaks)
+    check_plan(plan, keys, unique, needed, breaks)
     np.testing.assert_array_equal(breaks, before)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @given(row_keys(), st.integers(0, 5), st.sampled_from((None, 2)), st.sampled_from((None, 2)), st.integers(1, 5))
 def test_row_lists_hold_the_rows_of_each_node(
-    packed: bool, columns: list, salt: int, unique_share: int | None, skip_share: int | None, pad: int
+    packed: bool, columns: list, salt: int, unique_share: int | None, needed_share: int | None, pad: int
 ) -> None:
     keys = [column for column, _ in columns]
     breaks = np.random.default_rng(salt).random(keys[0].shape) < 0.4 if packed else None
     unique = None if unique_share is None else path_mask(keys, salt, unique_share, breaks)
-    skip = None if skip_share is None else path_mask(keys, salt + 100, skip_share, breaks)
-    plan = PrefixPlan.from_rows(*keys, unique=unique, skip=skip, breaks=breaks, pad_multiple_of=pad)
+    needed = random_mask(keys, salt, needed_share)
+    plan = PrefixPlan.from_rows(*keys, unique=unique, needed=needed, breaks=breaks, pad_multiple_of=pad)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_plan, "PIECE_SIZE", 2)
         rows, starts, pieces = plan.row_lists()
@@ -245,18 +253,17 @@ def test_row_lists_hold_the_rows_of_each_node(
 def test_from_rows_in_blocks(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_sort, "BLOCK_BYTES", block_bytes)
     keys = [np.random.default_rng(0).integers(0, 2, (23, 6)), np.random.default_rng(1).integers(0, 2, (23, 6))]
-    none = np.zeros((23, 6), bool)
-    check_plan(PrefixPlan.from_rows(*keys), keys, none, none)
+    check_plan(PrefixPlan.from_rows(*keys), keys)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 0), (1, 1), (1, 7), (3, 1)])
 def test_from_rows_corner_shapes(shape: tuple[int, int]) -> None:
     keys = [np.zeros(shape, np.int64), np.ones(shape, np.bool_)]
     none = np.zeros(shape, bool)
-    plan = PrefixPlan.from_rows(*keys, unique=none, skip=none, pad_multiple_of=4)
+    plan = PrefixPlan.from_rows(*keys, unique=none, needed=~none, pad_multiple_of=4)
     assert plan.order.shape == plan.shared.shape == (shape[0],)
     assert len(plan.fold) == (-(-shape[1] // 4) * 4 if shape[0] else 0)
-    check_plan(plan, keys, none, none)
+    check_plan(plan, keys)
 
 
 def test_from_rows_numbers_depth_first() -> None:
@@ -268,16 +275,31 @@ def test_from_rows_numbers_depth_first() -> None:
     assert (plan.tokens, plan.compact_tokens, plan.compression) == (12, 7, 7 / 12)
 
 
-def test_from_rows_unique_and_skip_by_hand() -> None:
+def test_from_rows_unique_and_needed_by_hand() -> None:
     keys = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 4]])
-    unique, skip = np.array([[False, True, False]] * 3), np.array([[True, False, False]] * 3)
+    unique, needed = np.array([[False, True, False]] * 3), np.array([[False, True, True]] * 3)
     assert PrefixPlan.from_rows(keys, unique=unique).scatter.tolist() == [0, 3, 1, 0, 4, 1, 0, 5, 2]
-    assert PrefixPlan.from_rows(keys, skip=skip).scatter.tolist() == [-1, 0, 1, -1, 0, 1, -1, 0, 2]
-    both = PrefixPlan.from_rows(keys, unique=unique, skip=unique)
+    assert PrefixPlan.from_rows(keys, needed=needed).scatter.tolist() == [-1, 0, 1, -1, 0, 1, -1, 0, 2]
+    both = PrefixPlan.from_rows(keys, unique=unique, needed=~unique)
     assert both.scatter.tolist() == [0, -1, 1, 0, -1, 1, 0, -1, 2]
     assert both.tokens == 6
-    nothing = PrefixPlan.from_rows(keys, skip=np.ones((3, 3), bool), pad_multiple_of=8)
+    one = PrefixPlan.from_rows(keys, needed=np.array([[False] * 3, [False, False, True], [False] * 3]))
+    assert one.scatter.tolist() == [-1, -1, 0, -1, -1, 0, -1, -1, -1]  # the first row shares the node
+    nothing = PrefixPlan.from_rows(keys, needed=np.zeros((3, 3), bool), pad_multiple_of=8)
     assert (nothing.fold.size, nothing.tokens, nothing.compression) == (0, 0, 1.0)
+
+
+@given(row_keys(), st.integers(0, 2**16), st.booleans(), st.booleans())
+def test_earlier_rows_of_those_that_are_read(columns: list, seed: int, packed: bool, hides: bool) -> None:
+    keys = [column for column, _ in columns]
+    random = np.random.default_rng(seed)
+    read, hidden = (random.random(keys[0].shape) < share for share in (0.2, 0.5))
+    breaks = random.random(keys[0].shape) < 0.3 if packed else None
+    found = with_earlier_rows(read, hidden if hides else None, breaks)
+    for sequence in split(keys[0].shape, breaks):
+        for i, row in enumerate(sequence):
+            is_earlier = any(read[later] for later in sequence[i + 1 :]) and not (hides and hidden[row])
+            assert found[row] == (read[row] or is_earlier)
 
 
 def test_from_rows_padding_repeats_the_first_row() -> None:
@@ -292,8 +314,8 @@ def test_from_rows_padding_repeats_the_first_row() -> None:
 def test_from_rows_does_not_write_to_its_arguments() -> None:
     keys, mask = np.random.default_rng(0).integers(0, 2, (6, 8)), np.zeros((6, 8), bool)
     keys.flags.writeable = mask.flags.writeable = False
-    first = PrefixPlan.from_rows(keys, unique=mask, skip=mask)
-    second = PrefixPlan.from_rows(keys, unique=mask, skip=mask)
+    first = PrefixPlan.from_rows(keys, unique=mask, needed=mask)
+    second = PrefixPlan.from_rows(keys, unique=mask, needed=mask)
     for name in ("fold", "scatter", "order", "shared"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
@@ -327,7 +349,7 @@ KEY, MASK = np.zeros((2, 3), np.int64), np.zeros((2, 3), bool)
         (ValueError, r"keys\[1\]", (KEY, np.zeros((2, 4), np.int64)), {}),
         (ValueError, r"keys\[1\]", (KEY, np.zeros(3, np.int64)), {}),
         (ValueError, "unique", (KEY,), {"unique": np.zeros((3, 3), bool)}),
-        (ValueError, "skip", (KEY,), {"skip": np.zeros((1, 3), bool)}),
+        (ValueError, "needed", (KEY,), {"needed": np.zeros((1, 3), bool)}),
         (ValueError, "start", (KEY,), {"start": np.zeros(3, np.int64)}),
         (ValueError, "start", (KEY,), {"start": np.array([0, 3])}),
         (ValueError, "start", (KEY,), {"start": np.array([-1, 0])}),
@@ -343,7 +365,7 @@ KEY, MASK = np.zeros((2, 3), np.int64), np.zeros((2, 3), bool)
         (TypeError, r"keys\[1\]", (KEY, torch.zeros(2, 3, dtype=torch.bfloat16)), {}),
         (TypeError, r"keys\[1\]", (KEY, torch.zeros(2, 3, dtype=torch.complex64)), {}),
         (TypeError, "unique", (KEY,), {"unique": np.zeros((2, 3), np.int64)}),
-        (TypeError, "skip", (KEY,), {"skip": True}),
+        (TypeError, "needed", (KEY,), {"needed": True}),
         (TypeError, "pad_multiple_of", (KEY,), {"pad_multiple_of": 2.0}),
     ],
 )

@@ -21,7 +21,7 @@ IDS = {
 }
 
 
-VARIANTS = ["", "hidden", "fully masked", "padded", "skip"]
+VARIANTS = ["", "hidden", "fully masked", "padded", "needed"]
 
 
 def planned(ids: torch.Tensor, variant: str) -> tuple[PrefixPlan, Int64, Int64]:
@@ -30,9 +30,9 @@ def planned(ids: torch.Tensor, variant: str) -> tuple[PrefixPlan, Int64, Int64]:
     shown = np.ones((batch, seq), np.bool_)
     if variant == "hidden":
         shown = (np.arange(seq) < seq - np.arange(batch)[:, None] % 3) & (np.arange(seq) != seq // 3)
-    if variant in ("fully masked", "skip"):
+    if variant in ("fully masked", "needed"):
         shown = np.arange(seq) >= np.arange(batch)[:, None] % 2
-    options = {"unique": ~shown} if variant == "fully masked" else {"skip": ~shown} if variant == "skip" else {}
+    options = {"unique": ~shown} if variant == "fully masked" else {"needed": shown} if variant == "needed" else {}
     plan = PrefixPlan.from_rows(ids, shown, **options, pad_multiple_of=64 if variant == "padded" else None)
     return plan, *plan.tree(shown.ravel())
 
@@ -71,7 +71,7 @@ def test_most_of_a_long_prefix_is_read_in_stretches() -> None:
 def test_what_goes_on_where_another_sequence_ended_is_one_stretch_with_it() -> None:
     """A conversation after each of its turns: what the longer ones share is new in several of the shorter ones."""
     seen = np.arange(600) < 100 * np.arange(1, 7)[:, None]
-    plan = PrefixPlan.from_rows(np.broadcast_to(np.arange(600), seen.shape), seen, skip=~seen)
+    plan = PrefixPlan.from_rows(np.broadcast_to(np.arange(600), seen.shape), seen, needed=seen)
     tiles = triton_tiles(plan, *plan.tree())
     assert tiles.stretches.tolist() == [[0, stop, 0] for stop in range(ROWS, 600, ROWS)]
     assert len(tiles.keys) == 0
