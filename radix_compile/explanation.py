@@ -29,6 +29,7 @@ class Explanation:
 
     ``graphs``          the report of each captured graph, in the order of compilation.
     ``tokens``          rows (sequences times columns) of the folded calls in this run.
+    ``read_tokens``     those that results depend on.
     ``compact_tokens``  nodes of the prefix tree: the rows that the folded programs computed.
     ``pairs``           pairs of a query and a key of its sequence, in calls with attention on the prefix tree.
     ``tree_pairs``      pairs of a node and an ancestor (or itself) that attention on the prefix tree computes.
@@ -41,6 +42,7 @@ class Explanation:
 
     graphs: list[GraphReport] = field(default_factory=list)
     tokens: int = 0
+    read_tokens: int = 0
     compact_tokens: int = 0
     pairs: int = 0
     tree_pairs: int = 0
@@ -88,6 +90,7 @@ class Explanation:
         return {
             "folded": self.folded,
             "tokens": self.tokens,
+            "read_tokens": self.read_tokens,
             "compact_tokens": self.compact_tokens,
             "pairs": self.pairs,
             "tree_pairs": self.tree_pairs,
@@ -108,7 +111,8 @@ class Explanation:
     def _lines(self) -> list[str]:
         if self.folded:
             tokens = f"{self.tokens} -> {self.compact_tokens} tokens ({self.tokens / self.compact_tokens:.2f}x)"
-            lines = [f"folded: {tokens}", f"FLOPs:  {self.flops_before:.3g} -> {self.flops_after:.3g}"]
+            read = f", {self.read_tokens} are read" if self.read_tokens < self.tokens else ""
+            lines = [f"folded: {tokens}{read}", f"FLOPs:  {self.flops_before:.3g} -> {self.flops_after:.3g}"]
         else:
             lines = ["nothing folded"]
         for label, times in (("predicted:", self.predicted), ("measured:", self.measured)):
@@ -122,7 +126,7 @@ class Explanation:
             for attention in graph.attentions:
                 lines.append(f"  attention in {attention.module or 'the model'}: {attention.status}")
             lines += [f"  refused: {refusal}" for refusal in graph.refusals]
-            lines += [f"  note: {note}" for note in graph.notes]
+            lines += [f"  note: {note}" for note in graph.remarks]
         return lines
 
 
@@ -211,7 +215,9 @@ def explanation_of(
     pairs = counted.pairs, counted.tree_pairs
     diff = GraphDiff(tuple(backend.pairs), getattr(model, "__name__", type(model).__name__))
     graphs = [pair.report for pair in backend.pairs]
-    return Explanation(graphs, counted.tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff)
+    return Explanation(
+        graphs, counted.tokens, counted.read_tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff
+    )
 
 
 def _measure(

@@ -59,6 +59,7 @@ class OpInfo:
     shape_argument: the argument that is the result's shape, which the rewrite derives again from the axes.
     is_view: the op moves entries of its first input and computes none, so it is free in either form.
     is_cheap: the op costs no more than reading its inputs. Masks and positions are computed by cheap ops only.
+    finite_at_zero: if an elementwise op's first operand is zero, its result is finite, and so are its derivatives.
     keeps_order: the result has the dimensions of the first input in the same order, maybe merged, split or extended.
     casts: the op may return the entries of its first input in another dtype.
     reads_layout: the op's result may depend on the memory layout of its inputs. (Assumed of all ops of other packages:
@@ -76,6 +77,7 @@ class OpInfo:
     shape_argument: str | None = None
     is_view: bool = False
     is_cheap: bool = False
+    finite_at_zero: bool = False
     keeps_order: bool = False
     casts: bool = False
     reads_layout: bool = False

@@ -46,9 +46,18 @@ def elementwise(
     reach: ReachRule = pointwise.elementwise_reach,
     bounds: BoundsRule | None = None,
     rows: RowNumbersRule = row_numbers.elementwise,
+    finite_at_zero: bool = False,
 ) -> OpInfo:
     """Return the row of an op whose results' entries are computed from the entries that line up with them."""
-    return OpInfo(rule=elementwise_rule, fact=fact, reach=reach, bounds=bounds, row_numbers=rows, is_cheap=True)
+    return OpInfo(
+        rule=elementwise_rule,
+        fact=fact,
+        reach=reach,
+        bounds=bounds,
+        row_numbers=rows,
+        finite_at_zero=finite_at_zero,
+        is_cheap=True,
+    )
 
 
 def view(
@@ -205,16 +214,16 @@ ELEMENTWISE: dict[Op, OpInfo] = {
     aten.where.Scalar: elementwise(fact=masks.where),
     aten.masked_fill.Scalar: elementwise(fact=masks.masked_fill, reach=pointwise.masked_fill, rows=row_numbers.hide),
     # Arithmetic.
-    aten.add.Tensor: elementwise(fact=masks.add, reach=pointwise.total, bounds=bounds.total),
-    aten.sub.Tensor: elementwise(fact=masks.sub, reach=pointwise.total, bounds=bounds.difference),
-    aten.rsub.Scalar: elementwise(bounds=bounds.difference_reversed),
+    aten.add.Tensor: elementwise(fact=masks.add, reach=pointwise.total, bounds=bounds.total, finite_at_zero=True),
+    aten.sub.Tensor: elementwise(fact=masks.sub, reach=pointwise.total, bounds=bounds.difference, finite_at_zero=True),
+    aten.rsub.Scalar: elementwise(bounds=bounds.difference_reversed, finite_at_zero=True),
     aten.mul.Tensor: elementwise(
-        fact=masks.and_, reach=pointwise.product, bounds=bounds.product, rows=row_numbers.hide
+        fact=masks.and_, reach=pointwise.product, bounds=bounds.product, rows=row_numbers.hide, finite_at_zero=True
     ),
-    aten.mul.Scalar: elementwise(fact=masks.scale, bounds=bounds.product),
+    aten.mul.Scalar: elementwise(fact=masks.scale, bounds=bounds.product, finite_at_zero=True),
     aten.div.Tensor: elementwise(fact=masks.scale, reach=pointwise.quotient, bounds=bounds.quotient),
-    aten.div.Scalar: elementwise(fact=masks.scale),
-    aten.neg.default: elementwise(reach=pointwise.negative, bounds=bounds.negative),
+    aten.div.Scalar: elementwise(fact=masks.scale, finite_at_zero=True),
+    aten.neg.default: elementwise(reach=pointwise.negative, bounds=bounds.negative, finite_at_zero=True),
     aten.reciprocal.default: elementwise(bounds=bounds.reciprocal),
     aten.pow.Tensor_Tensor: elementwise(bounds=bounds.power),
     aten.pow.Tensor_Scalar: elementwise(bounds=bounds.power),
@@ -222,7 +231,7 @@ ELEMENTWISE: dict[Op, OpInfo] = {
     aten.exp.default: elementwise(reach=pointwise.exp),
     aten.maximum.default: elementwise(fact=masks.maximum),
     aten.max.other: elementwise(fact=masks.maximum),
-    aten.tanh.default: elementwise(fact=masks.tanh),
+    aten.tanh.default: elementwise(fact=masks.tanh, finite_at_zero=True),
     # The operand may be the sorted order of rows.
     aten.floor_divide.default: OpInfo(rule=sorting.floor_divide, takes_arrangements=True),
 }
@@ -356,8 +365,8 @@ SEQUENCE: dict[Op, OpInfo] = {
     aten.cumsum.default: OpInfo(rule=sequence.cumulative, reach=along.cumsum, takes_arrangements=True),
     aten.cumprod.default: OpInfo(rule=sequence.cumulative, takes_arrangements=True),
     aten.diff.default: OpInfo(rule=sequence.diff, takes_mixed=True),
+    aten.dropout.default: OpInfo(rule=sequence.dropout, row_numbers=row_numbers.same),
     **each(
-        aten.dropout.default,
         aten.native_dropout.default,
         aten.feature_dropout.default,
         info=OpInfo(rule=sequence.dropout),

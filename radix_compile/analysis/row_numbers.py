@@ -11,6 +11,8 @@ The rules of single ops are in ``rules.row_numbers``.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from radix_compile.analysis.flops import flops
-from radix_compile.ir.axes import BATCH, SEQ, Axis, Size, has_tokens
-from radix_compile.ir.graph import facts, tokens_of
+from radix_compile.ir.axes import BATCH, SEQ, Axis, Size, has_tokens, shape_of
+from radix_compile.ir.graph import tokens_of
 from radix_compile.ir.source import upstream
 from radix_compile.ir.value import value_of, values_of
 from radix_compile.torch_internals import size_symbols, val
@@ -99,23 +101,28 @@ class NumbersProgram:
 
     def _is_step(self, node: fx.Node) -> bool:
         if node not in self._is_given:
-            is_weight = node.op == "placeholder" and facts(node).is_static and _is_float(node)
+            is_weight = node.op == "placeholder" and _is_float(node) and not self._has_rows(node)
             is_pair = any(value.is_pair for value in values_of(node))
             is_call = node.op == "call_function"
             self._is_given[node] = not (is_weight or is_pair or (is_call and (flops(node) or node.is_impure())))
         return self._is_given[node]
 
+    def _has_rows(self, node: fx.Node) -> bool:
+        return shape_of(node)[:2] == (self.layout.batch, self.layout.seq)
+
     def size(self, size: Size) -> int | fx.Node | None:
-        """Return a size in this program; None if no input has it."""
-        if isinstance(size, sympy.Integer):
-            return int(size)
-        symbols = sorted(size.free_symbols, key=str)
-        if not all(symbol in self.symbols for symbol in symbols):
-            return None
-        places = [(self.symbols[symbol][0], self.symbols[symbol][1]) for symbol in symbols]
-        inputs = list(self.inputs.values())
-        sizes = [self.call(torch.ops.aten.sym_size.int, inputs[position], dim) for position, dim in places]
-        return self.call(_evaluate, sympy.lambdify(symbols, size, "math"), *sizes)
+        """Return a size in this program; None if it is not a sum or product of sizes of inputs."""
+        match size:
+            case sympy.Integer():
+                return int(size)
+            case sympy.Symbol() if size in self.symbols:
+                position, dim, _ = self.symbols[size]
+                return self.call(torch.Tensor.size, list(self.inputs.values())[position], dim)
+            case sympy.Add() | sympy.Mul():
+                parts = [self.size(part) for part in size.args]
+                operation = operator.add if isinstance(size, sympy.Add) else operator.mul
+                return None if None in parts else functools.reduce(functools.partial(self.call, operation), parts)
+        return None
 
     def all_rows(self, node: fx.Node) -> RowNumbers:
         """Return the numbers of a captured value that has one entry for each row."""
@@ -145,10 +152,6 @@ _KINDS: Mapping[Axis, str] = {(BATCH,): "batch", (SEQ,): "seq", (BATCH, SEQ): "r
 
 def _kind(axis: Axis) -> str | None:
     return _KINDS.get(axis) if has_tokens(axis) else ""
-
-
-def _evaluate(function: Callable[..., Any], *sizes: int) -> int:
-    return int(function(*sizes))
 
 
 # ------------------------------------------------------------------------------------------- steps of the program

@@ -84,7 +84,7 @@ def _print_graph(number: int, pair: GraphPair, console: Console) -> None:
         console.print(f"  {escape(refusal.op)}{f' in {escape(refusal.module)}' if refusal.module else ''}")
         console.print(f"  {escape(short(refusal.source))}" if refusal.source else "  (no source line)")
         console.print(f"  [dim]{escape(advice_on(refusal.code))}[/]")
-    for note in report.notes:
+    for note in report.remarks:
         console.print(f"[dim]note: {escape(note)}[/]")
 
 

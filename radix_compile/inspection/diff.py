@@ -49,7 +49,7 @@ class GraphPair:
             tuple(flat_ids[start + edge.start : start + min(edge.stop, edge.start + MAX_EDGE_IDS)])
             for start, edge in zip(starts, edges, strict=True)
         )
-        return replace(self, rows=plan.tokens, nodes=plan.compact_tokens, edges=edges, edge_ids=edge_ids)
+        return replace(self, rows=len(plan.scatter), nodes=plan.compact_tokens, edges=edges, edge_ids=edge_ids)
 
     def across(self, name: str) -> GraphPair:
         """Return the graph before and after the pass ``name``. Raises ``KeyError`` if it did not run on this graph."""

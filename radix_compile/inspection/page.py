@@ -74,7 +74,7 @@ def _graph(number: int, pair: GraphPair, layer: int | None, strings: _Strings) -
             {**asdict(refusal), "source": short(refusal.source), "advice": advice_on(refusal.code)}
             for refusal in report.refusals
         ],
-        "notes": report.notes,
+        "notes": report.remarks,
         "tree": [[edge.start, edge.stop, edge.first, edge.count] for edge in pair.edges],
         "ids": pair.edge_ids,
     }

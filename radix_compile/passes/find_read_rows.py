@@ -34,20 +34,19 @@ class AllRowsAreRead(Exception):  # noqa: N818 - a verdict about a graph, not an
 def find_read_rows(fold: Fold) -> None:
     """Set ``fold.read_rows``, and let every scatter write zeros to the rows that are not computed.
 
-    Needs ``fold_graph``. If every row may be read, nothing changes, and the report has a note with the reason.
+    Needs ``fold_graph``. If every row may be read, ``fold.every_row`` says why, and nothing else changes.
     """
-    padding = None
-    if fold.options.padding == "skip":
-        padding = hidden_padding(fold.captured)
-        if padding is None:
-            fold.notes.append(
-                'padding="skip" is off: there is no padding mask that every attention applies to its keys'
-            )
+    reads_earlier, hidden = _ancestors(fold)
+    is_skipped = fold.options.padding == "skip"
+    if is_skipped and hidden is None:
+        fold.notes.append('padding="skip" is off: there is no padding mask that every attention applies to its keys')
     try:
-        fold.read_rows = _Walk(fold, padding).run()
+        fold.read_rows = ReadRows(*_Walk(fold, hidden if is_skipped else None).run(), reads_earlier, hidden)
     except AllRowsAreRead as error:
-        fold.notes.append(f"no row is left out: {error}")
-        log.info(fold.notes[-1])
+        fold.every_row = str(error)
+        if is_skipped and hidden is not None:
+            fold.notes.append(f'padding="skip" is off: {error}')
+        log.info("every row is computed: %s", error)
         return
     for node in fold.program.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
         set_arguments(node, holes=True)
@@ -64,7 +63,7 @@ class _Walk:
     padding: FullyMasked | None
     numbers: dict[fx.Node, RowNumbers] = field(default_factory=dict, init=False)
 
-    def run(self) -> ReadRows:
+    def run(self) -> tuple[fx.GraphModule, tuple[int, ...]]:
         self.program = NumbersProgram(self.fold.captured)
         for node in self.fold.captured.graph.nodes:
             if node.op == "output":
@@ -73,7 +72,7 @@ class _Walk:
                 self.numbers[node] = self.program.all_rows(node) if len(values_of(node)) == 1 else ANY_ROWS
             elif Form.FULL in self.fold.wanted.runs.get(node, ()):
                 self._follow(node)
-        return ReadRows(*self.program.finish(), *_ancestors(self.fold))
+        return self.program.finish()
 
     def _is_scattered(self, node: fx.Node) -> bool:
         wanted = self.fold.wanted
@@ -115,7 +114,7 @@ class _Walk:
         numbers = self.numbers[source]
         if numbers.is_whole:
             raise AllRowsAreRead(
-                locate(reader, "it may read every row") if reader.op != "output" else "they are returned"
+                locate(reader, "it may read every row") if reader.op != "output" else "all are returned"
             )
         if numbers.node is not None:
             self.program.read[numbers.node] = None

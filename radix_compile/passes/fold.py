@@ -86,7 +86,8 @@ class Fold:
     ``program``     the folded program; before ``fold_graph``, the captured one.
     ``starts``      where the paths of rows may start (``prove_shift``).
     ``column``      the first op after which a row may depend on its column, if there is one (``prove_shift``).
-    ``read_rows``   the rows whose results are read; None if all may be (``find_read_rows``).
+    ``read_rows``   the rows whose results are read; None if all may be (``find_read_rows``),
+    ``every_row``   which is why.
     ``notes``       sentences for the report.
     """
 
@@ -101,6 +102,7 @@ class Fold:
     starts: Starts = field(default_factory=Starts)
     column: fx.Node | None = None
     read_rows: ReadRows | None = None
+    every_row: str = ""
     notes: list[str] = field(default_factory=list)
 
     def tree_attention(self, node: fx.Node) -> TreeAttention | None:

@@ -59,6 +59,7 @@ class GraphReport:
     ``bytes_folded``     bytes of the tensors that are folded, in full form, at the captured shapes.
     ``bytes_scattered``  bytes of the tensors that are scattered, in full form, at the captured shapes.
     ``regions``          the parts that run once per node.
+    ``every_row``        why all rows are computed; empty if only those are that results depend on.
     ``refusals``         the ops at which folding stops, if matrix products or attention follow.
     ``flops_compact``    FLOPs of matrix products that run once per node, at the captured shapes, without folding.
     ``flops_tree``       FLOPs of attention that runs on the prefix tree, likewise.
@@ -76,9 +77,19 @@ class GraphReport:
     attentions: list[Attention] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    every_row: str = ""
     flops_compact: int = 0
     flops_tree: int = 0
     flops_full: int = 0
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences about a folded graph for its user."""
+        if not self.folded:
+            return self.notes
+        if self.every_row:
+            return [f"every row is computed: {self.every_row}", *self.notes]
+        return ["only rows that results depend on are computed", *self.notes]
 
     @property
     def foldable_share(self) -> float:
@@ -105,6 +116,7 @@ def report_on(fold: Fold) -> GraphReport:
     report.model = graph_facts(captured).model
     report.bytes_folded, report.bytes_scattered = (_bytes_converted(wanted, form) for form in (Form.COMPACT, Form.FULL))
     report.place = _place([module_of(node) for node in captured.graph.nodes if node in compact and flops(node)])
+    report.every_row = fold.every_row
     report.notes += [*fold.notes, *_notes_on_scans(tokens, wanted)]
     report.refusals = _refusals_that_matter(captured.graph, tokens)
     return report

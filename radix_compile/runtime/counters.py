@@ -15,7 +15,8 @@ class Stats:
     """Counts since the start of the process or :func:`reset_stats`.
 
     ``calls``, ``folded_calls``    calls of graphs that can fold, and those that did.
-    ``tokens``, ``compact_tokens`` rows and nodes, summed over folded calls.
+    ``tokens``, ``read_tokens``, ``compact_tokens``  rows, those that results depend on, and the distinct ones of these
+                                   (nodes), summed over folded calls.
     ``pairs``, ``tree_pairs``      pairs of a query and a key of its sequence, and of a node and an ancestor or itself,
                                    summed over folded calls with attention on the tree.
     ``plain_calls``                calls by the reason that they ran plain.
@@ -33,6 +34,7 @@ class Stats:
     calls: int = 0
     folded_calls: int = 0
     tokens: int = 0
+    read_tokens: int = 0
     compact_tokens: int = 0
     pairs: int = 0
     tree_pairs: int = 0
@@ -69,7 +71,8 @@ class Stats:
             if model.folded_calls:
                 shares = ", ".join(f"{count} at {low / TENTHS:.1f} to {(low + 1) / TENTHS:.1f}"
                                    for low, count in enumerate(model.histogram) if count)  # fmt: skip
-                lines.append(f"  {model.tokens:,} rows -> {model.compact_tokens:,} ({1 / model.compression:.2f}x)")
+                rows = f"{model.tokens:,} rows, {model.read_tokens:,} read, {model.compact_tokens:,} distinct"
+                lines.append(f"  {rows} ({1 / model.compression:.2f}x)")
                 lines.append(f"  nodes per row, by calls: {shares}")
                 lines.append(f"  {model.flops_saved:.3g} FLOPs saved, {model.moved_bytes:,} bytes moved between forms")
             lines.append(f"  {1e3 * model.plan_seconds / max(model.calls, 1):.2f} ms of planning per call")
@@ -80,6 +83,7 @@ _SERIES = (
     ("calls", "counter", "Calls of graphs that can fold."),
     ("folded_calls", "counter", "Calls that ran a folded program."),
     ("tokens", "counter", "Rows of folded calls."),
+    ("read_tokens", "counter", "Rows of folded calls that results depend on."),
     ("compact_tokens", "counter", "Nodes of folded calls."),
     ("plan_seconds", "counter", "Seconds spent planning calls and timing programs."),
     ("moved_bytes", "counter", "Bytes read and written between rows and nodes in folded calls, forward."),

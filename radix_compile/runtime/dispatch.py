@@ -105,7 +105,7 @@ class PerCall:
             return self._run_plain(wrapped, chosen.reason)
         arrays = chosen.inputs.arrays(plan, args, ids.device)
         self._count(chosen, counts, plan, time.perf_counter() - started)
-        with torch.profiler.record_function(f"radix: {self.place}, {plan.tokens} -> {plan.compact_tokens} rows"):
+        with torch.profiler.record_function(f"radix: {self.place}, {counts.rows} -> {plan.compact_tokens} rows"):
             results = chosen.program(*args, *arrays)
         if chosen.verify is not None:
             chosen.verify(results, args, arrays, wrapped, chosen.program, self.plain)
@@ -115,8 +115,9 @@ class PerCall:
         on_the_tree = {"pairs": counts.pairs, "tree_pairs": counts.tree_pairs} if chosen.inputs.tree is not None else {}
         COUNTERS.folded(
             self.name,
-            plan.tokens,
+            counts.rows,
             plan.compact_tokens,
+            read_tokens=plan.tokens,
             plan_seconds=seconds,
             moved_bytes=chosen.work.moved(counts),
             flops_saved=chosen.work.flops(counts.unshared) - chosen.work.flops(counts),

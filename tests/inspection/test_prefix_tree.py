@@ -29,7 +29,7 @@ def test_edges_are_the_nodes(batch: int, seq: int, seed: int, padded: bool) -> N
     ids = torch.randint(0, 2, (batch, seq), generator=generator)
     lengths = torch.randint(1, seq + 1, (batch, 1), generator=generator)
     skip = torch.arange(seq) >= lengths
-    plan = PrefixPlan.from_rows(ids, skip.long(), skip=skip) if padded else PrefixPlan.from_rows(ids)
+    plan = PrefixPlan.from_rows(ids, skip.long(), needed=~skip) if padded else PrefixPlan.from_rows(ids)
     edges = edges_of(plan)
     assert sum(edge.stop - edge.start for edge in edges) == plan.compact_tokens
     assert sum((edge.stop - edge.start) * edge.count for edge in edges) == plan.tokens

@@ -31,8 +31,8 @@ class Plan(NamedTuple):
         return len(self.fold)
 
 
-def plan_of(ids: Tensor, skip: Tensor | None = None, pad: int | None = None, device: str = "cpu") -> Plan:
-    plan = PrefixPlan.from_rows(ids, skip=skip, pad_multiple_of=pad)
+def plan_of(ids: Tensor, needed: Tensor | None = None, pad: int | None = None, device: str = "cpu") -> Plan:
+    plan = PrefixPlan.from_rows(ids, needed=needed, pad_multiple_of=pad)
     arrays = [plan.fold, plan.scatter, *plan.row_lists()]
     return Plan(*ids.shape, *(torch.from_numpy(array).to(device) for array in arrays))
 

@@ -16,7 +16,7 @@ radix = torch.ops.radix
 
 BATCH, SEQ, HEADS, WIDTH = 3, 4, 2, 5
 PLAN = plan_of(torch.tensor([[1, 2, 3, 3], [1, 3, 2, 1], [1, 2, 3, 4]]))
-HOLES = tree(BATCH, SEQ, skip=torch.arange(12).view(BATCH, SEQ) % 4 == 3)
+HOLES = tree(BATCH, SEQ, needed=torch.arange(12).view(BATCH, SEQ) % 4 != 3)
 LISTS = PLAN.lists
 
 

@@ -23,7 +23,7 @@ PLANS = {
     "all equal": shared(4, 6, 6, device=DEVICE),
     "a prefix": shared(5, 7, 4, device=DEVICE),
     "a tree": tree(9, 11, device=DEVICE),
-    "holes": tree(6, 9, skip=torch.arange(54).view(6, 9) % 9 > 6, device=DEVICE),
+    "holes": tree(6, 9, needed=torch.arange(54).view(6, 9) % 9 <= 6, device=DEVICE),
     "padded fold": tree(4, 5, pad=16, device=DEVICE),
     "long lists": shared(150, 3, 2, device=DEVICE),
     "long and short lists": tree(200, 6, device=DEVICE),

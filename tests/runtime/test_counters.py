@@ -37,7 +37,7 @@ def test_by_model_and_reason() -> None:
     printed = str(counted)
     assert "Qwen3ForCausalLM: 3 calls, 2 folded" in printed
     assert "ran plain: 1 x too little is shared" in printed
-    assert "96 rows -> 48 (2.00x)" in printed
+    assert "96 rows, 96 read, 48 distinct (2.00x)" in printed
     assert "2 at 0.4 to 0.5" in printed
 
 

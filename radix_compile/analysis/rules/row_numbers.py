@@ -20,6 +20,7 @@ from torch import fx
 
 from radix_compile.analysis import row_numbers
 from radix_compile.analysis.arguments import argument, is_tensor, source_of
+from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.row_numbers import NO_MORE_ROWS, NumbersProgram, RowNumbers
 from radix_compile.ir.axes import Size, shape_of
 from radix_compile.torch_internals import val
@@ -233,17 +234,7 @@ def elementwise(node: fx.Node, rows: fx.Node, source: RowNumbers, program: Numbe
     """An op whose result has an entry for each entry of its largest argument, which is the one with the rows."""
     if len(val(node).shape) != source.rank:
         return None
-    return replace(source, is_finite=source.is_finite and node.target in FINITE)
-
-
-FINITE = frozenset(
-    {
-        *(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.neg.default),
-        *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar),
-        *(aten.tanh.default, aten.sigmoid.default, aten.relu.default),
-    }
-)
-"""Ops that are finite at zero, and so are their derivatives."""
+    return replace(source, is_finite=source.is_finite and info_of(node.target).finite_at_zero)
 
 
 @of_first
@@ -282,24 +273,19 @@ def shown_by(node: fx.Node, rows: fx.Node) -> tuple[fx.Node, bool] | None:
 
 
 def _is_mask(factor: fx.Node) -> bool:
-    """Is a factor an input, or integers that were cast? Then there may be zeros in it, unlike in a table."""
-    factor = _before_casts(factor)
-    return is_tensor(factor) and (factor.op == "placeholder" or not val(factor).dtype.is_floating_point)
+    """Is a factor an input ``[B, S]``, or integers that were cast? Then there may be zeros in it, unlike in a table."""
+    if not is_tensor(factor):
+        return False
+    while info_of(factor.target).is_view:
+        factor = source_of(factor)
+    return not val(factor).dtype.is_floating_point or (factor.op == "placeholder" and val(factor).ndim == 2)
 
 
 def _before_casts(node: fx.Node) -> fx.Node:
     """Return the value before casts, copies and expansions, which keep zeros and lose none."""
-    while node.target in KEEP_ZEROS and len(val(node).shape) == len(val(source_of(node)).shape):
+    while info_of(node.target).row_numbers in (same, expand) and val(node).ndim == val(source_of(node)).ndim:
         node = source_of(node)
     return node
-
-
-KEEP_ZEROS = frozenset(
-    {
-        *(aten.expand.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default),
-        *(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default),
-    }
-)
 
 
 def hide(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersProgram) -> RowNumbers | None:
