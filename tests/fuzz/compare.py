@@ -27,19 +27,22 @@ def assert_same(
     ours: Results,
     plain: Results,
     weights: Sequence[nn.Parameter],
-    kept: Tensor | None = None,
+    kept: Sequence[Tensor | None] = (),
     twice: bool = False,
     tolerance: float = 1e-9,
 ) -> None:
-    """Compare the results, or their rows where ``kept`` is true, and the gradients of all weights.
+    """Compare the results, or their entries where ``kept`` is true, if there is one, and the gradients of all weights.
 
     With ``twice``, the backward pass of ``ours`` runs twice. The graph of ``plain`` is kept for further comparisons.
     ``tolerance`` is relative to the largest entry.
     """
     assert len(ours) == len(plain), f"{len(ours)} results, not {len(plain)}"
     rows, plain_rows = ours, plain
-    if kept is not None and not kept.all():
-        rows, plain_rows = tuple(result[kept] for result in ours), tuple(result[kept] for result in plain)
+    if kept:
+        rows, plain_rows = (
+            tuple(one if where is None else one * where for one, where in zip(results, kept, strict=True))
+            for results in (ours, plain)
+        )
     for result, expected in zip(rows, plain_rows, strict=True):
         assert_close(result, expected, tolerance)
     plain_gradients = gradients(plain_rows, weights, plain_rows, keep_graph=True)

@@ -50,13 +50,14 @@ class Call:
 
 @dataclass
 class Outcome:
-    """Counts of the examples: how many folded, met a refusal, could not be compared (``discarded``), and so on."""
+    """Counts of the examples: how many folded, met a refusal, could not be compared (``discarded``), computed only
+    some rows (``unread``), and so on."""
 
     examples: int = 0
     folded: int = 0
     refused: int = 0
     discarded: int = 0
-    skipped_padding: int = 0
+    unread: int = 0
     tokens: int = 0
     compact_tokens: int = 0
     routes: dict[str, int] = field(default_factory=dict)

@@ -156,14 +156,15 @@ def draw_program(
     d.padded = d.has("padding") and d.chance(0.05 if packed else 0.4)
     d.relative = (packed or d.padded) and d.chance(0.8)
     kinds = {Kind.POSITION_WISE: 5, Kind.CAUSAL: 4}
-    if not d.padded and not packed and d.chance(0.6):
+    share = d.random.random()
+    has_head = share < 0.3
+    if not d.padded and not packed and d.chance(0.2 if has_head else 0.6):  # behind mixing pieces every row is read
         kinds |= {Kind.MIXING: 2, Kind.ANY: 2}
     blocks = [_embedding(d)]
     for i in range(d.number(1, min(3 if d.relative else 4, most))):
         piece_kinds = {Kind.CAUSAL: 1} if (packed or d.relative) and not i else kinds
         blocks.append(_block(d, draw_piece(d, piece_kinds), len(blocks)))
-    share = d.random.random()
-    head = d.write(Piece("head", Kind.ANY, draw_head, lambda d: True)) if share < 0.2 else ""
+    head = d.write(Piece("head", Kind.ANY, draw_head, lambda d: True)) if has_head else ""
     outputs = d.write(Piece("outputs", Kind.ANY, draw_outputs, lambda d: True)) if share > 0.7 else ""
     return Program(sizes, inputs, tuple(blocks), head, d.shapes, seed, d.fixed, outputs, d.padded)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import radix_compile
 from radix_compile import backend
+from radix_compile.analysis.row_numbers import NumbersProgram, number_rows
 from radix_compile.ir.errors import CannotFold, RunsPlain
 from radix_compile.ir.graph import tokens_of
+from radix_compile.ir.value import values_of
 from radix_compile.options import Options
 from radix_compile.passes.capture import capture
 from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD
@@ -36,12 +38,12 @@ RUNS_EAGERLY = "torch.compile runs it eagerly"
 
 
 def _compare(
-    ours: tuple[Tensor, ...], call: Call, plain: Module, kept: Tensor | None = None, twice: bool = False
+    ours: tuple[Tensor, ...], call: Call, plain: Module, kept: Sequence[Tensor | None] = (), twice: bool = False
 ) -> None:
     """Compare the results of a call in every way. This overwrites ``ours``."""
     weights, tolerance = list(plain.parameters()), plain.tolerance
     assert_same(ours, call.expected, weights, kept, twice, tolerance)
-    if kept is None or kept.all():
+    if not kept:
         assert_same_writes(ours, plain(**call.batch), [*weights, *call.batch.values()], tolerance)
 
 
@@ -76,14 +78,14 @@ def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Ou
         outcome.add(refused=1)
         return
     outcome.add(folded=report_on(folds[0]).folded, refused=bool(tokens_of(source).refusals))
-    outcome.add(skipped_padding=folds[0].left_out is not None)
+    outcome.add(unread=folds[0].read_rows is not None)
     if not programs[0][1].keys:  # nothing runs compact
         return
     if programs[0][1].may_leave_the_tree:
         folds.append(fold_as(FOLD_OFF_THE_TREE, source, options))
         programs.append((folds[1].program, plan_inputs(folds[1])))
     for call in calls:
-        compared = [_check_call(folded, inputs, plain, call, outcome) for folded, inputs in programs]
+        compared = [_check_call(source, *program, plain, call, example.skip, outcome) for program in programs]
         if any(compared) and all(result.isfinite().all() for result in call.expected):
             other_batch = next((other.batch for other in calls if other is not call), call.batch)
             args, other_args = ([*batch.values(), *plain.parameters()] for batch in (call.batch, other_batch))
@@ -91,7 +93,15 @@ def check_passes(example: Example, plain: Module, calls: list[Call], outcome: Ou
                 check_claims(source, args, other_args)
 
 
-def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call: Call, outcome: Outcome) -> bool:
+def _check_call(
+    source: fx.GraphModule,
+    folded: fx.GraphModule,
+    inputs: PlanInputs,
+    plain: Module,
+    call: Call,
+    skip: bool,
+    outcome: Outcome,
+) -> bool:
     """Compare a call, if it folds. Returns whether it does."""
     args = [*call.batch.values(), *plain.parameters()]
     try:
@@ -100,13 +110,22 @@ def _check_call(folded: fx.GraphModule, inputs: PlanInputs, plain: Module, call:
         return False
     if not plan.compact_tokens:
         return False
-    outcome.add(tokens=plan.tokens, compact_tokens=plan.compact_tokens)
-    kept = torch.from_numpy(plan.scatter >= 0).view(call.batch["ids"].shape)
-    if len(kept) == len(kept.mT):  # in results with swapped axes, the zeros of omitted rows are swapped too
-        kept = kept & kept.mT
+    outcome.add(tokens=len(plan.scatter), compact_tokens=plan.compact_tokens)
+    kept = _kept(source, torch.from_numpy(plan.scatter >= 0), call.batch["ids"]) if skip else []
     arrays = inputs.arrays(plan, args, torch.device("cpu"))
     _compare(folded(*args, *arrays), call, plain, kept=kept)
     return True
+
+
+def _kept(source: fx.GraphModule, has_node: Tensor, ids: Tensor) -> list[Tensor | None]:
+    """For each result that has an entry for each row, where the row has a node; else it is zero with padding="skip"."""
+    program = NumbersProgram(source)
+    (output,) = source.graph.find_nodes(op="output")
+    kept: list[Tensor | None] = []
+    for node in output.args[0]:
+        numbers = program.all_rows(node).node if values_of(node)[0].is_row else None
+        kept.append(None if numbers is None else has_node[number_rows(*ids.shape, ids.device, numbers.args[-1])])
+    return kept
 
 
 # --------------------------------------------------------------------------------------------- through torch.compile

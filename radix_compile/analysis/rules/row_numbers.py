@@ -308,14 +308,16 @@ def hide(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersProgr
 @of_first
 def cross_entropy(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersProgram) -> RowNumbers | None:
     """``cross_entropy_loss`` and ``nll_loss``: a row whose target is ignored has no loss and no gradient."""
-    target = argument(node, "target")
+    target, classes = argument(node, "target"), 1
     shown = program.given(target)
-    if shown is None or source.rank != 2 or val(target).ndim != 1 or val(target).dtype.is_floating_point:
+    if shown is None or val(target).ndim != source.rank - 1 or val(target).dtype.is_floating_point:
+        return None
+    if classes in source.dims:
         return None
     shown = program.call(aten.ne.Scalar, shown, argument(node, "ignore_index"))
-    shown = program.call(aten.unsqueeze.default, shown, 1)
+    shown = program.call(aten.unsqueeze.default, shown, classes)
     numbers = program.call(row_numbers.hide, source.node, shown)
     if argument(node, "reduction"):
         program.read[numbers] = None
         return NO_MORE_ROWS
-    return _without(replace(source, node=numbers, is_whole=False, is_finite=True), {1}, program)
+    return _without(replace(source, node=numbers, is_whole=False, is_finite=True), {classes}, program)
