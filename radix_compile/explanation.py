@@ -31,6 +31,7 @@ class Explanation:
     ``tokens``          rows (sequences times columns) of the folded calls in this run.
     ``read_tokens``     those that results depend on.
     ``compact_tokens``  nodes of the prefix tree: the rows that the folded programs computed.
+    ``head_tokens``     those of them for which ops behind the last attention run.
     ``pairs``           pairs of a query and a key of its sequence, in calls with attention on the prefix tree.
     ``tree_pairs``      pairs of a node and an ancestor (or itself) that attention on the prefix tree computes.
     ``predicted``       predicted seconds by program ("plain", "full fold", ...). Empty unless calls of about this size
@@ -44,6 +45,7 @@ class Explanation:
     tokens: int = 0
     read_tokens: int = 0
     compact_tokens: int = 0
+    head_tokens: int = 0
     pairs: int = 0
     tree_pairs: int = 0
     predicted: dict[str, float] = field(default_factory=dict)
@@ -76,10 +78,15 @@ class Explanation:
         """FLOPs of the matrix products and attention of this run, folded where it folds."""
         if not self.folded:
             return self.flops_before
-        node_share = self.compact_tokens / self.tokens
+        node_share, head_share = self.compact_tokens / self.tokens, self.head_tokens / self.tokens
         pair_share = self.tree_pairs / self.pairs if self.pairs else 1.0
         return sum(
-            round(graph.flops_compact * node_share + graph.flops_tree * pair_share) + graph.flops_full
+            round(
+                (graph.flops_compact - graph.flops_head) * node_share
+                + graph.flops_head * head_share
+                + graph.flops_tree * pair_share
+            )
+            + graph.flops_full
             if graph.folded
             else graph.flops_compact + graph.flops_tree + graph.flops_full
             for graph in self.graphs
@@ -92,6 +99,7 @@ class Explanation:
             "tokens": self.tokens,
             "read_tokens": self.read_tokens,
             "compact_tokens": self.compact_tokens,
+            "head_tokens": self.head_tokens,
             "pairs": self.pairs,
             "tree_pairs": self.tree_pairs,
             "flops_before": self.flops_before,
@@ -216,7 +224,16 @@ def explanation_of(
     diff = GraphDiff(tuple(backend.pairs), getattr(model, "__name__", type(model).__name__))
     graphs = [pair.report for pair in backend.pairs]
     return Explanation(
-        graphs, counted.tokens, counted.read_tokens, counted.compact_tokens, *pairs, predicted, measured, breaks, diff
+        graphs,
+        counted.tokens,
+        counted.read_tokens,
+        counted.compact_tokens,
+        counted.head_tokens,
+        *pairs,
+        predicted,
+        measured,
+        breaks,
+        diff,
     )
 
 

@@ -75,12 +75,14 @@ def test_the_number_of_nodes_is_unbacked() -> None:
         assert not statically_known_true(fold.shape[0] <= 31)
         specs = [(array.shape, array.dtype) for array in PLAN_ARRAYS]
         plan = dict(zip(BY_NAME, internals.unbacked_plan_inputs(specs, 24, 32, cpu), strict=True))
-        fold, scatter, begin, end, *_, rows, starts, pieces = plan.values()
+        fold, scatter, begin, end = (plan[name] for name in ("fold", "scatter", "begin", "end"))
+        rows, starts, pieces = (plan[name] for name in ("rows", "starts", "pieces"))
         assert plan["stretches"].shape[1] == 3
         assert plan["tile_masks"].dtype == torch.float32
         assert pieces.shape[0].node.hint is None or not pieces.shape[0].node.has_hint()
         assert scatter.shape == rows.shape == (24,)
         assert str(starts.shape[0] - 1) == str(fold.shape[0]) == str(begin.shape[0]) == str(end.shape[0])
+        assert str(plan["head_starts"].shape[0] - 1) == str(plan["head_fold"].shape[0]) != str(fold.shape[0])
         assert not internals.fake_mode().shape_env.pending_fresh_unbacked_symbols
 
     in_a_backend(check)

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from radix_compile.analysis.flops import flops
 from radix_compile.ir.axes import BATCH, SEQ, Axis, Size, has_tokens, shape_of
+from radix_compile.ir.facts import FullyMasked
 from radix_compile.ir.graph import tokens_of
 from radix_compile.ir.source import upstream
 from radix_compile.ir.value import value_of, values_of
@@ -70,6 +71,10 @@ class NumbersProgram:
         self.symbols = size_symbols(captured.graph)
         self.read: dict[fx.Node, None] = {}
         """The numbers that are read."""
+        self.masks: set[fx.Node] = set()
+        """The captured masks that hide rows."""
+        self.has_picks = False
+        """Are rows picked, by slices or indices?"""
         self._copies: dict[fx.Node, fx.Node] = dict(self.inputs)
         self._is_given: dict[fx.Node, bool] = {}
 
@@ -133,6 +138,11 @@ class NumbersProgram:
         dims = frozenset(dim for dim, kind in enumerate(kinds) if kind)
         return RowNumbers(numbers, len(kinds), dims)
 
+    def picks_others_than(self, hidden: FullyMasked | None) -> bool:
+        """Return whether rows are not read for another reason than that they are ``hidden`` from attention."""
+        allowed = set() if hidden is None else {_origin(hidden.source)}
+        return self.has_picks or any(_origin(mask) not in allowed for mask in self.masks)
+
     def finish(self) -> tuple[fx.GraphModule, tuple[int, ...]]:
         """Return the program, whose result is bool ``[B, S]``, and the positions of the inputs that it takes."""
         self.graph.output(self.call(mark_read, *self.sizes, *self.read))
@@ -141,6 +151,13 @@ class NumbersProgram:
             if not node.users:
                 self.graph.erase_node(node)
         return fx.GraphModule(self.captured, self.graph), tuple(taken)
+
+
+def _origin(mask: fx.Node) -> fx.Node:
+    """Return the input that a mask is a view, a cast or a comparison of."""
+    while len(mask.all_input_nodes) == 1:
+        mask = mask.all_input_nodes[0]
+    return mask
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -19,13 +19,13 @@ from radix_compile.ir.graph import facts, graph_facts
 from radix_compile.ir.source import origin_name
 from radix_compile.ir.value import Value, module_of, source_line, values_of
 from radix_compile.passes.fold import Fold
-from radix_compile.passes.verify import NODES, plan_shapes
+from radix_compile.passes.verify import HEAD, NODES, plan_shapes
 from radix_compile.torch_internals import val
 
 BOUNDARY = "boundary"
 """The form of folds, scatters and gathers, which convert between rows and nodes."""
-NODES_NAME = "T'"
-"""The number of nodes of the prefix tree in printed shapes."""
+NAMES = {NODES: "T'", HEAD: "H'"}
+"""The numbers of nodes of the prefix tree, and of nodes of the head, in printed shapes."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _node_view(node: fx.Node, result: Any, fold: Fold | None) -> NodeView:
         arguments=_arguments(node),
         shape=_shape(tensors[0]) if tensors else "",
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
-        fixed=sum(_bytes(tensor) for tensor in tensors if not _has_nodes(tensor)),
-        per_node=sum(_bytes(tensor) // NODES for tensor in tensors if _has_nodes(tensor)),
+        fixed=sum(_bytes(tensor) for tensor in tensors if not _counted(tensor)),
+        per_node=sum(_bytes(tensor) // nodes for tensor in tensors if (nodes := _counted(tensor))),
         form=BOUNDARY if is_radix_op and not _is_compute(node) else _form(node, fold),
         module=module_of(node),
         source=source_line(node),
@@ -167,18 +167,18 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _size(size: int | torch.SymInt) -> str:
-    if isinstance(size, int) and _counts_nodes(size):
-        factor = size // NODES
-        return NODES_NAME if factor == 1 else f"{factor} {NODES_NAME}"
-    return f"{NODES_NAME} + 1" if size == NODES + 1 else str(size)
+    for nodes, name in NAMES.items():
+        if size == nodes + 1:
+            return f"{name} + 1"
+        if isinstance(size, int) and size > 0 and size % nodes == 0:
+            return name if size == nodes else f"{size // nodes} {name}"
+    return str(size)
 
 
-def _has_nodes(tensor: torch.Tensor) -> bool:
-    return any(isinstance(size, int) and _counts_nodes(size) for size in tensor.shape)
-
-
-def _counts_nodes(size: int) -> bool:
-    return size > 0 and size % NODES == 0
+def _counted(tensor: torch.Tensor) -> int | None:
+    """Return the number of nodes, or of nodes of the head, that a tensor has entries for; None if it has none."""
+    sizes = [size for size in tensor.shape if isinstance(size, int) and size > 0]
+    return next((nodes for nodes in NAMES if any(size % nodes == 0 for size in sizes)), None)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -68,7 +68,7 @@ def _line(before: NodeView, after: NodeView) -> Line:
     same_op = SAME_OP.get(before.op, before.op) == SAME_OP.get(after.op, after.op)
     if not (same_op and after.origin in ("", before.name)) and after.op not in REPLACEMENTS:
         return Line(Kind.ADDED, None, after)
-    is_compact = after.op in REPLACEMENTS or (after.form == "compact" and after.origin)
+    is_compact = after.op in REPLACEMENTS or (after.form in ("compact", "head") and after.origin)
     return Line(Kind.COMPACT if is_compact else Kind.SAME, before, after)
 
 

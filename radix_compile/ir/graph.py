@@ -25,10 +25,14 @@ _FACTS = "radix"
 
 
 class Form(Enum):
-    """The form of a value: one entry per row (full), per node of the prefix tree (compact), or as its users need."""
+    """The form of a value: one entry per row (full), per node of the prefix tree (compact), or as its users need.
+
+    Behind the last attention, the compact form has entries for rows that are read alone (head).
+    """
 
     FULL = "full"
     COMPACT = "compact"
+    HEAD = "head"
     EITHER = "either"
 
 

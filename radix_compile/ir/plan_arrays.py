@@ -15,8 +15,13 @@ import torch
 Code = Literal["torch", "triton"]
 """The code that runs attention on the tree: ``kernels.torch_attention`` or ``kernels.triton_attention``."""
 
-Group = Literal["always", "tree", "lists"] | Code
-"""When an array is passed: always, for attention on the tree, for gradients, or for the code of attention."""
+Group = Literal["always", "tree", "lists", "head", "head lists"] | Code
+"""When an array is passed: always, for attention on the tree, for gradients, for ops that run for rows that are read
+alone (and their gradients), or for the code of attention."""
+
+Indexes = Literal["nodes", "head", "nodes of head"]
+"""What an op moves entries between with the array: rows and nodes, rows and the nodes of the head, or the two kinds of
+nodes. An op takes arrays of one kind."""
 
 Size = TypeVar("Size")
 
@@ -25,13 +30,17 @@ Size = TypeVar("Size")
 class PlanArray:
     """An array of the plan. Its ``shape`` has integers and names of sizes.
 
-    ``nodes`` is T' and ``rows`` is B * S; each other name is a separate size, known only in the call.
+    ``nodes`` is T', ``head`` the number of nodes whose rows are read themselves, ``rows`` is B * S; each other name is
+    a separate size, known only in the call. ``argument`` is the argument of our ops that takes the array, by default
+    the one of its name.
     """
 
     name: str
     shape: tuple[str | int, ...]
     group: Group
     dtype: torch.dtype = torch.int64
+    argument: str = ""
+    indexes: Indexes = "nodes"
 
     @property
     def placeholder(self) -> str:
@@ -62,10 +71,18 @@ PLAN_ARRAYS = (
     PlanArray("rows", ("rows",), "lists"),  # PrefixPlan.row_lists
     PlanArray("starts", ("nodes + 1",), "lists"),
     PlanArray("pieces", ("pieces",), "lists"),
+    PlanArray("head_nodes", ("head",), "head", argument="fold", indexes="nodes of head"),  # PrefixPlan.head
+    PlanArray("head_places", ("nodes",), "head", argument="scatter", indexes="nodes of head"),
+    PlanArray("head_fold", ("head",), "head", argument="fold", indexes="head"),
+    PlanArray("head_scatter", ("rows",), "head", argument="scatter", indexes="head"),
+    PlanArray("head_rows", ("rows",), "head lists", argument="rows", indexes="head"),
+    PlanArray("head_starts", ("head + 1",), "head lists", argument="starts", indexes="head"),
+    PlanArray("head_pieces", ("head pieces",), "head lists", argument="pieces", indexes="head"),
 )
 """The arrays in the order of a folded program's inputs, after the inputs of the captured graph."""
 
 BY_NAME = {array.name: array for array in PLAN_ARRAYS}
+BY_PLACEHOLDER = {array.placeholder: array for array in PLAN_ARRAYS}
 
 
 def plan_arrays(groups: Collection[Group]) -> tuple[PlanArray, ...]:

@@ -16,7 +16,6 @@ from torch import fx
 
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.row_numbers import ANY_ROWS, NumbersProgram, RowNumbers, hide_rows
-from radix_compile.ir.calls import set_arguments
 from radix_compile.ir.facts import FullyMasked, Score
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import is_row, locate, values_of
@@ -32,24 +31,22 @@ class AllRowsAreRead(Exception):  # noqa: N818 - a verdict about a graph, not an
 
 
 def find_read_rows(fold: Fold) -> None:
-    """Set ``fold.read_rows``, and let every scatter write zeros to the rows that are not computed.
+    """Set ``fold.read_rows``.
 
-    Needs ``fold_graph``. If every row may be read, ``fold.every_row`` says why, and nothing else changes.
+    Needs ``choose_forms``. If every row may be read, ``fold.every_row`` says why, and nothing else changes.
     """
     reads_earlier, hidden = _ancestors(fold)
     is_skipped = fold.options.padding == "skip"
     if is_skipped and hidden is None:
         fold.notes.append('padding="skip" is off: there is no padding mask that every attention applies to its keys')
     try:
-        fold.read_rows = ReadRows(*_Walk(fold, hidden if is_skipped else None).run(), reads_earlier, hidden)
+        walk = _Walk(fold, hidden if is_skipped else None)
+        fold.read_rows = ReadRows(*walk.run(), reads_earlier, hidden, walk.program.picks_others_than(hidden))
     except AllRowsAreRead as error:
         fold.every_row = str(error)
         if is_skipped and hidden is not None:
             fold.notes.append(f'padding="skip" is off: {error}')
         log.info("every row is computed: %s", error)
-        return
-    for node in fold.program.graph.find_nodes(op="call_function", target=torch.ops.radix.scatter_rows.default):
-        set_arguments(node, holes=True)
 
 
 @dataclass

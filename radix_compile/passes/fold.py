@@ -65,12 +65,14 @@ class ReadRows:
     ``inputs``         the positions of the captured graph's inputs that it takes.
     ``reads_earlier``  these rows depend on the earlier rows of their sequence,
     ``hidden``         but for those.
+    ``are_picked``     there may be others than these that are not read.
     """
 
     program: fx.GraphModule
     inputs: tuple[int, ...]
     reads_earlier: bool
     hidden: FullyMasked | None
+    are_picked: bool
 
 
 @dataclass
@@ -82,12 +84,13 @@ class Fold:
     ``attentions``  how each attention runs on the tree, or why it does not (``fold_attention``).
     ``homes``       the form in which each node runs (``choose_cuts``).
     ``light``       whether a node is computed from the inputs by cheap ops alone, as far as ``is_light`` was asked.
-    ``wanted``      the forms in which each node's value is wanted (``fold_graph``).
+    ``wanted``      the forms in which each node's value is wanted (``choose_forms``).
     ``program``     the folded program; before ``fold_graph``, the captured one.
     ``starts``      where the paths of rows may start (``prove_shift``).
     ``column``      the first op after which a row may depend on its column, if there is one (``prove_shift``).
     ``read_rows``   the rows whose results are read; None if all may be (``find_read_rows``),
     ``every_row``   which is why.
+    ``head``        the nodes whose compact values have entries for rows that are read alone (``choose_head``).
     ``notes``       sentences for the report.
     """
 
@@ -103,6 +106,7 @@ class Fold:
     column: fx.Node | None = None
     read_rows: ReadRows | None = None
     every_row: str = ""
+    head: frozenset[fx.Node] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     def tree_attention(self, node: fx.Node) -> TreeAttention | None:
@@ -116,6 +120,6 @@ class Fold:
         return () if found is None else found.biases
 
     def attentions_on_tree(self) -> list[TreeAttention]:
-        """The attentions that run on the tree. Needs ``fold_graph``."""
+        """The attentions that run on the tree. Needs ``choose_forms``."""
         found = [self.tree_attention(node) for node, runs in self.wanted.runs.items() if Form.COMPACT in runs]
         return [one for one in found if one is not None]

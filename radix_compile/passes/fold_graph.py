@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -36,8 +36,8 @@ from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.kernels import index_ops
 from radix_compile.kernels.tree_arguments import TreeArrays
 from radix_compile.kernels.tree_attention import code_for
-from radix_compile.passes.choose_cuts import has_compact_form, thin_source
-from radix_compile.passes.fold import Fold, Wanted
+from radix_compile.passes.choose_cuts import has_compact_form
+from radix_compile.passes.fold import Fold
 from radix_compile.torch_internals import forget_value, hints_of, keep_recompute_tag, val
 
 aten = torch.ops.aten
@@ -45,63 +45,28 @@ radix = torch.ops.radix
 
 
 def fold_graph(fold: Fold) -> None:
-    """Make the folded program: the same inputs, then the plan's index arrays. Needs ``choose_cuts``.
+    """Make the folded program: the same inputs, then the plan's index arrays (``ir.plan_arrays``).
 
-    ``ir.plan_arrays`` describes them.
+    Needs ``choose_forms`` and ``choose_head``.
 
     The fact ``form`` of a node says in which form it has the value of the captured node ``origin``.
     """
-    fold.wanted = what_is_wanted(fold)
     fold.program = _Rewriter(fold).run()
     fold.program.meta.update(fold.captured.meta)
     set_graph_facts(fold.program, replace(graph_facts(fold.captured), source=fold.captured))
 
 
-def what_is_wanted(fold: Fold) -> Wanted:
-    """Walk back from the outputs. What nothing wants is dropped."""
-    wanted = Wanted()
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The arguments by which ops move entries between rows and nodes, or the nodes of the head; and how many these are.
 
-    def want(node: fx.Node, form: Form) -> None:
-        wanted.forms.setdefault(node, set()).add(form)
+    ``form`` is that of values that have an entry for each.
+    """
 
-    for node in reversed(fold.captured.graph.nodes):
-        impure = node.is_impure() and fold.tree_attention(node) is None  # it might have drawn numbers, and draws none
-        if node.op in ("output", "placeholder") or impure:
-            for arg in node.all_input_nodes:
-                want(arg, Form.FULL)
-            if node.op == "call_function":
-                want(node, Form.FULL)
-                wanted.runs[node] = {Form.FULL}
-            continue
-        forms = wanted.forms.get(node)
-        if not forms:
-            continue
-        runs = wanted.runs[node] = set()
-        if fold.homes[node] is Form.FULL:
-            runs.add(Form.FULL)
-        elif fold.homes[node] is Form.EITHER:
-            runs |= forms
-        else:
-            source = thin_source(node) if Form.FULL in forms else None
-            if source is not None:
-                runs.add(Form.FULL)
-            if source is None or Form.COMPACT in forms:
-                runs.add(Form.COMPACT)
-        if Form.FULL in runs:
-            for arg in node.all_input_nodes:
-                want(arg, Form.FULL)
-        if Form.COMPACT in runs:
-            for arg in read_by_compact(node, fold):
-                want(arg, Form.COMPACT if has_compact_form(arg) else Form.FULL)
-            for bias in fold.biases(node):
-                want(bias.node, Form.FULL)
-    return wanted
-
-
-def read_by_compact(node: fx.Node, fold: Fold) -> list[fx.Node]:
-    """The inputs of the op in compact form: attention on the tree reads no mask."""
-    attention = fold.tree_attention(node)
-    return node.all_input_nodes if attention is None else attention.inputs
+    form: Form
+    fold_and_scatter: dict[str, fx.Node | None]
+    scatter_and_lists: dict[str, fx.Node | None]
+    nodes: fx.Node
 
 
 class _Rewriter:
@@ -125,8 +90,9 @@ class _Rewriter:
         """Captured nodes whose full form does not lie in memory as they do, or may not."""
         self.placed: dict[tuple[fx.Node, bool], fx.Node] = {}
         self.bases = {base for _, base in views_to_keep(gm.graph, self.hints)}
-        self.columns: dict[tuple[fx.Node, int, str, bool], fx.Node] = {}
+        self.columns: dict[tuple[fx.Node, int, str, bool, Form], fx.Node] = {}
         self.biases: dict[tuple[Any, ...], fx.Node | None] = {}
+        self.picked: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
@@ -142,14 +108,21 @@ class _Rewriter:
     def _add_plan_inputs(self) -> None:
         arrays = plan_arrays(groups_of_plan(self.decided))
         plan: dict[str, fx.Node | None] = {one.name: self.graph.placeholder(one.placeholder) for one in arrays}
-        self.fold_and_scatter = {name: plan[name] for name in ("fold", "scatter")}
         self.plan = plan
-        lists = plan if self.known.is_differentiable else {}
-        self.scatter_and_lists = {"scatter": plan["scatter"]} | {name: lists.get(name) for name in index_ops.LISTS}
+        self.of_nodes = self._rows("", Form.COMPACT)
+        self.of_head = self._rows("head_", Form.HEAD) if self.decided.head else self.of_nodes
+        self.here = self.of_nodes
         ids = self.full[self.tokens.keys[0]]
         self.batch = self._size(self.layout.batch, ids, 0)
         self.seq = self._size(self.layout.seq, ids, 1)
-        self.nodes = self.graph.call_function(aten.sym_size.int, (plan["fold"], 0))
+
+    def _rows(self, prefix: str, form: Form) -> _Rows:
+        own = {name: self.plan[prefix + name] for name in ("fold", "scatter")}
+        lists: dict[str, fx.Node | None] = dict.fromkeys(index_ops.LISTS)
+        if self.known.is_differentiable:
+            lists = {name: self.plan[prefix + name] for name in index_ops.LISTS}
+        nodes = self.graph.call_function(aten.sym_size.int, (own["fold"], 0))
+        return _Rows(form, own, {"scatter": own["scatter"], **lists}, nodes)
 
     def _size(self, size: sympy.Expr, ids: fx.Node, dim: int) -> int | fx.Node:
         return int(size) if isinstance(size, sympy.Integer) else self.graph.call_function(aten.sym_size.int, (ids, dim))
@@ -157,6 +130,7 @@ class _Rewriter:
     def _rewrite(self, node: fx.Node) -> None:
         last = next(iter(reversed(self.graph.nodes)))
         self.records_here = self.records[node]
+        self.here = self.of_head if node in self.decided.head else self.of_nodes
         self._make_forms(node)
         trace_back(node, "fold_graph", first=last.next)
 
@@ -191,10 +165,10 @@ class _Rewriter:
             return self.compact[source]  # flex_attention's first result, the only one that is read
         value = values_of(node)[0]
         if value.identity is not None:
-            source = self.compact[value.identity]
+            source = self._compact(value.identity)
             if self.records_here:
                 return source
-            return self._tagged(self.graph.call_function(aten.detach.default, (source,)), node, Form.COMPACT)
+            return self._tagged(self.graph.call_function(aten.detach.default, (source,)), node, self.here.form)
         by_layout = reads_layout(node)
         uses: dict[fx.Node, list[tuple[int, str]]] = {}
         for operand, dim, how in value.operands:
@@ -205,14 +179,32 @@ class _Rewriter:
                 return self._count(arg, value.arrangement)
             if not has_compact_form(arg):
                 return self._constant(arg, uses.get(arg, []))
-            return self._laid_out(self.compact[arg], arg) if by_layout and is_row(arg) else self.compact[arg]
+            compact = self._compact(arg)
+            return self._laid_out(compact, arg) if by_layout and is_row(arg) else compact
 
         copy = self.graph.node_copy(node, compact_input)
         name = info_of(node.target).shape_argument
         if name is not None:
             copy.args = (copy.args[0], self._compact_shape(value_of(node).axes, before=copy))
             copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != name}
-        return self._tagged(_relaxed(copy), node, Form.COMPACT)
+        return self._tagged(_relaxed(copy), node, self.here.form)
+
+    def _compact(self, node: fx.Node) -> fx.Node:
+        """The compact form of an input of an op that runs here: the head takes its nodes' entries of other values."""
+        if self.here is self.of_nodes or node in self.decided.head:
+            return self.compact[node]
+        key = (node, self.records_here)
+        if key not in self.picked:
+            axes = value_of(node).axes
+            split = split_tokens(axes)
+            self.here = self.of_nodes
+            source = self._reshaped(self.compact[node], axes, split, compact=True)
+            self.here = self.of_head
+            plan = {"fold": self.plan["head_nodes"], "scatter": self.plan["head_places"]}
+            dims = {"batch_dim": split.index((BATCH,)), "seq_dim": split.index((SEQ,))}
+            made = call(self.graph, radix.fold_rows.default, full=source, **plan, **dims)
+            self.picked[key] = self._tagged(self._reshaped(made, split, axes, compact=True), node, Form.HEAD)
+        return self.picked[key]
 
     def _attend(self, node: fx.Node, attention: TreeAttention) -> fx.Node:
         """Attention on the tree."""
@@ -284,20 +276,20 @@ class _Rewriter:
         if present != sorted(present):
             compact = self.graph.call_function(aten.permute.default, (compact, present))
         heads, size = rows.heads()
-        return self.graph.call_function(aten.reshape.default, (compact, [1, heads, self.nodes, size]))
+        return self.graph.call_function(aten.reshape.default, (compact, [1, heads, self.here.nodes, size]))
 
     def _constant(self, node: fx.Node, uses: list[tuple[int, str]]) -> fx.Node:
         """A constant of the call where it meets compact rows: by column, or one entry where all are equal."""
         result = self.full[node]
         for dim, how in uses:
-            key = (result, dim, how, self.records_here)
+            key = (result, dim, how, self.records_here, self.here.form)
             if key not in self.columns:
                 if how == "column":
                     made = call(
                         self.graph,
                         radix.gather_columns.default,
                         table=result,
-                        **self.fold_and_scatter,
+                        **self.here.fold_and_scatter,
                         batch=self.batch,
                         seq=self.seq,
                         dim=dim,
@@ -326,7 +318,8 @@ class _Rewriter:
         features = int(sympy.prod([atom.size for atom in atoms if not isinstance(atom, Token)]))
         if SEQ not in atoms:
             return features
-        return self.nodes if features == 1 else self.graph.call_function(operator.mul, (self.nodes, features))
+        nodes = self.here.nodes
+        return nodes if features == 1 else self.graph.call_function(operator.mul, (nodes, features))
 
     # ------------------------------------------------------------------------------------- between the forms
 
@@ -335,8 +328,8 @@ class _Rewriter:
         split = split_tokens(axes)
         full = self._reshaped(self.full[node], axes, split, compact=False)
         dims = {"batch_dim": split.index((BATCH,)), "seq_dim": split.index((SEQ,))}
-        made = call(self.graph, radix.fold_rows.default, full=full, **self.fold_and_scatter, **dims)
-        return self._tagged(self._reshaped(made, split, axes, compact=True), node, Form.COMPACT)
+        made = call(self.graph, radix.fold_rows.default, full=full, **self.here.fold_and_scatter, **dims)
+        return self._tagged(self._reshaped(made, split, axes, compact=True), node, self.here.form)
 
     def _scatter(self, node: fx.Node) -> fx.Node:
         axes = value_of(node).axes
@@ -346,12 +339,12 @@ class _Rewriter:
             self.graph,
             radix.scatter_rows.default,
             compact=compact,
-            **self.scatter_and_lists,
+            **self.here.scatter_and_lists,
             batch=self.batch,
             seq=self.seq,
             batch_dim=split.index((BATCH,)),
             seq_dim=split.index((SEQ,)),
-            holes=False,
+            holes=self.decided.read_rows is not None,
         )
         set_facts(made, replace(facts(made), has_gradient=node in self.graded))
         return self._tagged(self._reshaped(made, split, axes, compact=False), node, Form.FULL)
@@ -431,8 +424,11 @@ def groups_of_plan(fold: Fold) -> set[Group]:
     groups: set[Group] = {code_for(*attention.operands) for attention in fold.attentions_on_tree()}
     if groups:
         groups.add("tree")
+    if fold.head:
+        groups.add("head")
     if graph_facts(fold.captured).is_differentiable:
         groups.add("lists")
+        groups |= {"head lists"} if fold.head else set()
     return groups
 
 

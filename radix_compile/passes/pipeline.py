@@ -13,6 +13,8 @@ from torch import fx
 from radix_compile.ir.errors import RefusalCode
 from radix_compile.options import Options
 from radix_compile.passes.choose_cuts import choose_cuts
+from radix_compile.passes.choose_forms import choose_forms
+from radix_compile.passes.choose_head import choose_head
 from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
 from radix_compile.passes.find_read_rows import find_read_rows
 from radix_compile.passes.fold import Fold, FoldVariant
@@ -57,11 +59,13 @@ ANALYSES: tuple[AnalysisPass, ...] = (
 FOLDING: tuple[FoldPass, ...] = (
     fold_attention,  # first, so that it need not matter to the others how attention was written
     choose_cuts,  # after fold_attention, because only rows proved position-wise may be compact
-    fold_graph,  # after choose_cuts, because it emits each node in the forms chosen there
+    choose_forms,  # after choose_cuts, because the forms in which a value is wanted depend on where its readers run
+    find_read_rows,  # after choose_forms, because it follows values in full form
+    choose_head,  # after find_read_rows, because the head runs for the rows found there
+    fold_graph,  # after all of these, because it emits each node in the forms chosen there
     fold_cross_entropy,  # after fold_graph, because it looks for logits that are scattered for the loss alone
-    find_read_rows,  # after fold_cross_entropy, because it changes all scatters that are left
-    lower_index_ops,  # after find_read_rows, because scatters that are joined treat rows without a node alike
-    prove_shift,  # after fold_graph, because only what runs compact must not depend on its column
+    lower_index_ops,  # after fold_cross_entropy, because it joins the scatters that are left
+    prove_shift,  # after choose_forms, because only what runs compact must not depend on its column
 )
 """The passes that make one folded form of a graph with its facts, once for each variant."""
 

@@ -45,7 +45,7 @@ aten = torch.ops.aten
 def prove_shift(fold: Fold) -> None:
     """Set ``fold.starts``, where paths may start, or ``fold.column``, the first op that depends on a row's column.
 
-    Needs ``fold_graph``.
+    Needs ``choose_forms``.
     """
     sequence_ids = sequence_ids_of(fold.captured)
     reader = fold.column = _first_reader_of_columns(fold, sequence_ids)

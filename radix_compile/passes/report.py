@@ -62,6 +62,7 @@ class GraphReport:
     ``every_row``        why all rows are computed; empty if only those are that results depend on.
     ``refusals``         the ops at which folding stops, if matrix products or attention follow.
     ``flops_compact``    FLOPs of matrix products that run once per node, at the captured shapes, without folding.
+    ``flops_head``       FLOPs of those of them that run for rows alone that are read themselves, likewise.
     ``flops_tree``       FLOPs of attention that runs on the prefix tree, likewise.
     ``flops_full``       FLOPs of all other matrix products and attention, likewise.
     """
@@ -79,6 +80,7 @@ class GraphReport:
     notes: list[str] = field(default_factory=list)
     every_row: str = ""
     flops_compact: int = 0
+    flops_head: int = 0
     flops_tree: int = 0
     flops_full: int = 0
 
@@ -107,6 +109,7 @@ def report_on(fold: Fold) -> GraphReport:
             report.flops_tree += sum(flops(step) for step in attention_steps(node))
         elif node in compact:
             report.flops_compact += flops(node)
+            report.flops_head += flops(node) if node in fold.head else 0
         elif node.op == "call_function" and node in wanted.runs:
             report.flops_full += flops(node)
         attention = _attention(node, fold, on_tree=node in compact)

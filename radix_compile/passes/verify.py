@@ -13,7 +13,7 @@ from radix_compile import torch_internals as internals
 from radix_compile.ir.axes import BATCH, SEQ, Axis, Layout, Sorted, Token, as_size
 from radix_compile.ir.calls import arguments_of
 from radix_compile.ir.graph import Form, facts, graph_facts, source_of_fold, tokens_of
-from radix_compile.ir.plan_arrays import BY_NAME, PLAN_ARRAYS
+from radix_compile.ir.plan_arrays import BY_NAME, BY_PLACEHOLDER, PLAN_ARRAYS
 from radix_compile.ir.value import Value, locate, values_of
 from radix_compile.passes.choose_cuts import has_compact_form
 from radix_compile.torch_internals import val
@@ -21,8 +21,11 @@ from radix_compile.torch_internals import val
 NODES = 1_000_003
 """The number of nodes with which shapes are computed: a large prime, so that no other size can equal it by chance."""
 
+HEAD = 1_000_033
+"""The number of nodes of the head: another large prime."""
+
 SIZES = {
-    **{"nodes": NODES, "nodes + 1": NODES + 1},
+    **{"nodes": NODES, "nodes + 1": NODES + 1, "head": HEAD, "head + 1": HEAD + 1, "head pieces": 19},
     **{"windows": 2, "windows + 1": 3, "torch tiles": 4, "tile keys": 13, "pairs": 17},
     **{"stretches": 5, "tiles + 1": 9, "keys": 64, "parts": 11, "divided": 2},
     "pieces": 7,
@@ -88,17 +91,24 @@ def _verify_forms(gm: fx.GraphModule) -> None:
         if node.target is torch.ops.aten.sym_size.int:
             continue
         forms = {arg: facts(arg).form for arg in node.all_input_nodes}
-        compact = [arg for arg, form in forms.items() if form is Form.COMPACT]
+        compact = [arg for arg, form in forms.items() if form in (Form.COMPACT, Form.HEAD)]
+        head = [arg for arg in compact if forms[arg] is Form.HEAD]
+        if 0 < len(head) < len(compact):
+            _expect(False, node, "it reads nodes of the head and all nodes")
         full = [arg for arg, form in forms.items() if form is Form.FULL and _has_rows(arg)]
         if compact and full:
             _expect(False, node, f"it reads {compact[0].name} in compact and {full[0].name} in full form")
 
 
 def _verify_plan_arguments(node: fx.Node) -> None:
-    """Check that each plan array is passed to the argument of its name."""
-    for name, argument in arguments_of(node).items():
-        if name in BY_NAME and argument is not None:
-            _expect(str(argument) == BY_NAME[name].placeholder, node, f"it takes {argument} for the plan's {name}")
+    """Check that each plan array is passed to the argument that takes it, and that all arrays of an op fit together."""
+    taken = {name: BY_PLACEHOLDER.get(str(given)) for name, given in arguments_of(node).items() if name in BY_NAME}
+    for name, array in taken.items():
+        given = arguments_of(node)[name]
+        fits = given is None or (array is not None and (array.argument or array.name) == name)
+        _expect(fits, node, f"it takes {given} for the plan's {name}")
+    kinds = {array.indexes for array in taken.values() if array is not None}
+    _expect(len(kinds) <= 1, node, f"it takes plan arrays of {' and of '.join(sorted(kinds))}")
 
 
 def _has_rows(node: fx.Node) -> bool:
@@ -147,16 +157,16 @@ def plan_shapes(gm: fx.GraphModule) -> dict[str, tuple[Any, ...]]:
 
 def _shape(value: Value, captured: torch.Tensor, form: Form | None, layout: Layout) -> list[sympy.Expr] | None:
     """Return the shape of the captured value in this form; None if it is not known."""
-    if form is not Form.COMPACT:
+    if form not in (Form.COMPACT, Form.HEAD):
         return [as_size(size) for size in captured.shape]
     if value.mixed is not None or value.arrangement is not None:
         return None
-    return [_compact_size(axis, layout) for axis in value.axes]
+    return [_compact_size(axis, layout, HEAD if form is Form.HEAD else NODES) for axis in value.axes]
 
 
-def _compact_size(axis: Axis, layout: Layout) -> sympy.Expr:
+def _compact_size(axis: Axis, layout: Layout, nodes: int) -> sympy.Expr:
     atoms = [inner for atom in axis for inner in (atom.axis if isinstance(atom, Sorted) else (atom,))]
-    sizes = {BATCH: 1, SEQ: NODES}
+    sizes = {BATCH: 1, SEQ: nodes}
     product = sympy.prod([sizes[atom] if isinstance(atom, Token) else layout.atom_size(atom) for atom in atoms])
     return sympy.sympify(product)
 

@@ -11,7 +11,7 @@ each sequence in one stretch.  The published function of RadixMLP can be importe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
 import numpy as np
@@ -25,6 +25,21 @@ __all__ = ["PrefixPlan", "compute_fold_and_scatter", "compute_fold_and_scatter_t
 
 PIECE_SIZE = 64
 """Rows that one worker adds up at most, in sums over the rows of a node: longer lists are done in pieces."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """The nodes of a plan whose rows are read themselves, not only by later rows.
+
+    Attributes:
+        nodes: int64 ``[H]``, ascending; if there is one only, or a multiple is asked for, the first comes again behind.
+        places: int64 ``[T']``, the place of each node among them, -1 for the others.
+        plan: the plan with these nodes alone: its `fold`, `scatter` and `row_lists` are right, but it is no tree.
+    """
+
+    nodes: Int64
+    places: Int64
+    plan: PrefixPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +59,7 @@ class PrefixPlan:
         begin: int64 ``[N]``, the flat index of the row at which the paths of each sequence begin.
         first_nodes: int64 ``[N + 1]``, for each sequence of `order` how many nodes of the tree those before it have:
             what it has new are the nodes from there to the next one's. The last is how many are in the tree.
+        head: the nodes of the rows that are read themselves, if the program asks for them.
     """
 
     fold: Int64
@@ -53,6 +69,17 @@ class PrefixPlan:
     bounds: Int64
     begin: Int64
     first_nodes: Int64
+    head: Head | None = None
+
+    def with_head(self, read: Array, pad_multiple_of: SupportsIndex | None = None) -> PrefixPlan:
+        """This plan with the `Head` of the rows that are read, bool ``[B, S]``, each of which must have a node."""
+        nodes = np.unique(self.scatter[read.ravel()])
+        places = np.full(len(self.fold) + 1, -1)  # the last is for rows without a node
+        places[nodes] = np.arange(len(nodes))
+        places, scatter = places[:-1], places[self.scatter]
+        multiple = as_multiple(pad_multiple_of)
+        nodes = _padded(nodes, multiple if len(nodes) > 1 else max(multiple, 2))
+        return replace(self, head=Head(nodes, places, replace(self, fold=self.fold[nodes], scatter=scatter)))
 
     @property
     def tree_nodes(self) -> int:

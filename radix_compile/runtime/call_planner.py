@@ -92,17 +92,8 @@ class ReadProgram:
     last: dict[tuple[int, int], BoolArray] = field(default_factory=dict, compare=False, repr=False)
     """The rows that are read, for the sizes of the previous call, if they depend on no tensor."""
 
-    def __call__(self, args: Sequence[Any], shape: tuple[int, int], breaks: BoolArray | None) -> BoolArray:
-        read = self._read(args, shape)
-        if not self.reads_earlier:
-            return read
-        hidden = None
-        if self.hidden is not None:
-            program, truth = self.hidden
-            hidden = (program(args, shape) != 0) != truth
-        return with_earlier_rows(read, hidden, breaks)
-
-    def _read(self, args: Sequence[Any], shape: tuple[int, int]) -> BoolArray:
+    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> BoolArray:
+        """Return the rows whose results are read, ``[B, S]``."""
         given = [args[i] for i in self.inputs]
         device = next((one.device for one in given if isinstance(one, torch.Tensor)), torch.device("cpu"))
         if self.inputs:
@@ -111,6 +102,18 @@ class ReadProgram:
             self.last.clear()
             self.last[shape] = self._computed(given, shape, device)
         return self.last[shape]
+
+    def with_earlier(
+        self, read: BoolArray, args: Sequence[Any], shape: tuple[int, int], breaks: BoolArray | None
+    ) -> BoolArray:
+        """Return the rows that have to be computed."""
+        if not self.reads_earlier:
+            return read
+        hidden = None
+        if self.hidden is not None:
+            program, truth = self.hidden
+            hidden = (program(args, shape) != 0) != truth
+        return with_earlier_rows(read, hidden, breaks)
 
     def _computed(self, given: Sequence[Any], shape: tuple[int, int], device: torch.device) -> BoolArray:
         with torch.no_grad():
@@ -217,7 +220,8 @@ class PlanInputs:
                 rows += numbers_in_paths(numbers, come_back)
         elif self.assumed_ids is not None and (np.diff(self.assumed_ids(args, shape), axis=1) != 0).any():
             raise NeedsFullAttention("several sequences are packed in a row, and rows depend on their column")
-        needed = None if self.read is None else self.read(args, shape, breaks)
+        read = None if self.read is None else self.read(args, shape)
+        needed = None if self.read is None or read is None else self.read.with_earlier(read, args, shape, breaks)
         unique: BoolArray | None = None
         for program, window, truth in self.fully_masked:
             fully_masked = rows_without_a_key((program(args, shape) != 0) == truth, window)
@@ -238,7 +242,8 @@ class PlanInputs:
         options = {"unique": unique, "needed": needed, "start": start, "breaks": breaks}
         if pad_multiple_of is not None:
             pad_multiple_of = min(pad_multiple_of, max(shape[0] * shape[1], 1))  # more would be more work than plain
-        return PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
+        plan = PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
+        return plan.with_head(read, pad_multiple_of) if read is not None and "head" in self.groups else plan
 
     def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         """The arrays of the plan that the folded program takes, moved to its device in one copy."""
@@ -254,6 +259,12 @@ class PlanInputs:
                 made |= (tiles.filled_up() if self.filled_up else tiles).by_name()
         if "lists" in self.groups:
             made["rows"], made["starts"], made["pieces"] = plan.row_lists(self.filled_up)
+        if plan.head is not None:
+            made["head_nodes"], made["head_places"] = plan.head.nodes, plan.head.places
+            made["head_fold"], made["head_scatter"] = plan.head.plan.fold, plan.head.plan.scatter
+            if "head lists" in self.groups:
+                lists = plan.head.plan.row_lists(self.filled_up)
+                made["head_rows"], made["head_starts"], made["head_pieces"] = lists
         specs = plan_arrays(self.groups)
         arrays = [made[spec.name] for spec in specs]
         if device.type == "cpu":

@@ -31,33 +31,39 @@ DOUBT = 1.35
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The counts of a plan: ``pairs`` of a query and a key of its sequence, ``tree_pairs`` of a node and an
-    ancestor of it, or itself.
+    """The counts of a plan: ``head`` nodes of rows that are read themselves, ``pairs`` of a query and a key of its
+    sequence, ``tree_pairs`` of a node and an ancestor of it, or itself.
     """
 
     rows: int
     nodes: int
+    head: int
     pairs: int
     tree_pairs: int
 
     @classmethod
     def of(cls, plan: PrefixPlan, batch: int, seq: int) -> Counts:
-        return cls(batch * seq, plan.compact_tokens, batch * seq * seq, plan.pairs)
+        nodes = plan.compact_tokens
+        return cls(
+            batch * seq, nodes, plan.head.plan.compact_tokens if plan.head else nodes, batch * seq * seq, plan.pairs
+        )
 
     @property
     def unshared(self) -> Counts:
         """The work of the plain program."""
-        return Counts(self.rows, self.rows, self.pairs, self.pairs)
+        return Counts(self.rows, self.rows, self.rows, self.pairs, self.pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of a folded program: token-wise ones by node, of attention on the tree by pair there, the rest by pair.
+    """FLOPs of a folded program: token-wise ones by node or by node of the head, of attention on the tree by pair
+    there, the rest by pair.
 
     ``folded`` and ``scattered`` are the bytes of what goes from rows to nodes and back, by node and by row.
     """
 
     by_node: float
+    by_head_node: float
     by_tree_pair: float
     by_pair: float
     folded: float = 0.0
@@ -67,11 +73,13 @@ class Work:
     def of(cls, report: GraphReport, batch: int, seq: int) -> Work:
         """From the report of a graph that was captured with these sizes."""
         rows, pairs = batch * seq, batch * seq * seq
-        flops = report.flops_compact / rows, report.flops_tree / pairs, report.flops_full / pairs
+        by_node = (report.flops_compact - report.flops_head) / rows, report.flops_head / rows
+        flops = *by_node, report.flops_tree / pairs, report.flops_full / pairs
         return cls(*flops, report.bytes_folded / rows, report.bytes_scattered / rows)
 
     def flops(self, counts: Counts) -> float:
-        return self.by_node * counts.nodes + self.by_tree_pair * counts.tree_pairs + self.by_pair * counts.pairs
+        by_node = self.by_node * counts.nodes + self.by_head_node * counts.head
+        return by_node + self.by_tree_pair * counts.tree_pairs + self.by_pair * counts.pairs
 
     def moved(self, counts: Counts) -> int:
         """Bytes read and written between rows and nodes."""

@@ -17,6 +17,7 @@ class Stats:
     ``calls``, ``folded_calls``    calls of graphs that can fold, and those that did.
     ``tokens``, ``read_tokens``, ``compact_tokens``  rows, those that results depend on, and the distinct ones of these
                                    (nodes), summed over folded calls.
+    ``head_tokens``                nodes for which ops behind the last attention run, summed likewise.
     ``pairs``, ``tree_pairs``      pairs of a query and a key of its sequence, and of a node and an ancestor or itself,
                                    summed over folded calls with attention on the tree.
     ``plain_calls``                calls by the reason that they ran plain.
@@ -36,6 +37,7 @@ class Stats:
     tokens: int = 0
     read_tokens: int = 0
     compact_tokens: int = 0
+    head_tokens: int = 0
     pairs: int = 0
     tree_pairs: int = 0
     plain_calls: dict[str, int] = field(default_factory=dict)

@@ -118,6 +118,7 @@ class PerCall:
             counts.rows,
             plan.compact_tokens,
             read_tokens=plan.tokens,
+            head_tokens=counts.head,
             plan_seconds=seconds,
             moved_bytes=chosen.work.moved(counts),
             flops_saved=chosen.work.flops(counts.unshared) - chosen.work.flops(counts),

@@ -80,19 +80,23 @@ def unbacked_plan_inputs(
     ``nodes`` (T') is an unbacked size: no guard can be made about it. All known of it is T' <= ``max_nodes``, which
     lets inductor use 32-bit offsets where the bound allows. Its likely value (a hint that guards nothing and changes
     no result) is there because inductor does not fuse ops that share only tensors of unbacked sizes without a hint.
-    ``rows`` is given and ``nodes + 1`` follows from ``nodes``; any other name gets a symbol of its own, because
-    inductor wants each symbol to be the size of some input.
+    The same holds for ``head``. ``rows`` is given and ``nodes + 1`` follows from ``nodes``; any other name gets a
+    symbol of its own, because inductor wants each symbol to be the size of some input.
     """
     mode = fake_mode()
     shape_env = mode.shape_env
     assert shape_env is not None, "Dynamo's fake mode has symbolic shapes"
     with mode:
-        nodes = shape_env.create_unbacked_symint()
-        torch._check(nodes >= 2)  # torch asks whether a size is 1, and so broadcasts
-        torch._check(nodes <= max_nodes)
-        shape_env.var_to_hint_override[nodes.node.expr] = min(LIKELY_NODES, max_nodes)
-
-        sizes: dict[str, int | torch.SymInt] = {"nodes": nodes, "rows": rows, "nodes + 1": nodes + 1}
+        sizes: dict[str, int | torch.SymInt] = {"rows": rows}
+        taken = {size for shape, _ in specs for size in shape}
+        for name in ("nodes", "head"):
+            if name not in taken:
+                continue
+            nodes = shape_env.create_unbacked_symint()
+            torch._check(nodes >= 2)  # torch asks whether a size is 1, and so broadcasts
+            torch._check(nodes <= max_nodes)
+            shape_env.var_to_hint_override[nodes.node.expr] = min(LIKELY_NODES, max_nodes)
+            sizes |= {name: nodes, f"{name} + 1": nodes + 1}
 
         def as_size(size: str | int) -> int | torch.SymInt:
             if isinstance(size, int):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from radix_compile.passes.report import GraphReport
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.cost_model import PLAIN, CostModel, Counts, Timed, Work, fastest, predict
 from tests.models import shared_batch
 
-WORK = Work(by_node=100.0, by_tree_pair=2.0, by_pair=1.0)
-CALL = Counts(rows=1000, nodes=200, pairs=10_000, tree_pairs=1000)
+WORK = Work(by_node=90.0, by_head_node=10.0, by_tree_pair=2.0, by_pair=1.0)
+CALL = Counts(rows=1000, nodes=200, head=200, pairs=10_000, tree_pairs=1000)
 NAMES = ["full fold"]
 
 
@@ -25,15 +27,23 @@ def timed(plain: float, shared: float, unshared: float, rows: int = 1000) -> Tim
 
 def test_counts_of_a_plan() -> None:
     counts = Counts.of(PrefixPlan.from_rows(shared_batch(4, 10, 6)), 4, 10)
-    assert counts == Counts(40, 6 + 4 * 4, 400, 21 + 4 * (7 + 8 + 9 + 10))
-    assert counts.unshared == Counts(40, 40, 400, 400)
+    assert counts == Counts(40, 6 + 4 * 4, 6 + 4 * 4, 400, 21 + 4 * (7 + 8 + 9 + 10))
+    assert counts.unshared == Counts(40, 40, 40, 400, 400)
 
 
 def test_work_of_a_report() -> None:
-    report = GraphReport(True, flops_compact=4000, flops_tree=800, flops_full=400)
+    report = GraphReport(True, flops_compact=4000, flops_head=400, flops_tree=800, flops_full=400)
     work = Work.of(report, 4, 10)
-    assert work == Work(100.0, 2.0, 1.0)
+    assert work == Work(90.0, 10.0, 2.0, 1.0)
     assert work.flops(CALL) == 200 * 100 + 1000 * 2 + 10_000
+    assert work.flops(replace(CALL, head=50)) == 200 * 90 + 50 * 10 + 1000 * 2 + 10_000
+
+
+def test_nodes_of_rows_that_are_read() -> None:
+    read = torch.zeros(4, 10, dtype=torch.bool)
+    read[:, -2:] = True
+    plan = PrefixPlan.from_rows(shared_batch(4, 10, 6)).with_head(read.numpy())
+    assert Counts.of(plan, 4, 10) == Counts(40, 6 + 4 * 4, 4 * 2, 400, 21 + 4 * (7 + 8 + 9 + 10))
 
 
 def test_what_was_timed_is_predicted() -> None:
@@ -42,7 +52,7 @@ def test_what_was_timed_is_predicted() -> None:
 
 
 def test_between_two_points_time_is_linear_in_work() -> None:
-    middle = Counts(1000, 600, 10_000, 5500)
+    middle = Counts(1000, 600, 600, 10_000, 5500)
     work = WORK.flops(middle)
     own, whole = WORK.flops(CALL), WORK.flops(CALL.unshared)
     found = predict(timed(1.0, 0.3, 1.1), {"full fold": WORK}, middle)
@@ -51,7 +61,7 @@ def test_between_two_points_time_is_linear_in_work() -> None:
 
 
 def test_twice_the_rows_take_twice_as_long() -> None:
-    double = Counts(2000, 400, 20_000, 2000)
+    double = Counts(2000, 400, 400, 20_000, 2000)
     found = predict(timed(1.0, 0.3, 1.1), {"full fold": WORK}, double)
     assert found == pytest.approx({PLAIN: 2.0, "full fold": 0.6})
 
@@ -59,7 +69,7 @@ def test_twice_the_rows_take_twice_as_long() -> None:
 @pytest.mark.parametrize("unshared", [0.2, math.inf])
 def test_a_second_point_that_makes_no_sense_is_left_out(unshared: float) -> None:
     """Noise, or no memory for a plan that shares nothing: time is never less for more work, nor more than linear."""
-    more = Counts(1000, 400, 10_000, 2000)
+    more = Counts(1000, 400, 400, 10_000, 2000)
     found = predict(timed(1.0, 0.3, unshared), {"full fold": WORK}, more)["full fold"]
     assert 0.3 <= found <= 0.3 * WORK.flops(more) / WORK.flops(CALL) + 1e-12
 
@@ -80,7 +90,7 @@ def test_the_fastest(seconds: dict[str, float], name: str) -> None:
 
 
 def scaled(rows: int, nodes: int) -> Counts:
-    return Counts(rows, nodes, rows * 10, nodes * 5)
+    return Counts(rows, nodes, nodes, rows * 10, nodes * 5)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def slice_(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersPro
     for name, given in (("start", start), ("end", end)):
         if given is None and argument(node, name) is not None:
             return None
+    program.has_picks = True
     return replace(source, node=program.call(aten.slice.Tensor, source.node, dim, start, end, step), is_whole=False)
 
 
@@ -171,6 +172,7 @@ def select(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersPro
     if index is None:
         return None
     dims = frozenset(old - (old > dim) for old in source.dims if old != dim)
+    program.has_picks = True
     numbers = program.call(aten.select.int, source.node, dim, index)
     return replace(source, node=numbers, rank=source.rank - 1, dims=dims, is_whole=False)
 
@@ -188,6 +190,7 @@ def index(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersProg
     kept = [dim for dim in range(source.rank) if dim not in at]
     places = [place if place < first else place + rank for place in range(len(kept))]
     dims = {place for place, dim in zip(places, kept, strict=True) if dim in source.dims}
+    program.has_picks = True
     return RowNumbers(
         program.call(aten.index.Tensor, source.node, given),
         len(kept) + rank,
@@ -204,6 +207,7 @@ def index_select(node: fx.Node, rows: fx.Node, source: RowNumbers, program: Numb
         return source
     if indices is None:
         return None
+    program.has_picks = True
     return replace(source, node=program.call(aten.index_select.default, source.node, dim, indices), is_whole=False)
 
 
@@ -219,6 +223,7 @@ def gather(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersPro
     if given is None:
         return None
     dims = frozenset(other for other in range(source.rank) if after[other] != 1)
+    program.has_picks = True
     numbers = program.call(row_numbers.gather, source.node, dim, given)
     return RowNumbers(numbers, source.rank, dims, is_whole=False, is_finite=source.is_finite)
 
@@ -302,6 +307,7 @@ def hide(node: fx.Node, rows: fx.Node, source: RowNumbers, program: NumbersProgr
         return elementwise(node, rows, source, program)
     if not truth:
         shown = program.call(aten.logical_not.default, shown)
+    program.masks.add(mask)
     return replace(source, node=program.call(row_numbers.hide, source.node, shown), is_whole=False)
 
 
@@ -314,6 +320,7 @@ def cross_entropy(node: fx.Node, rows: fx.Node, source: RowNumbers, program: Num
         return None
     if classes in source.dims:
         return None
+    program.has_picks = True
     shown = program.call(aten.ne.Scalar, shown, argument(node, "ignore_index"))
     shown = program.call(aten.unsqueeze.default, shown, classes)
     numbers = program.call(row_numbers.hide, source.node, shown)
