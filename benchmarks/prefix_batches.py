@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,34 @@ def rerank(
     batch_of_ids = PrefixBatch(f"rerank {queries} x {passages}", ids, lengths, queries, instruction + query)
     ids.masked_fill_(batch_of_ids.mask == 0, 0)
     return batch_of_ids
+
+
+def rerank_stream(
+    count: int, queries: int = 4, passages: int = 10, vocabulary: int = 30_000, left: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``count`` batches for reranking, ids and mask ``[B, S]``, of which hardly two have the same sizes.
+
+    Each sequence is an instruction of 60 tokens, a query of 6 to 24, a passage of 40 to 130 and 9 closing tokens, as
+    the template of Qwen3-Reranker has them. The padding is on the right, or on the ``left``.
+    """
+    generator = _generator()
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(1, vocabulary, (length,), generator=generator)
+
+    instruction, closing = tokens(60), tokens(9)
+    for _ in range(count):
+        sequences = []
+        for _ in range(queries):
+            query = tokens(draw(6, 24))
+            sequences += [torch.cat([instruction, query, tokens(draw(40, 130)), closing]) for _ in range(passages)]
+        side = "left" if left else "right"
+        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_side=side)
+        ones = [torch.ones(len(sequence), dtype=torch.long) for sequence in sequences]
+        yield ids, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
 
 
 def _random(batch: int, columns: int, vocabulary: int) -> Tensor:
