@@ -68,7 +68,7 @@ def programs(model: Any, names: Sequence[str]) -> dict[str, Callable[[Batch], Te
     """The programs by the name of their row."""
 
     def pooled(ids: Tensor, mask: Tensor, last: Tensor) -> Tensor:
-        hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[torch.arange(len(ids), device=ids.device), last]
 
     def pooled_packed(ids: Tensor, positions: Tensor, starts: Tensor, last: Tensor) -> Tensor:
@@ -88,7 +88,8 @@ def programs(model: Any, names: Sequence[str]) -> dict[str, Callable[[Batch], Te
 
         def call(batch: Batch, name: str = name, compiled: Any = compiled) -> Tensor:
             model.config._attn_implementation = "packed" if name == "packed" else "sdpa"
-            result: Tensor = compiled(*(batch.packed() if name == "packed" else (batch.ids, batch.mask, batch.last)))
+            inputs = batch.packed() if name == "packed" else (batch.ids, batch.mask, batch.last)
+            result: Tensor = compiled(*inputs)
             return result
 
         made[name] = call
@@ -166,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             median, total = statistics.median(seconds) * 1e3, sum(seconds)
             print(
                 f"  {way:<8}{median:>9.2f} ms{ratio:>7.2f}x  total {total:>6.2f} s  computed {computed:>7}"
-                f" ({computed / distinct:.3f} of distinct)  first calls {compile_seconds:>6.1f} s  error {difference:.1e}",
+                f" ({computed / distinct:.3f} of distinct)  first calls {compile_seconds:>6.1f} s"
+                f"  error {difference:.1e}",
                 flush=True,
             )
     return 0

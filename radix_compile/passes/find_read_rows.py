@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.row_numbers import ANY_ROWS, NumbersProgram, RowNumbers, hide_rows
 from radix_compile.ir.facts import FullyMasked, Score
@@ -100,7 +101,7 @@ class _Walk:
         """Return what the op's rule says. Of several arguments, all must have the same rows."""
         rule = info_of(node.target).row_numbers
         numbers = {self.numbers[source].node for source in sources}
-        if rule is None or len(numbers) != 1 or None in numbers:
+        if rule is None or not is_tensor(node) or len(numbers) != 1 or None in numbers:
             return None
         rows = sources[0]
         if len(sources) > 1 and not (node.args and node.args[0] in sources and _is_elementwise(node)):
