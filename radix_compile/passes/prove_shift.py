@@ -2,8 +2,8 @@
 
 A row can depend on its column by a table with one entry per column, by an op along the sequence, or by a mask. If there
 is no such table, if attention is the only op along the sequence, and if its masks only compare columns with each other,
-then a row is a function of the rows that it sees, at whatever columns they are. Two kinds of masks limit these on the
-left:
+then a row is a function of the rows that it sees, at whatever columns they are. (Running sums of something that is zero
+in padding are allowed too: positions are counted so.) Two kinds of masks limit these on the left:
 
 - a mask that hides padding: the paths of left-padded sequences start behind the padding;
 - a mask that hides the other sequences packed in a row: paths start where the sequence id changes.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from radix_compile.analysis.arguments import source_of
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.ir.axes import Uniform
 from radix_compile.ir.facts import (
@@ -37,7 +38,9 @@ from radix_compile.ir.facts import (
 from radix_compile.ir.graph import tokens_of
 from radix_compile.ir.source import upstream
 from radix_compile.ir.value import is_row, value_of, values_of
+from radix_compile.passes.choose_cuts import is_view
 from radix_compile.passes.fold import Fold, Starts
+from radix_compile.torch_internals import val
 
 aten = torch.ops.aten
 
@@ -97,9 +100,12 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
     - masks that compare columns with each other, on the way to attention in full form. In compact form such a mask has
       an entry for each query, whose place depends on the row;
     - ``sequence_ids``, and the values that they are counted from, if they are only compared with each other.
+
+    A running sum of something that is zero in padding is the same wherever the sequence starts behind its padding.
     """
     graph, wanted = fold.captured.graph, fold.wanted
     masks: set[fx.Node] = set()
+    padding = hidden_padding(fold.captured) if sequence_ids is None else None
     id_nodes = _sequence_id_nodes(graph, sequence_ids)
     looked_up = _looked_up(graph, sequence_ids)
     node: fx.Node
@@ -114,6 +120,7 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
             return node
         values = values_of(node)
         is_along_sequence = any(value.full_only and value.attends is None for value in values)
+        is_along_sequence &= not _counts_shown_rows(node, padding)
         is_identity = node.target is aten.index.Tensor  # the indices are proved to be 0, 1, 2, ...
         operands = [operand for value in values for operand in value.operands]
         tables = [table for table, dim, how in operands if how == "column" and not _is_uniform(table, dim)]
@@ -129,6 +136,33 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
             if wanted.is_compact(node):
                 return node
     return None
+
+
+def _counts_shown_rows(node: fx.Node, padding: FullyMasked | None) -> bool:
+    """Whether an op is a running sum of something that is zero in padding."""
+    return padding is not None and node.target is aten.cumsum.default and _is_zero_in(padding, source_of(node))
+
+
+def _is_zero_in(padding: FullyMasked, node: fx.Node) -> bool:
+    """Whether a value is zero in padding: the mask itself, or a product with it."""
+    if node.target in (aten.mul.Tensor, aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
+        return any(_is_zero_in(padding, arg) for arg in node.all_input_nodes)
+    return padding.truth and _with_equal_zeros(node) is _with_equal_zeros(padding.source)
+
+
+def _with_equal_zeros(node: fx.Node) -> fx.Node:
+    """Return the value, before views and casts, that is zero exactly where ``node`` is."""
+    while (is_view(node) and _keeps_zeros(node)) or (node.target is aten.ne.Scalar and node.args[1] == 0):
+        node = source_of(node)
+    return node
+
+
+def _keeps_zeros(node: fx.Node) -> bool:
+    """Whether a view or a cast makes zero of nothing but zero."""
+    before, after = val(source_of(node)).dtype, val(node).dtype
+    if before == after or torch.bool in (before, after):
+        return True
+    return not before.is_floating_point and (after.is_floating_point or after.itemsize >= before.itemsize)
 
 
 def _looked_up(graph: fx.Graph, sequence_ids: fx.Node | None) -> set[fx.Node]:

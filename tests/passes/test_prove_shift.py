@@ -62,6 +62,15 @@ def by_arange(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> 
     return x * torch.arange(LENGTH)[:, None].cos()
 
 
+def counted(count: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Positions computed inside the program, from its mask."""
+
+    def before(model: Program, x: Tensor, padding: Tensor, positions: Tensor) -> Tensor:
+        return x + model.positions(count(padding).clamp(0, LENGTH - 1))
+
+    return before
+
+
 def causal() -> Tensor:
     return torch.arange(LENGTH) <= torch.arange(LENGTH)[:, None]
 
@@ -78,13 +87,33 @@ def unhidden(padding: Tensor) -> Tensor:
     return causal().expand(len(padding), 1, -1, -1)
 
 
-SHIFT = {"positions": (by_positions, hidden), "a window": (by_positions, windowed)}
+SHIFT = {
+    "positions": (by_positions, hidden),
+    "a window": (by_positions, windowed),
+    "positions counted from the mask": (counted(lambda mask: mask.cumsum(1) - 1), hidden),
+    "positions as generate counts them": (
+        counted(lambda mask: (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)),
+        hidden,
+    ),
+    "positions as OPT counts them": (counted(lambda mask: (mask.cumsum(1) * mask).long() - 1), hidden),
+    "positions counted from bools": (counted(lambda mask: (mask != 0).cumsum(1) - 1), windowed),
+    "positions counted from a product": (counted(lambda mask: (mask * (mask + 1)).cumsum(1).int()), hidden),
+    "running sums of rows that are zero": (
+        lambda model, x, padding, positions: x + (padding.cumsum(1) * padding).cumsum(1)[..., None] * 0.1,
+        hidden,
+    ),
+}
 STAY = {
     "a table by column": (by_columns, hidden),
     "counting columns": (by_counting, hidden),
     "a running sum": (by_sums, hidden),
     "an arange": (by_arange, hidden),
     "padding that is seen": (by_positions, unhidden),
+    "padding that is seen and counted": (counted(lambda mask: mask.cumsum(1) - 1), unhidden),
+    "counting padding": (counted(lambda mask: (mask == 0).cumsum(1)), hidden),
+    "counting all": (counted(lambda mask: (mask + 1).cumsum(1) // 2), hidden),
+    "counting products": (counted(lambda mask: (mask + 1).cumprod(1).log2().long()), hidden),
+    "counting what a cast makes zero": (counted(lambda mask: ((mask + 0.5) * 2).int().cumsum(1) // 3), hidden),
 }
 
 
@@ -118,6 +147,25 @@ def test_not_where_a_row_may_depend_on_its_column(name: str) -> None:
     with torch.no_grad():
         assert fold_of(model, *args).starts.padding is None
     assert compact_rows(model, *args) >= paths(*args)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "OPT"])
+def test_the_advice_works_inside_the_compiled_function(kind: str) -> None:
+    """OPT counts its positions itself."""
+    changes = {"do_layer_norm_before": True, "word_embed_proj_dim": 32} if kind == "OPT" else {}
+    model = build(kind, head="Model", **changes)
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        given = {} if kind == "OPT" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        hidden: Tensor = model(ids, attention_mask=mask, use_cache=False, **given).last_hidden_state
+        return hidden
+
+    ids = token_ids()
+    compiled = torch.compile(run, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
+    with torch.no_grad():
+        ours, plain = compiled(ids, PADDED), run(ids, PADDED)
+    torch.testing.assert_close(ours[PADDED != 0], plain[PADDED != 0])
+    assert radix_compile.stats().compact_tokens == LENGTH + sum(STARTS)
 
 
 def test_the_report_says_what_could_be_passed() -> None:
