@@ -106,6 +106,8 @@ class RadixBackend:
             inputs = plan_inputs(fold)
             if advice := advice_on_padding(fold, internals.flatten_subclasses(example_inputs)):
                 report.notes.append(advice)
+                if observe is None:  # explain shows the note
+                    self._warn(advice)
             options = _with_rounded_plan_sizes(options, captured)
             trace_rewrite(captured, fold.program, report)
             folded = [_compile_folded(fold, inputs, example_inputs, options)]
@@ -143,9 +145,13 @@ class RadixBackend:
             return
         if options.strict:
             raise CannotFold(f"radix: nothing folds: {report.reason}{details}", verdict.code) from verdict
-        if report.reason not in self._warned:
-            self._warned.add(report.reason)
-            warnings.warn(f"radix: nothing folds: {report.reason}", stacklevel=2)
+        self._warn(f"nothing folds: {report.reason}")
+
+    def _warn(self, message: str) -> None:
+        """Warn the first time that there is this message."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"radix: {message}", stacklevel=2)
 
     def reset(self) -> None:
         """Called by ``torch._dynamo.reset()``."""

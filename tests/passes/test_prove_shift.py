@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -183,6 +184,22 @@ def test_the_report_says_what_could_be_passed() -> None:
         notes = [note for note in graph.notes if "left padding" in note]
         assert bool(notes) == advised
         assert not notes or ("position_ids computed from the mask" in notes[0] and "modeling_qwen3.py" in notes[0])
+
+
+def test_one_warning_where_left_padding_costs_sharing() -> None:
+    model, ids = build("Qwen3", head="Model"), token_ids()
+    compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled(ids, attention_mask=PADDED, use_cache=False)
+        compiled(ids[:, 1:], attention_mask=PADDED[:, 1:], use_cache=False)
+    (warning,) = (str(warning.message) for warning in caught if "left padding" in str(warning.message))
+    assert "pass position_ids computed from the mask" in warning
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(model, backend="radix", options={"inner_backend": "aot_eager"})(
+            ids, attention_mask=PADDED, position_ids=POSITIONS, use_cache=False
+        )
 
 
 def test_gradients() -> None:
