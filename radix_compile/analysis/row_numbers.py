@@ -191,7 +191,7 @@ def mark_read(batch: int, seq: int, *numbers: Tensor) -> Tensor:
     """Return a bool ``[B, S]`` that is true at the rows with these numbers."""
     marks = torch.zeros(batch * seq + 1, dtype=torch.bool, device=numbers[0].device if numbers else None)
     for some in numbers:
-        marks[some.flatten()] = True  # HIDDEN is the place behind the last row
+        marks.index_fill_(0, some.flatten() % len(marks), True)  # HIDDEN is the place behind the last row
     return marks[:-1].view(batch, seq)
 
 

@@ -73,7 +73,9 @@ class PrefixPlan:
 
     def with_head(self, read: Array, pad_multiple_of: SupportsIndex | None = None) -> PrefixPlan:
         """This plan with the `Head` of the rows that are read, bool ``[B, S]``, each of which must have a node."""
-        nodes = np.unique(self.scatter[read.ravel()])
+        is_read = np.zeros(len(self.fold), np.bool_)
+        is_read[self.scatter[read.ravel()]] = True
+        nodes = np.flatnonzero(is_read)
         places = np.full(len(self.fold) + 1, -1)  # the last is for rows without a node
         places[nodes] = np.arange(len(nodes))
         places, scatter = places[:-1], places[self.scatter]

@@ -19,8 +19,8 @@ PLAIN = "plain"
 
 GAIN = 0.97
 """A folded program has to take at most this share of the plain one's predicted time: predictions err, too."""
-MOST_NODES = 0.95
-"""With more nodes per row there is nothing to gain, and nothing is predicted or timed."""
+MOST_WORK = 0.95
+"""With a larger share of the plain program's token-wise work there is nothing to gain, and nothing is timed."""
 NEAR = 2.0
 """Sizes by whose ratio of rows at most a timed call is near another."""
 IN_REACH = 8.0
@@ -80,6 +80,13 @@ class Work:
     def flops(self, counts: Counts) -> float:
         by_node = self.by_node * counts.nodes + self.by_head_node * counts.head
         return by_node + self.by_tree_pair * counts.tree_pairs + self.by_pair * counts.pairs
+
+    def share(self, counts: Counts) -> float:
+        """The token-wise work of a call as a share of that of the plain program: nodes per row, fewer for the head."""
+        by_row = self.by_node + self.by_head_node
+        if not by_row:
+            return counts.nodes / counts.rows
+        return (self.by_node * counts.nodes + self.by_head_node * counts.head) / (by_row * counts.rows)
 
     def moved(self, counts: Counts) -> int:
         """Bytes read and written between rows and nodes."""
@@ -143,7 +150,7 @@ class CostModel:
 
     def needs_timing(self, counts: Counts, programs: list[str]) -> bool:
         """Is it in doubt which program is the fastest, and does it matter?"""
-        if counts.nodes > MOST_NODES * counts.rows:
+        if all(self.work[name].share(counts) > MOST_WORK for name in programs):
             return False
         nearest, predicted = self._nearest(counts, programs), self.predict(counts, programs)
         if nearest is None or predicted is None:

@@ -16,14 +16,11 @@ from radix_compile.options import Options
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.calibration import Measurements, time_programs
 from radix_compile.runtime.call_planner import NeedsFullAttention, PlanInputs
-from radix_compile.runtime.cost_model import PLAIN, CostModel, Counts, Point, Timed, Work, fastest
+from radix_compile.runtime.cost_model import MOST_WORK, PLAIN, CostModel, Counts, Point, Timed, Work, fastest
 from radix_compile.runtime.counters import COUNTERS
 from radix_compile.runtime.verify_calls import CallVerifier
 
 Program = Callable[..., Any]
-
-MOST_NODES = {"auto": 0.95, "always": 1.0}
-"""A call folds if it has at most this many nodes per row, by the option ``fold``; "auto" if nothing is predicted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +152,18 @@ class PerCall:
         if fold == "auto" and predicted is not None:
             name, reason = fastest(predicted), "the plain program is predicted to be as fast"
         else:
-            limit = MOST_NODES[fold] if isinstance(fold, str) else fold
-            name = call.candidates[0].name if counts.nodes <= limit * counts.rows else PLAIN
+            first = call.candidates[0]
+            name = first.name if self._pays(first, counts) else PLAIN
         if self.chose is not None:
             self.chose(Choice(name, predicted, call.plan, call.args[self.folded[0].inputs.keys[0]]))
         return Declined(reason) if name == PLAIN else by_name[name]
+
+    def _pays(self, program: Folded, counts: Counts) -> bool:
+        """Does a call fold, if nothing is predicted?"""
+        fold = self.options.fold
+        if fold == "auto":
+            return program.work.share(counts) <= MOST_WORK
+        return counts.nodes <= (1.0 if isinstance(fold, str) else fold) * counts.rows
 
     def _timed(self, call: _Call) -> Timed:
         """All programs, the folded ones with the call's plan and with one that shares nothing."""

@@ -98,6 +98,8 @@ def scaled(rows: int, nodes: int) -> Counts:
     [
         ([], CALL, True),
         ([], scaled(1000, 960), False),  # nothing to gain
+        ([], Counts(1000, 1000, 200, 10_000, 5000), True),  # but behind the last attention
+        ([], Counts(1000, 1000, 600, 10_000, 100), False),
         ([timed(1.0, 0.3, 1.1)], CALL, False),
         ([timed(1.0, 0.3, 1.1)], scaled(1500, 1300), False),  # near
         ([timed(1.0, 0.3, 1.1)], scaled(4000, 800), False),  # not near, and no doubt
