@@ -27,7 +27,9 @@ def place_rows(
     compact: Tensor, fold: Tensor, scatter: Tensor, batch: int, seq: int, batch_dim: int, seq_dim: int
 ) -> Tensor:
     node = scatter.clamp(min=0)
-    stands_for_node = (fold.index_select(0, node) == torch.arange(scatter.shape[0], device=fold.device)) & (scatter >= 0)
+    stands_for_node = (fold.index_select(0, node) == torch.arange(scatter.shape[0], device=fold.device)) & (
+        scatter >= 0
+    )
     return _looked_up(compact, node, stands_for_node, batch, seq, batch_dim, seq_dim)
 
 

@@ -18,6 +18,8 @@ from torch import fx
 
 from radix_compile.analysis.arguments import source_of
 from radix_compile.analysis.attention.bias import Bias
+from radix_compile.analysis.op_info import info_of
+from radix_compile.analysis.rules.masks import and_
 from radix_compile.ir.axes import Uniform
 from radix_compile.ir.facts import (
     AtMost,
@@ -145,7 +147,7 @@ def _counts_shown_rows(node: fx.Node, padding: FullyMasked | None) -> bool:
 
 def _is_zero_in(padding: FullyMasked, node: fx.Node) -> bool:
     """Whether a value is zero in padding: the mask itself, or a product with it."""
-    if node.target in (aten.mul.Tensor, aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default):
+    if info_of(node.target).fact is and_:  # products, too
         return any(_is_zero_in(padding, arg) for arg in node.all_input_nodes)
     return padding.truth and _with_equal_zeros(node) is _with_equal_zeros(padding.source)
 
