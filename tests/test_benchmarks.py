@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_cuts, bench_index_kernels, bench_models
+from benchmarks import bench_attention, bench_cuts, bench_index_kernels, bench_models, bench_stream
 from benchmarks.bench_index_kernels import WIDTHS, Case
-from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank
+from benchmarks.prefix_batches import PrefixBatch, one_prefix, rerank, rerank_stream
 from tests.models import build
 
 CPU = torch.device("cpu")
@@ -125,3 +125,22 @@ def test_a_wrong_model_fails_the_check(
     assert ("more than twice" in captured.err) == (off > 0)
     with pytest.raises(SystemExit):
         bench_models.main([*given, "--ways", "radix"])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_the_stream_of_reranking_batches(left: bool) -> None:
+    for ids, mask in rerank_stream(3, queries=2, passages=3, left=left):
+        batch = bench_stream.Batch(ids, mask, left)
+        rows = torch.arange(6)
+        closing = torch.stack([ids[row, batch.last[row] - 8 : batch.last[row] + 1] for row in rows])
+        assert (closing == closing[0]).all()
+        assert (mask[:, 0 if left else -1] == 1).any()
+        packed, positions, starts, last = batch.packed()
+        assert packed.shape == positions.shape == (1, int(mask.sum()))
+        assert torch.equal(packed[0, last], ids[rows, batch.last])
+        assert torch.equal(positions[0, starts[:-1].long()], torch.zeros(6, dtype=torch.long))
+        lengths = mask.sum(1)
+        assert torch.equal(positions[0, last], lengths - 1)
+        # The instruction is there once, and each query too.
+        assert lengths.max() < batch.distinct() <= int(lengths.sum()) - 5 * 60 - 4 * 6
+        assert lengths.max() <= bench_stream.LONGEST
