@@ -9,7 +9,7 @@ proved here that no result depends on them: values are followed from each scatte
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from torch import fx
 from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.op_info import info_of
 from radix_compile.analysis.row_numbers import ANY_ROWS, NumbersProgram, RowNumbers, hide_rows
+from radix_compile.analysis.rules.row_numbers import elementwise
 from radix_compile.ir.facts import FullyMasked, Score
 from radix_compile.ir.graph import Form
 from radix_compile.ir.value import is_row, locate, values_of
@@ -104,9 +105,13 @@ class _Walk:
         if rule is None or not is_tensor(node) or len(numbers) != 1 or None in numbers:
             return None
         rows = sources[0]
-        if len(sources) > 1 and not (node.args and node.args[0] in sources and _is_elementwise(node)):
+        if len(sources) == 1:
+            return rule(node, rows, self.numbers[rows], self.program)
+        if not _is_elementwise(node):
             return None
-        return rule(node, rows, self.numbers[rows], self.program)
+        # The rows are the same, but one argument may be infinite where they are zero; and what hides one shows another.
+        is_finite = all(self.numbers[source].is_finite for source in sources)
+        return elementwise(node, rows, replace(self.numbers[rows], is_finite=is_finite), self.program)
 
     def _read(self, source: fx.Node, reader: fx.Node) -> None:
         numbers = self.numbers[source]

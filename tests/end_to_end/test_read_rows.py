@@ -106,6 +106,13 @@ ALL_ROWS: dict[str, Head] = {
     "a mask from the rows themselves": lambda x, mask: x.masked_fill(x > 0, 0.0).sum(1),
     "rows of other sequences": lambda x, mask: (x.flip(0) * mask[..., None]).sum(1),
     "both sides of a choice": lambda x, mask: torch.where(mask[..., None] == 1, x, x.tanh()).sum(1),
+    "both sides of a choice, of some columns": lambda x, mask: torch.where(
+        mask[:, 1:, None] == 1, (y := x[:, 1:]), y.tanh()
+    ).sum(1),
+    "infinite and finite at zero, of some columns": lambda x, mask: (
+        ((y := x[:, 1:]) + y / (y != 0)) * mask[:, 1:, None]
+    ).sum(1),
+    "a mask that is drawn": lambda x, mask: (x * (torch.rand(mask.shape) < 2)[..., None]).sum(1),
     "a mask and the value without it": lambda x, mask: (x * mask[..., None]).sum(1) + x.sum(1),
 }
 
