@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import fx
 
 from radix_compile.analysis.arguments import argument
 from radix_compile.analysis.op_info import info_of
-from radix_compile.torch_internals import size_hint, val
+from radix_compile.torch_internals import numel_hint, size_hint, val
 
 
 def flops(node: fx.Node) -> int:
@@ -42,7 +41,7 @@ def grouped_product(node: fx.Node) -> int:
 
 def _product(node: fx.Node, weight: fx.Node, contracted: int) -> int:
     shape = val(weight).shape
-    return 2 * _numel(val(node)) * size_hint(shape[contracted] if len(shape) > 1 else shape[0])
+    return 2 * numel_hint(val(node)) * size_hint(shape[contracted] if len(shape) > 1 else shape[0])
 
 
 def attention(node: fx.Node) -> int:
@@ -55,9 +54,8 @@ def flex_attention(node: fx.Node) -> int:
 
 def _attention(*operands: fx.Node) -> int:
     query, key, value = map(val, operands)
-    return 2 * _numel(query) * size_hint(key.shape[-2]) + 2 * _numel(query) // size_hint(query.shape[-1]) * size_hint(
-        key.shape[-2]
-    ) * size_hint(value.shape[-1])
+    scores = numel_hint(query) // size_hint(query.shape[-1]) * size_hint(key.shape[-2])
+    return 2 * scores * (size_hint(query.shape[-1]) + size_hint(value.shape[-1]))
 
 
 def equation(node: fx.Node) -> int:
@@ -67,10 +65,3 @@ def equation(node: fx.Node) -> int:
         shape = val(tensor).shape
         sizes.update(zip(term, map(size_hint, shape), strict=False))  # an ellipsis is not counted
     return 2 * math.prod(sizes.values())
-
-
-def _numel(tensor: torch.Tensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size_hint(size)
-    return count

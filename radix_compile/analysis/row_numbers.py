@@ -68,6 +68,8 @@ class NumbersProgram:
         self.sizes = self.graph.placeholder("num_sequences"), self.graph.placeholder("num_columns")
         self.device = self.graph.placeholder("on_device")
         self.inputs = {node: self.graph.placeholder(node.name) for node in captured.graph.find_nodes(op="placeholder")}
+        for node, copy in self.inputs.items():
+            copy.meta.update(node.meta)
         self.symbols = size_symbols(captured.graph)
         self.read: dict[fx.Node, None] = {}
         """The numbers that are read."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -31,94 +31,21 @@ from radix_compile.passes.fold_graph import (
     with_blocks,
 )
 from radix_compile.passes.prove_shift import attentions, hidden_padding
-from radix_compile.plan.prefix_plan import PrefixPlan, with_earlier_rows
+from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.plan.torch_tiles import torch_tiles
 from radix_compile.plan.triton_tiles import triton_tiles
 from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
+from radix_compile.runtime.call_inputs import CallInputs
 from radix_compile.runtime.checks import TriangleCheck, rows_seen
 from radix_compile.runtime.row_contents import row_numbers
-from radix_compile.torch_internals import size_symbols
+from radix_compile.runtime.row_programs import ReadProgram, RowProgram, RowPrograms
+from radix_compile.torch_internals import size_symbols, val
 
 BoolArray = NDArray[np.bool_]
 
 
 class NeedsFullAttention(RunsPlain):
     """In this call attention on the tree would be wrong; in full form it is not."""
-
-
-@dataclass(frozen=True)
-class RowProgram:
-    """A ``[B, S]`` tensor computed from the call's inputs: the few ops of the graph that lead to it."""
-
-    run: Callable[..., torch.Tensor]
-    inputs: tuple[int, ...]
-    is_constant: bool = False
-    """Is it the same for all sequences?"""
-    last: dict[tuple[int, ...], NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
-    """The result for the sizes of the previous call, if it depends on no tensor: most often, position ids do not."""
-
-    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
-        given = [args[i] for i in self.inputs]
-        if any(isinstance(one, torch.Tensor) for one in given):
-            return self._computed(given, shape)
-        sizes = (*given, *shape)
-        rows = self.last.get(sizes)
-        if rows is None:
-            rows = self._computed(given, shape)
-            rows.flags.writeable = False
-            self.last.clear()
-            self.last[sizes] = rows
-        return rows
-
-    def _computed(self, given: Sequence[Any], shape: tuple[int, int]) -> NDArray[Any]:
-        rows = self.run(*given)
-        if self.is_constant:  # perhaps a buffer for longer sequences, of which the columns in front are read
-            rows = rows.reshape(-1, rows.shape[-1])[:1, : shape[1]].expand(shape)
-        result: NDArray[Any] = rows.reshape(shape).numpy(force=True)
-        return result
-
-
-@dataclass(frozen=True)
-class ReadProgram:
-    """The rows that have to be computed: those whose results are read, and the earlier rows that these depend on.
-
-    ``hidden``, a program for rows and the truth value of those that are shown, says on which none depends.
-    """
-
-    run: Callable[..., torch.Tensor]
-    inputs: tuple[int, ...]
-    reads_earlier: bool
-    hidden: tuple[RowProgram, bool] | None
-    last: dict[tuple[int, int], BoolArray] = field(default_factory=dict, compare=False, repr=False)
-    """The rows that are read, for the sizes of the previous call, if they depend on no tensor."""
-
-    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> BoolArray:
-        """Return the rows whose results are read, ``[B, S]``."""
-        given = [args[i] for i in self.inputs]
-        device = next((one.device for one in given if isinstance(one, torch.Tensor)), torch.device("cpu"))
-        if self.inputs:
-            return self._computed(given, shape, device)
-        if shape not in self.last:
-            self.last.clear()
-            self.last[shape] = self._computed(given, shape, device)
-        return self.last[shape]
-
-    def with_earlier(
-        self, read: BoolArray, args: Sequence[Any], shape: tuple[int, int], breaks: BoolArray | None
-    ) -> BoolArray:
-        """Return the rows that have to be computed."""
-        if not self.reads_earlier:
-            return read
-        hidden = None
-        if self.hidden is not None:
-            program, truth = self.hidden
-            hidden = (program(args, shape) != 0) != truth
-        return with_earlier_rows(read, hidden, breaks)
-
-    def _computed(self, given: Sequence[Any], shape: tuple[int, int], device: torch.device) -> BoolArray:
-        with torch.no_grad():
-            read: BoolArray = self.run(*shape, device, *given).numpy(force=True)
-        return read
 
 
 @dataclass(frozen=True)
@@ -130,7 +57,7 @@ class BlockCheck:
     shown: tuple[tuple[RowProgram, bool], ...]
     sequence_ids: RowProgram | None
 
-    def __call__(self, args: Sequence[Any], shape: tuple[int, int]) -> bool:
+    def __call__(self, args: CallInputs, shape: tuple[int, int]) -> bool:
         shown = np.ones(shape, np.bool_)
         for program, truth in self.shown:
             shown &= (program(args, shape) != 0) == truth
@@ -162,6 +89,7 @@ class PlanInputs:
     ``block_checks``  the checks that the tables of attention on the tree say what its mask does.
     ``orders``        programs for integers that masks order or count by, on which arithmetic must not wrap around.
     ``triangles``     the check that buffers still hold the masks that were read from them.
+    ``on_host``       positions of the inputs that the plan reads on the host.
     ``filled_up``     arrays whose length varies are filled up to a power of two.
     """
 
@@ -182,6 +110,7 @@ class PlanInputs:
     block_checks: tuple[BlockCheck, ...] = ()
     orders: tuple[RowProgram, ...] = ()
     triangles: TriangleCheck | None = None
+    on_host: tuple[int, ...] = ()
     filled_up: bool = False
 
     @property
@@ -190,16 +119,17 @@ class PlanInputs:
         ids_vary = self.assumed_ids is not None and bool(self.assumed_ids.inputs)
         return self.keys_visible or bool(self.block_checks) or ids_vary
 
-    def plan(self, args: Sequence[Any], pad_multiple_of: int | None = None, share_nothing: bool = False) -> PrefixPlan:
+    def plan(self, given: Sequence[Any], pad_multiple_of: int | None = None, share_nothing: bool = False) -> PrefixPlan:
         """The plan of a call with these inputs. Raises ``RunsPlain`` if they do not allow for one.
 
         With ``share_nothing``, it is as if each of them began with a token of its own. A multiple above the
         number of rows counts as that number.
         """
+        args = CallInputs.of(given)
+        args.on_host(self.on_host)  # all at once
         if self.scans is not None and not self.scans(args):
             raise RunsPlain("sequences of this length: a scan or convolution is not proved causal for them")
-        keys = [args[i] for i in self.keys]
-        shape = (keys[0].shape[0], keys[0].shape[1])
+        shape = self._shape(args)
         if self.triangles is not None and not self.triangles(args, shape[1]):
             raise RunsPlain("a mask that is kept in a buffer has changed since this was compiled")
         if any(may_wrap(program(args, shape)) for program in self.orders):
@@ -207,7 +137,7 @@ class PlanInputs:
         seen = [rows_seen(args[i]) for i in self.masks] + [listed_blocks(one, args, shape) for one in self.blocks]
         if not all(check(args, shape) for check in self.block_checks):
             raise NeedsFullAttention("flex_attention's table of blocks shows or hides others than its mask_mod")
-        rows = [*_on_host(keys), *(one for one in seen if one is not None)]
+        rows = [*_row_keys(args, self.keys), *(one for one in seen if one is not None)]
         if share_nothing:
             rows.append(np.broadcast_to(np.arange(shape[0])[:, None], shape))
         breaks = None
@@ -245,11 +175,12 @@ class PlanInputs:
         plan = PrefixPlan.from_rows(*rows, **options, pad_multiple_of=pad_multiple_of)
         return plan.with_head(read, pad_multiple_of) if read is not None and "head" in self.groups else plan
 
-    def arrays(self, plan: PrefixPlan, args: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+    def arrays(self, plan: PrefixPlan, given: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         """The arrays of the plan that the folded program takes, moved to its device in one copy."""
         made: dict[str, NDArray[Any]] = {"fold": plan.fold, "scatter": plan.scatter}
         if self.tree is not None:
-            shape = args[self.keys[0]].shape[:2]
+            args = CallInputs.of(given)
+            shape = self._shape(args)
             shown = [((program(args, shape) != 0) == truth).ravel() for program, truth in self.tree]
             made["begin"], made["end"] = plan.tree(np.logical_and.reduce(shown) if shown else None)
             if "torch" in self.groups:
@@ -281,14 +212,16 @@ class PlanInputs:
             for spec, array, start in zip(specs, arrays, starts, strict=True)
         ]
 
+    def _shape(self, args: CallInputs) -> tuple[int, int]:
+        batch, seq = args[self.keys[0]].shape[:2]
+        return batch, seq
 
-def _on_host(keys: list[torch.Tensor]) -> list[NDArray[Any]]:
-    """One copy for all keys where they live on a device: each copy waits for it. Embedded rows by their contents."""
-    embedded: list[NDArray[Any]] = [row_numbers(key) for key in keys if key.ndim > 2]
-    keys = [key for key in keys if key.ndim == 2]
-    if len(keys) > 1 and keys[0].device.type != "cpu":
-        return embedded + list(torch.stack([key.long() for key in keys]).numpy(force=True))
-    return embedded + [key.numpy(force=True) for key in keys]
+
+def _row_keys(args: CallInputs, places: tuple[int, ...]) -> list[NDArray[Any]]:
+    """What rows are told apart by: ids as they are, embedded rows by their contents."""
+    embedded = [row_numbers(args[place]) for place in places if args[place].ndim > 2]
+    ids = args.on_host([place for place in places if args[place].ndim == 2])
+    return [*embedded, *(one.numpy(force=True) for one in ids)]
 
 
 def may_wrap(numbers: NDArray[Any]) -> bool:
@@ -339,6 +272,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     Raises ``CannotFold`` if no call can share anything.
     """
     captured, wanted, starts = fold.captured, fold.wanted, fold.starts
+    rows = RowPrograms(captured)
     tokens = tokens_of(captured)
     folded = [node for node in wanted.forms if wanted.is_compact(node)]
     fully_masked = dict.fromkeys(
@@ -346,9 +280,9 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     )
     needed = set(upstream(*folded, *(b.source for b in fully_masked)))
     placeholders = captured.graph.find_nodes(op="placeholder")
-    programs = tuple((_row_program(captured, b.source), b.window, b.truth) for b in fully_masked)
-    left_padding = (_row_program(captured, starts.padding.source), starts.padding.truth) if starts.padding else None
-    sequence_ids = _row_program(captured, starts.sequence_ids) if starts.sequence_ids else None
+    programs = tuple((rows.of(b.source), b.window, b.truth) for b in fully_masked)
+    left_padding = (rows.of(starts.padding.source), starts.padding.truth) if starts.padding else None
+    sequence_ids = rows.of(starts.sequence_ids) if starts.sequence_ids else None
     if sequence_ids is None and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", RefusalCode.NOTHING_TO_SHARE, expected=True)
     shown, assumed = shown_keys(fold), assumed_sequence_ids(fold)
@@ -359,34 +293,41 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     symbols = {symbol: (place, dim) for symbol, (place, dim, _) in size_symbols(captured.graph).items()}
     scans = ReachCheck(tokens.reaches, list(tokens.scans), symbols) if symbols and tokens.scans else None
     place = {node: i for i, node in enumerate(placeholders)}
-    orders = dict.fromkeys(source for seen in attentions(captured.graph) for source in ordered_by(seen.visible))
+    ordered = dict.fromkeys(source for seen in attentions(captured.graph) for source in ordered_by(seen.visible))
     block_checks = tuple(
         BlockCheck(
             _places(tables, place),
             visible.window,
-            tuple((_row_program(captured, source), truth) for source, truth in visible.shown),
-            None if visible.sequence_ids is None else _row_program(captured, visible.sequence_ids),
+            tuple((rows.of(source), truth) for source, truth in visible.shown),
+            None if visible.sequence_ids is None else rows.of(visible.sequence_ids),
         )
         for tables, visible in with_blocks(fold)
     )
+    read = rows.read_by(fold)
+    tree = None if shown is None else tuple((rows.of(source), truth) for source, truth in shown)
+    assumed_ids = None if assumed is None else rows.of(assumed)
+    orders = tuple(rows.of(source) for source in ordered)
+    ids = {i for i in keys if val(placeholders[i]).ndim == 2}
+    on_host = ids.union(rows.inputs_on_host(), read.inputs if read is not None and read.on_host else ())
     return PlanInputs(
         keys,
         programs,
-        _read_program(fold),
-        tree=None if shown is None else tuple((_row_program(captured, source), truth) for source, truth in shown),
+        read,
+        tree=tree,
         groups=frozenset(groups_of_plan(fold)),
         windows=torch_windows(fold),
         left_padding=left_padding,
         masks=masks,
         sequence_ids=sequence_ids,
-        assumed_ids=None if assumed is None else _row_program(captured, assumed),
+        assumed_ids=assumed_ids,
         keys_visible=relies_on_visible_keys(fold),
         undefined=any(seen.undefined for seen in attentions(captured.graph)),
         scans=scans,
         blocks=tuple(_places(one, place) for one in tokens.blocks),
         block_checks=block_checks,
-        orders=tuple(_row_program(captured, source) for source in orders),
+        orders=orders,
         triangles=_triangle_check(captured, place),
+        on_host=tuple(sorted(on_host)),
     )
 
 
@@ -413,7 +354,7 @@ def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
     placeholders = captured.graph.find_nodes(op="placeholder")
     rows = args[placeholders.index(tokens_of(captured).keys[0])]  # of sizes, where the captured one has symbols
     shape = (rows.shape[0], rows.shape[1])
-    shown = (_row_program(captured, padding.source)(args, shape) != 0) == padding.truth
+    shown = (RowPrograms(captured).of(padding.source)(CallInputs(args), shape) != 0) == padding.truth
     if shown[:, 0].all():
         return None
     return (
@@ -421,27 +362,3 @@ def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
         f" column ({column.target} at {source_line(column)}): pass position_ids computed from the mask, or pad on the"
         " right"
     )
-
-
-def _read_program(fold: Fold) -> ReadProgram | None:
-    found = fold.read_rows
-    if found is None:
-        return None
-    hidden = None if found.hidden is None else (_row_program(fold.captured, found.hidden.source), found.hidden.truth)
-    return ReadProgram(found.program, found.inputs, found.reads_earlier, hidden)
-
-
-def _row_program(captured: fx.GraphModule, source: fx.Node) -> RowProgram:
-    needed = set(upstream(source))
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[int] = []
-    for position, node in enumerate(captured.graph.find_nodes(op="placeholder")):
-        if node in needed:
-            inputs.append(position)
-            copies[node] = graph.placeholder(node.name)
-    for node in captured.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[source])
-    return RowProgram(fx.GraphModule(captured, graph), tuple(inputs), values_of(source)[0].is_constant)

@@ -15,6 +15,7 @@ from radix_compile.ir.errors import Declined, RunsPlain
 from radix_compile.options import Options
 from radix_compile.plan.prefix_plan import PrefixPlan
 from radix_compile.runtime.calibration import Measurements, time_programs
+from radix_compile.runtime.call_inputs import CallInputs
 from radix_compile.runtime.call_planner import NeedsFullAttention, PlanInputs
 from radix_compile.runtime.cost_model import MOST_WORK, PLAIN, CostModel, Counts, Point, Timed, Work, fastest
 from radix_compile.runtime.counters import COUNTERS
@@ -58,7 +59,7 @@ class _Call(NamedTuple):
     """A call as it came, and with the tensors that wrappers hold; its plan, and what may run it."""
 
     wrapped: Sequence[Any]
-    args: Sequence[Any]
+    args: CallInputs
     device: torch.device
     plan: PrefixPlan
     counts: Counts
@@ -85,7 +86,7 @@ class PerCall:
     chose: Callable[[Choice], None] | None
 
     def __call__(self, *wrapped: Any) -> Any:
-        args = internals.flatten_subclasses(wrapped) if self.takes_wrapped else wrapped
+        args = CallInputs(internals.flatten_subclasses(wrapped) if self.takes_wrapped else wrapped)
         ids = args[self.folded[0].inputs.keys[0]]
         batch, seq = ids.shape[:2]
         if batch * seq < self.options.min_tokens:

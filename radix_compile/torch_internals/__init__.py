@@ -71,6 +71,7 @@ from radix_compile.torch_internals.node_meta import (
 )
 from radix_compile.torch_internals.symbols import (
     hints_of,
+    numel_hint,
     same_size,
     size_hint,
     size_symbols,
@@ -122,6 +123,7 @@ __all__ = [
     "made_from",
     "module_stack",
     "must_propagate",
+    "numel_hint",
     "present_as_dynamos",
     "readable",
     "records_cuda_graphs",

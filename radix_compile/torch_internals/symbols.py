@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ def size_hint(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     return 1 if size.node.hint is None else int(size.node.hint)
+
+
+def numel_hint(tensor: torch.Tensor) -> int:
+    """Return the number of entries in the call that is compiled for."""
+    return math.prod(size_hint(size) for size in tensor.shape)
 
 
 def unknown_dim(value: Any) -> int | None:
