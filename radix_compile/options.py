@@ -25,6 +25,7 @@ class RadixOptions(TypedDict, total=False):
     pad_multiple_of: int | None
     padding: Padding
     fold_attention: bool
+    shift_rotary: bool
     verify: bool
     strict: bool
 
@@ -51,6 +52,10 @@ class Options:
                          hides are not computed and are returned as zeros, if it is proved that no other row reads them.
     ``fold_attention``   True: run attention on the prefix tree where possible. False: run it on all rows, as RadixMLP
                          does.
+    ``shift_rotary``     True: sequences that start at different columns (left padding, packed sequences) share prefixes
+                         though rotary embeddings are by column, if it is proved in the call that scores depend on
+                         distances alone. Angles are then those of other columns, which changes results by rounding
+                         alone. False: such sequences share nothing, unless positions are given.
     ``verify``           check every graph after every pass, and compare the first, second, fourth, ... folded call to
                          the plain program: results, strides, which results share memory, and gradients (for these,
                          both programs run once more). A difference raises ``WrongFold``, which names the op where it
@@ -68,6 +73,7 @@ class Options:
     pad_multiple_of: int | None = None
     padding: Padding = "exact"
     fold_attention: bool = True
+    shift_rotary: bool = True
     verify: bool = False
     strict: bool = False
 
@@ -92,6 +98,7 @@ class Options:
         is_padding = isinstance(self.padding, str) and self.padding in paddings
         _expect("padding", self.padding, is_padding, f'"exact" or "skip"{_did_you_mean(self.padding, paddings)}')
         _expect("fold_attention", self.fold_attention, isinstance(self.fold_attention, bool), "True or False")
+        _expect("shift_rotary", self.shift_rotary, isinstance(self.shift_rotary, bool), "True or False")
         _expect("verify", self.verify, isinstance(self.verify, bool), "True or False")
         _expect("strict", self.strict, isinstance(self.strict, bool), "True or False")
 

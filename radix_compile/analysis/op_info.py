@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import fx
@@ -29,6 +29,9 @@ Rule: TypeAlias = Callable[[fx.Node, Layout], Marks]
 For a position-wise op the value has one ``BATCH`` and one ``SEQ`` atom; for a causal op ``Value.full_only`` is set too.
 For any other op the rule raises :class:`~radix_compile.ir.axes.Mixes` with the reason.
 """
+
+Linear: TypeAlias = Literal["all", "each", "first"]
+"""In which operands an op's result is linear: in all together, in each one while the others stay, or in the first."""
 
 FactRule: TypeAlias = Callable[[fx.Node], Fact | None]
 """Returns the fact of an elementwise op's result, given the facts of its operands (``masks``)."""
@@ -55,6 +58,7 @@ class OpInfo:
         may compute any entry from any rows.
     reach: the last column that each entry of the result reads; used where axes are lost.
     bounds: an interval that holds all entries of the result.
+    linear: in which operands the result is linear, scalars aside; None if in none, or unknown.
     flops: the multiplications and additions of a node; None counts as 0.
     shape_argument: the argument that is the result's shape, which the rewrite derives again from the axes.
     is_view: the op moves entries of its first input and computes none, so it is free in either form.
@@ -73,6 +77,7 @@ class OpInfo:
     reach: ReachRule | None = None
     bounds: BoundsRule | None = None
     row_numbers: RowNumbersRule | None = None
+    linear: Linear | None = None
     flops: Callable[[fx.Node], int] | None = None
     shape_argument: str | None = None
     is_view: bool = False

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from radix_compile.analysis import bounds, flops
-from radix_compile.analysis.op_info import OP_INFO, BoundsRule, FactRule, Op, OpInfo, Rule
+from radix_compile.analysis.op_info import OP_INFO, BoundsRule, FactRule, Linear, Op, OpInfo, Rule
 from radix_compile.analysis.reach import along, pointwise
 from radix_compile.analysis.reach import views as reach_views
 from radix_compile.analysis.reach.column_reach import ReachRule
@@ -46,6 +46,7 @@ def elementwise(
     reach: ReachRule = pointwise.elementwise_reach,
     bounds: BoundsRule | None = None,
     rows: RowNumbersRule = row_numbers.elementwise,
+    linear: Linear | None = None,
     finite_at_zero: bool = False,
 ) -> OpInfo:
     """Return the row of an op whose results' entries are computed from the entries that line up with them."""
@@ -55,6 +56,7 @@ def elementwise(
         reach=reach,
         bounds=bounds,
         row_numbers=rows,
+        linear=linear,
         finite_at_zero=finite_at_zero,
         is_cheap=True,
     )
@@ -76,6 +78,7 @@ def view(
         reach=reach,
         bounds=bounds.of_inputs,
         row_numbers=rows,
+        linear="all",
         shape_argument=shape_argument,
         is_view=True,
         is_cheap=True,
@@ -85,9 +88,11 @@ def view(
     )
 
 
-def product(rule: Rule, weight: str, contracted: int, *, reach: ReachRule | None = None) -> OpInfo:
+def product(
+    rule: Rule, weight: str, contracted: int, *, reach: ReachRule | None = None, linear: Linear | None = None
+) -> OpInfo:
     """Return the row of a matrix product, summed over the dimension ``contracted`` of the argument ``weight``."""
-    return OpInfo(rule=rule, reach=reach, flops=flops.product(weight, contracted))
+    return OpInfo(rule=rule, reach=reach, linear=linear, flops=flops.product(weight, contracted))
 
 
 VIEWS: dict[Op, OpInfo] = {
@@ -149,6 +154,7 @@ PARTS: dict[Op, OpInfo] = {
         reach=reach_views.slice_,
         bounds=bounds.of_inputs,
         row_numbers=row_numbers.slice_,
+        linear="all",
         is_cheap=True,
     ),
     aten.select.int: OpInfo(
@@ -156,20 +162,23 @@ PARTS: dict[Op, OpInfo] = {
         reach=reach_views.select,
         bounds=bounds.of_inputs,
         row_numbers=row_numbers.select,
+        linear="all",
         is_cheap=True,
     ),
     **each(
         aten.split.Tensor,
         aten.split_with_sizes.default,
         aten.chunk.default,
-        info=OpInfo(rule=views.split, reach=reach_views.split),
+        info=OpInfo(rule=views.split, linear="all", reach=reach_views.split),
     ),
-    aten.unbind.int: OpInfo(rule=views.unbind, reach=reach_views.unbind),
-    aten.cat.default: OpInfo(rule=views.cat, reach=reach_views.cat, bounds=bounds.of_inputs),
-    aten.stack.default: OpInfo(rule=views.stack, bounds=bounds.of_inputs),
-    aten.repeat.default: OpInfo(rule=views.repeat, bounds=bounds.of_inputs),
-    aten.repeat_interleave.self_int: OpInfo(rule=views.repeat_interleave, reach=reach_views.repeat_interleave),
-    aten.flip.default: OpInfo(rule=views.flip, reach=reach_views.flip),
+    aten.unbind.int: OpInfo(rule=views.unbind, linear="all", reach=reach_views.unbind),
+    aten.cat.default: OpInfo(rule=views.cat, linear="all", reach=reach_views.cat, bounds=bounds.of_inputs),
+    aten.stack.default: OpInfo(rule=views.stack, linear="all", bounds=bounds.of_inputs),
+    aten.repeat.default: OpInfo(rule=views.repeat, linear="all", bounds=bounds.of_inputs),
+    aten.repeat_interleave.self_int: OpInfo(
+        rule=views.repeat_interleave, linear="all", reach=reach_views.repeat_interleave
+    ),
+    aten.flip.default: OpInfo(rule=views.flip, linear="all", reach=reach_views.flip),
     aten.constant_pad_nd.default: OpInfo(rule=views.pad, reach=reach_views.pad),
     aten.pad.default: OpInfo(rule=views.pad, reach=reach_views.pad),
     aten.slice_scatter.default: OpInfo(rule=views.slice_scatter, reach=reach_views.written_over),
@@ -183,11 +192,11 @@ ELEMENTWISE: dict[Op, OpInfo] = {
         aten.__and__.Scalar,
         aten.__or__.Scalar,
         aten.__xor__.Tensor,
-        aten.complex.default,
         aten.polar.default,
         aten.softplus.default,
         info=elementwise(),
     ),
+    aten.complex.default: elementwise(linear="all"),
     # Comparisons of columns, and masks made from them.
     aten.le.Tensor: elementwise(fact=partial(masks.compare, sign=1, slack=0)),
     aten.lt.Tensor: elementwise(fact=partial(masks.compare, sign=1, slack=-1)),
@@ -214,16 +223,25 @@ ELEMENTWISE: dict[Op, OpInfo] = {
     aten.where.Scalar: elementwise(fact=masks.where),
     aten.masked_fill.Scalar: elementwise(fact=masks.masked_fill, reach=pointwise.masked_fill, rows=row_numbers.hide),
     # Arithmetic.
-    aten.add.Tensor: elementwise(fact=masks.add, reach=pointwise.total, bounds=bounds.total, finite_at_zero=True),
-    aten.sub.Tensor: elementwise(fact=masks.sub, reach=pointwise.total, bounds=bounds.difference, finite_at_zero=True),
+    aten.add.Tensor: elementwise(
+        linear="all", fact=masks.add, reach=pointwise.total, bounds=bounds.total, finite_at_zero=True
+    ),
+    aten.sub.Tensor: elementwise(
+        linear="all", fact=masks.sub, reach=pointwise.total, bounds=bounds.difference, finite_at_zero=True
+    ),
     aten.rsub.Scalar: elementwise(bounds=bounds.difference_reversed, finite_at_zero=True),
     aten.mul.Tensor: elementwise(
-        fact=masks.and_, reach=pointwise.product, bounds=bounds.product, rows=row_numbers.hide, finite_at_zero=True
+        linear="each",
+        fact=masks.and_,
+        reach=pointwise.product,
+        bounds=bounds.product,
+        rows=row_numbers.hide,
+        finite_at_zero=True,
     ),
-    aten.mul.Scalar: elementwise(fact=masks.scale, bounds=bounds.product, finite_at_zero=True),
-    aten.div.Tensor: elementwise(fact=masks.scale, reach=pointwise.quotient, bounds=bounds.quotient),
-    aten.div.Scalar: elementwise(fact=masks.scale, finite_at_zero=True),
-    aten.neg.default: elementwise(reach=pointwise.negative, bounds=bounds.negative, finite_at_zero=True),
+    aten.mul.Scalar: elementwise(linear="first", fact=masks.scale, bounds=bounds.product, finite_at_zero=True),
+    aten.div.Tensor: elementwise(linear="first", fact=masks.scale, reach=pointwise.quotient, bounds=bounds.quotient),
+    aten.div.Scalar: elementwise(linear="first", fact=masks.scale, finite_at_zero=True),
+    aten.neg.default: elementwise(linear="all", reach=pointwise.negative, bounds=bounds.negative, finite_at_zero=True),
     aten.reciprocal.default: elementwise(bounds=bounds.reciprocal),
     aten.pow.Tensor_Tensor: elementwise(bounds=bounds.power),
     aten.pow.Tensor_Scalar: elementwise(bounds=bounds.power),
@@ -304,12 +322,12 @@ REDUCTIONS: dict[Op, OpInfo] = {
 
 CONTRACTIONS: dict[Op, OpInfo] = {
     aten.linear.default: product(contractions.linear, "weight", -1, reach=along.linear),
-    aten.mm.default: product(contractions.mm, "mat2", 0, reach=along.matmul),
-    aten.bmm.default: product(contractions.bmm, "mat2", -2, reach=along.matmul),
-    aten.matmul.default: product(contractions.matmul, "other", -2, reach=along.matmul),
+    aten.mm.default: product(contractions.mm, "mat2", 0, reach=along.matmul, linear="each"),
+    aten.bmm.default: product(contractions.bmm, "mat2", -2, reach=along.matmul, linear="each"),
+    aten.matmul.default: product(contractions.matmul, "other", -2, reach=along.matmul, linear="each"),
     aten.addmm.default: product(contractions.addmm, "mat2", 0),
     aten.baddbmm.default: product(contractions.baddbmm, "batch2", -2),
-    aten.einsum.default: OpInfo(rule=contractions.einsum, reach=along.einsum, flops=flops.equation),
+    aten.einsum.default: OpInfo(rule=contractions.einsum, linear="each", reach=along.einsum, flops=flops.equation),
     aten.linalg_solve_triangular.default: OpInfo(reach=along.solve_triangular),
     aten.conv1d.default: OpInfo(reach=along.conv1d),
 }
@@ -324,15 +342,17 @@ ATTENTION: dict[Op, OpInfo] = {
 
 INDEXING: dict[Op, OpInfo] = {
     aten.embedding.default: OpInfo(rule=indexing.embedding),
-    aten.gather.default: OpInfo(rule=indexing.gather, row_numbers=row_numbers.gather),
+    aten.gather.default: OpInfo(rule=indexing.gather, linear="first", row_numbers=row_numbers.gather),
     **each(
         aten.scatter.value,
         aten.scatter.src,
         aten.scatter_add.default,
         info=OpInfo(rule=indexing.gather),
     ),
-    aten.index_select.default: OpInfo(rule=indexing.index_select, row_numbers=row_numbers.index_select),
-    aten.index.Tensor: OpInfo(rule=indexing.index, row_numbers=row_numbers.index, takes_arrangements=True),
+    aten.index_select.default: OpInfo(rule=indexing.index_select, linear="first", row_numbers=row_numbers.index_select),
+    aten.index.Tensor: OpInfo(
+        rule=indexing.index, linear="first", row_numbers=row_numbers.index, takes_arrangements=True
+    ),
     aten.index_put.default: OpInfo(rule=sorting.index_put, takes_arrangements=True),
 }
 

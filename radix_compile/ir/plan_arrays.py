@@ -15,9 +15,9 @@ import torch
 Code = Literal["torch", "triton"]
 """The code that runs attention on the tree: ``kernels.torch_attention`` or ``kernels.triton_attention``."""
 
-Group = Literal["always", "tree", "lists", "head", "head lists"] | Code
-"""When an array is passed: always, for attention on the tree, for gradients, for ops that run for rows that are read
-alone (and their gradients), or for the code of attention."""
+Group = Literal["always", "columns", "tree", "lists", "head", "head lists"] | Code
+"""When an array is passed: always, for tables by the column in the path, for attention on the tree, for gradients, for
+ops that run for rows that are read alone (and their gradients), or for the code of attention."""
 
 Indexes = Literal["nodes", "head", "nodes of head"]
 """What an op moves entries between with the array: rows and nodes, rows and the nodes of the head, or the two kinds of
@@ -55,6 +55,7 @@ class PlanArray:
 PLAN_ARRAYS = (
     PlanArray("fold", ("nodes",), "always"),  # see kernels.index_ops
     PlanArray("scatter", ("rows",), "always"),
+    PlanArray("columns", ("nodes",), "columns", argument="fold"),  # PrefixPlan.columns
     PlanArray("begin", ("nodes",), "tree"),  # PrefixPlan.tree
     PlanArray("end", ("nodes",), "tree"),
     PlanArray("windows", ("windows",), "torch"),  # plan.torch_tiles.TorchTiles

@@ -8,6 +8,7 @@ from torch import fx
 
 from radix_compile.analysis.attention.bias import Bias
 from radix_compile.analysis.attention.parts import TreeAttention
+from radix_compile.analysis.attention.rows import Rows
 from radix_compile.ir.errors import Declined
 from radix_compile.ir.facts import FullyMasked
 from radix_compile.ir.graph import Form
@@ -75,6 +76,28 @@ class ReadRows:
     are_picked: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The queries and keys of an attention. If ``grouped``, keys may have fewer heads (``enable_gqa``)."""
+
+    query: Rows
+    key: Rows
+    grouped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary embeddings by column.
+
+    ``nodes``     the values that depend on their column. In compact form they count columns from the start of the path.
+    ``pairs``     the queries and keys made of them: products must depend on the distance of columns alone, in each call
+                  in which paths start at other columns than the first.
+    """
+
+    nodes: frozenset[fx.Node]
+    pairs: tuple[Pair, ...]
+
+
 @dataclass
 class Fold:
     """One folded form of a captured graph. The pass that states each of its fields is named.
@@ -87,6 +110,7 @@ class Fold:
     ``wanted``      the forms in which each node's value is wanted (``choose_forms``).
     ``program``     the folded program; before ``fold_graph``, the captured one.
     ``starts``      where the paths of rows may start (``prove_shift``).
+    ``rotary``      the rotary embeddings by column (``find_rotary``).
     ``column``      the first op after which a row may depend on its column, if there is one (``prove_shift``).
     ``read_rows``   the rows whose results are read; None if all may be (``find_read_rows``),
     ``every_row``   which is why.
@@ -103,6 +127,7 @@ class Fold:
     light: dict[fx.Node, bool] = field(default_factory=dict, repr=False)
     wanted: Wanted = field(default_factory=Wanted)
     starts: Starts = field(default_factory=Starts)
+    rotary: Rotary | None = None
     column: fx.Node | None = None
     read_rows: ReadRows | None = None
     every_row: str = ""

@@ -82,12 +82,18 @@ def fold_attention(fold: Fold) -> None:
                 fold.attentions[node] = Declined(str(error))
 
 
-def _tree_attention(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
+def parts_of(node: fx.Node) -> Parts:
+    """Return the parts of an attention. Raises :class:`NotOnTree` if they are not recognised."""
     is_sdpa = node.target is aten.scaled_dot_product_attention.default
     parts = _sdpa_parts(node) if is_sdpa else facts(node).parts
     assert parts is not None
     if isinstance(parts, Declined):
         raise NotOnTree(parts.reason)
+    return parts
+
+
+def _tree_attention(node: fx.Node, fully_masked: set[FullyMasked]) -> TreeAttention:
+    parts = parts_of(node)
     value = values_of(node)[0]
     attends = value.attends
     assert attends is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,13 +32,13 @@ from radix_compile.ir.calls import call
 from radix_compile.ir.grad_modes import grad_modes, with_gradient
 from radix_compile.ir.graph import Form, facts, graph_facts, set_facts, set_graph_facts, tokens_of
 from radix_compile.ir.plan_arrays import Code, Group, plan_arrays
-from radix_compile.ir.source import trace_back
+from radix_compile.ir.source import trace_back, upstream
 from radix_compile.ir.value import is_row, value_of, values_of
 from radix_compile.kernels import index_ops
 from radix_compile.kernels.tree_arguments import TreeArrays
 from radix_compile.kernels.tree_attention import code_for
 from radix_compile.passes.choose_cuts import has_compact_form
-from radix_compile.passes.fold import Fold
+from radix_compile.passes.fold import Fold, Wanted
 from radix_compile.torch_internals import forget_value, hints_of, keep_recompute_tag, val
 
 aten = torch.ops.aten
@@ -54,6 +55,24 @@ def fold_graph(fold: Fold) -> None:
     fold.program = _Rewriter(fold).run()
     fold.program.meta.update(fold.captured.meta)
     set_graph_facts(fold.program, replace(graph_facts(fold.captured), source=fold.captured))
+
+
+def compact_part(
+    fold: Fold, results: Sequence[Rows], nodes: Collection[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Make a program that computes rows, ``[1, heads, T', features]`` each, in compact form by these nodes alone.
+
+    Returned with it are the values of rows that the nodes are computed from. The program takes the inputs of the
+    captured graph, the arrays of the plan that have the group "columns", and the compact forms of these values.
+    """
+    sources = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if is_row(arg) and arg not in nodes)
+    sources |= dict.fromkeys(rows.node for rows in results if rows.node not in nodes)
+    constants = [arg for node in nodes for arg in node.all_input_nodes if not has_compact_form(arg)]
+    wanted = Wanted({node: {Form.FULL} for node in upstream(*constants)}, {})
+    wanted.forms |= {node: {Form.COMPACT} for node in nodes}
+    wanted.runs = {node: forms for node, forms in wanted.forms.items() if node.op != "placeholder"}
+    part = replace(fold, wanted=wanted, attentions={}, head=frozenset(), read_rows=None)
+    return _Rewriter(part).run_part(list(sources), results), list(sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +109,14 @@ class _Rewriter:
         """Captured nodes whose full form does not lie in memory as they do, or may not."""
         self.placed: dict[tuple[fx.Node, bool], fx.Node] = {}
         self.bases = {base for _, base in views_to_keep(gm.graph, self.hints)}
-        self.columns: dict[tuple[fx.Node, int, str, bool, Form], fx.Node] = {}
+        self.columns: dict[tuple[Any, ...], fx.Node] = {}
         self.biases: dict[tuple[Any, ...], fx.Node | None] = {}
         self.picked: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
             self.full[node] = self.graph.node_copy(node)
-        self._add_plan_inputs()
+        self._add_plan_inputs(groups_of_plan(self.decided))
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 self.graph.node_copy(node, self._in_place)
@@ -105,8 +124,20 @@ class _Rewriter:
                 self._rewrite(node)
         return fx.GraphModule(self.gm, self.graph)
 
-    def _add_plan_inputs(self) -> None:
-        arrays = plan_arrays(groups_of_plan(self.decided))
+    def run_part(self, sources: list[fx.Node], results: Sequence[Rows]) -> fx.GraphModule:
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            self.full[node] = self.graph.node_copy(node)
+        self._add_plan_inputs({"columns"})
+        with self.graph.inserting_before(self.here.nodes):
+            self.compact |= {node: self.graph.placeholder(f"rows_{i}") for i, node in enumerate(sources)}
+        for node in self.gm.graph.nodes:
+            if node in self.wanted.runs:
+                self._make_forms(node)
+        self.graph.output([self._by_head(rows, val(rows.node).dtype) for rows in results])
+        return fx.GraphModule(self.gm, self.graph)
+
+    def _add_plan_inputs(self, groups: Collection[Group]) -> None:
+        arrays = plan_arrays(groups)
         plan: dict[str, fx.Node | None] = {one.name: self.graph.placeholder(one.placeholder) for one in arrays}
         self.plan = plan
         self.of_nodes = self._rows("", Form.COMPACT)
@@ -119,7 +150,7 @@ class _Rewriter:
     def _rows(self, prefix: str, form: Form) -> _Rows:
         own = {name: self.plan[prefix + name] for name in ("fold", "scatter")}
         lists: dict[str, fx.Node | None] = dict.fromkeys(index_ops.LISTS)
-        if self.known.is_differentiable:
+        if "rows" in self.plan:
             lists = {name: self.plan[prefix + name] for name in index_ops.LISTS}
         nodes = self.graph.call_function(aten.sym_size.int, (own["fold"], 0))
         return _Rows(form, own, {"scatter": own["scatter"], **lists}, nodes)
@@ -170,6 +201,7 @@ class _Rewriter:
                 return source
             return self._tagged(self.graph.call_function(aten.detach.default, (source,)), node, self.here.form)
         by_layout = reads_layout(node)
+        is_rotary = self.decided.rotary is not None and node in self.decided.rotary.nodes
         uses: dict[fx.Node, list[tuple[int, str]]] = {}
         for operand, dim, how in value.operands:
             uses.setdefault(operand, []).append((dim, how))
@@ -178,7 +210,7 @@ class _Rewriter:
             if any(how == "count" for _, how in uses.get(arg, ())):
                 return self._count(arg, value.arrangement)
             if not has_compact_form(arg):
-                return self._constant(arg, uses.get(arg, []))
+                return self._constant(arg, uses.get(arg, []), is_rotary)
             compact = self._compact(arg)
             return self._laid_out(compact, arg) if by_layout and is_row(arg) else compact
 
@@ -278,18 +310,19 @@ class _Rewriter:
         heads, size = rows.heads()
         return self.graph.call_function(aten.reshape.default, (compact, [1, heads, self.here.nodes, size]))
 
-    def _constant(self, node: fx.Node, uses: list[tuple[int, str]]) -> fx.Node:
+    def _constant(self, node: fx.Node, uses: list[tuple[int, str]], is_rotary: bool = False) -> fx.Node:
         """A constant of the call where it meets compact rows: by column, or one entry where all are equal."""
+        plan = self.here.fold_and_scatter | ({"fold": self.plan["columns"]} if is_rotary else {})
         result = self.full[node]
         for dim, how in uses:
-            key = (result, dim, how, self.records_here, self.here.form)
+            key = (result, dim, how, self.records_here, plan["fold"])
             if key not in self.columns:
                 if how == "column":
                     made = call(
                         self.graph,
                         radix.gather_columns.default,
                         table=result,
-                        **self.here.fold_and_scatter,
+                        **plan,
                         batch=self.batch,
                         seq=self.seq,
                         dim=dim,
@@ -424,6 +457,8 @@ def groups_of_plan(fold: Fold) -> set[Group]:
     groups: set[Group] = {code_for(*attention.operands) for attention in fold.attentions_on_tree()}
     if groups:
         groups.add("tree")
+    if fold.rotary is not None and any(Form.COMPACT in fold.wanted.runs.get(node, ()) for node in fold.rotary.nodes):
+        groups.add("columns")
     if fold.head:
         groups.add("head")
     if graph_facts(fold.captured).is_differentiable:

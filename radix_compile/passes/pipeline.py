@@ -17,6 +17,7 @@ from radix_compile.passes.choose_forms import choose_forms
 from radix_compile.passes.choose_head import choose_head
 from radix_compile.passes.expand_mask_buffers import expand_mask_buffers
 from radix_compile.passes.find_read_rows import find_read_rows
+from radix_compile.passes.find_rotary import find_rotary
 from radix_compile.passes.fold import Fold, FoldVariant
 from radix_compile.passes.fold_attention import fold_attention
 from radix_compile.passes.fold_cross_entropy import fold_cross_entropy
@@ -59,7 +60,8 @@ ANALYSES: tuple[AnalysisPass, ...] = (
 FOLDING: tuple[FoldPass, ...] = (
     fold_attention,  # first, so that it need not matter to the others how attention was written
     choose_cuts,  # after fold_attention, because only rows proved position-wise may be compact
-    choose_forms,  # after choose_cuts, because the forms in which a value is wanted depend on where its readers run
+    find_rotary,  # after choose_cuts, because it lets what else than attention reads run in full form, too
+    choose_forms,  # after find_rotary, because the forms in which a value is wanted depend on where its readers run
     find_read_rows,  # after choose_forms, because it follows values in full form
     choose_head,  # after find_read_rows, because the head runs for the rows found there
     fold_graph,  # after all of these, because it emits each node in the forms chosen there

@@ -103,16 +103,18 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
       an entry for each query, whose place depends on the row;
     - ``sequence_ids``, and the values that they are counted from, if they are only compared with each other.
 
-    A running sum of something that is zero in padding is the same wherever the sequence starts behind its padding.
+    Rotary embeddings are checked in each call. A running sum of something that is zero in padding is the same wherever
+    the sequence starts behind its padding.
     """
     graph, wanted = fold.captured.graph, fold.wanted
+    rotary = fold.rotary.nodes if fold.rotary is not None else frozenset()
     masks: set[fx.Node] = set()
     padding = hidden_padding(fold.captured) if sequence_ids is None else None
     id_nodes = _sequence_id_nodes(graph, sequence_ids)
     looked_up = _looked_up(graph, sequence_ids)
     node: fx.Node
     for node in graph.nodes:
-        if node.op != "call_function" or not (node in wanted.forms or node in looked_up):
+        if node.op != "call_function" or not (node in wanted.forms or node in looked_up) or node in rotary:
             continue
         if node in id_nodes:
             if wanted.is_compact(node):
@@ -125,12 +127,12 @@ def _first_reader_of_columns(fold: Fold, sequence_ids: fx.Node | None) -> fx.Nod
         is_along_sequence &= not _counts_shown_rows(node, padding)
         is_identity = node.target is aten.index.Tensor  # the indices are proved to be 0, 1, 2, ...
         operands = [operand for value in values for operand in value.operands]
-        tables = [table for table, dim, how in operands if how == "column" and not _is_uniform(table, dim)]
+        tables = [table for table, dim, how in operands if how == "column" and not is_uniform(table, dim)]
         pairs = [rows for rows, _, how in operands if how == "pairs"]
         reads_ids = not id_nodes.isdisjoint(node.all_input_nodes) and not _compares_ids(node, id_nodes, sequence_ids)
         formulas = [value.attends.visible for value in values if value.attends is not None]
         reads_columns = any(_reads_column(atom, sequence_ids) for formula in formulas for atom in atoms_of(formula))
-        is_relative = all(_compares_columns(operand, sequence_ids) for operand in (*tables, *pairs))
+        is_relative = all(compares_columns(operand, sequence_ids) for operand in (*tables, *pairs))
         if (is_along_sequence and not is_identity) or reads_ids or reads_columns or not is_relative:
             return node
         if is_row(node) and not formulas and (tables or not masks.isdisjoint(node.all_input_nodes)):
@@ -205,14 +207,14 @@ def _compares_ids(node: fx.Node, id_nodes: set[fx.Node], sequence_ids: fx.Node |
 def _is_by_column(bias: Bias, sequence_ids: fx.Node | None) -> bool:
     """Whether a bias has an entry per column that depends on more than the differences of columns."""
     value = value_of(bias.node)
-    return (value.is_constant or (value.is_row and bias.shape()[2])) and not _compares_columns(bias.node, sequence_ids)
+    return (value.is_constant or (value.is_row and bias.shape()[2])) and not compares_columns(bias.node, sequence_ids)
 
 
-def _is_uniform(table: fx.Node, dim: int) -> bool:
+def is_uniform(table: fx.Node, dim: int) -> bool:
     return all(isinstance(atom, Uniform) for atom in value_of(table).axes[dim])
 
 
-def _compares_columns(node: fx.Node, sequence_ids: fx.Node | None) -> bool:
+def compares_columns(node: fx.Node, sequence_ids: fx.Node | None) -> bool:
     """Whether each entry depends only on the difference of its two columns and on the rows at them."""
     match value_of(node).fact:
         case Predicate(formula):

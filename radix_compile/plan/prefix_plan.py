@@ -148,6 +148,13 @@ class PrefixPlan:
             end *= shown[self.fold]
         return begin, end
 
+    def columns(self, seq: int) -> Int64:
+        """The column of each node, ``[T']``, from the start of its path; outside of the tree, from the first."""
+        inside = slice(0, self.tree_nodes)
+        columns: Int64 = self.fold % seq
+        columns[inside] = self.fold[inside] - self._begin_of_nodes()
+        return columns
+
     @property
     def pairs(self) -> int:
         """How many pairs of a node and an ancestor of it, or itself, there are."""

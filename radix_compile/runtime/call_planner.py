@@ -21,7 +21,7 @@ from radix_compile.ir.graph import graph_facts, tokens_of
 from radix_compile.ir.plan_arrays import Group, plan_arrays
 from radix_compile.ir.source import upstream
 from radix_compile.ir.value import source_line, values_of
-from radix_compile.passes.fold import Fold
+from radix_compile.passes.fold import Fold, Starts
 from radix_compile.passes.fold_graph import (
     assumed_sequence_ids,
     groups_of_plan,
@@ -37,6 +37,7 @@ from radix_compile.plan.triton_tiles import triton_tiles
 from radix_compile.runtime.block_tables import BlockTables, agree_with_mask, listed_blocks
 from radix_compile.runtime.call_inputs import CallInputs
 from radix_compile.runtime.checks import TriangleCheck, rows_seen
+from radix_compile.runtime.rotary_check import RotaryCheck, rotary_check
 from radix_compile.runtime.row_contents import row_numbers
 from radix_compile.runtime.row_programs import ReadProgram, RowProgram, RowPrograms
 from radix_compile.torch_internals import size_symbols, val
@@ -78,6 +79,7 @@ class PlanInputs:
     ``groups``        the arrays of a plan that the folded program takes.
     ``windows``       the windows of attentions on the tree that run in torch.
     ``left_padding``  program for the rows that are no padding, if padding in front of them is in no path.
+    ``rotary``        the check that rows may be shifted though rotary embeddings are by column.
     ``masks``         positions of the caller's own masks, which have to be causal: see ``given_masks``.
     ``sequence_ids``  program for the ids of sequences that are packed in a row.
     ``assumed_ids``   program for such ids, if attention on the tree is right only where paths tell the sequences apart:
@@ -100,6 +102,7 @@ class PlanInputs:
     groups: frozenset[Group] = frozenset()
     windows: tuple[int | None, ...] = ()
     left_padding: tuple[RowProgram, bool] | None = None
+    rotary: RotaryCheck | None = None
     masks: tuple[int, ...] = ()
     sequence_ids: RowProgram | None = None
     assumed_ids: RowProgram | None = None
@@ -144,6 +147,11 @@ class PlanInputs:
         if self.sequence_ids is not None:
             numbers = self.sequence_ids(args, shape)
             breaks, come_back = sequence_breaks(numbers)
+            if breaks is not None and not self._may_shift(args):
+                if self.assumed_ids is not None:
+                    raise NeedsFullAttention("several sequences are packed in a row, and rows depend on their column")
+                breaks = None
+                rows.append(numbers)
             if come_back.any() and self.assumed_ids is not None:
                 raise NeedsFullAttention("a sequence goes on behind another one that is packed in its row")
             if come_back.any():
@@ -169,6 +177,8 @@ class PlanInputs:
             program, truth = self.left_padding
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
+            if start.any() and not self._may_shift(args):
+                start = None
         options = {"unique": unique, "needed": needed, "start": start, "breaks": breaks}
         if pad_multiple_of is not None:
             pad_multiple_of = min(pad_multiple_of, max(shape[0] * shape[1], 1))  # more would be more work than plain
@@ -178,6 +188,8 @@ class PlanInputs:
     def arrays(self, plan: PrefixPlan, given: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         """The arrays of the plan that the folded program takes, moved to its device in one copy."""
         made: dict[str, NDArray[Any]] = {"fold": plan.fold, "scatter": plan.scatter}
+        if "columns" in self.groups:
+            made["columns"] = plan.columns(self._shape(CallInputs.of(given))[1])
         if self.tree is not None:
             args = CallInputs.of(given)
             shape = self._shape(args)
@@ -211,6 +223,11 @@ class PlanInputs:
             moved.narrow(0, start, array.nbytes).view(spec.dtype).view(array.shape)
             for spec, array, start in zip(specs, arrays, starts, strict=True)
         ]
+
+    def _may_shift(self, args: CallInputs) -> bool:
+        """May paths start at other columns than the first?"""
+        ids = args[self.keys[0]]
+        return self.rotary is None or self.rotary(args, ids.shape[1], ids.device)
 
     def _shape(self, args: CallInputs) -> tuple[int, int]:
         batch, seq = args[self.keys[0]].shape[:2]
@@ -317,6 +334,7 @@ def plan_inputs(fold: Fold) -> PlanInputs:
         groups=frozenset(groups_of_plan(fold)),
         windows=torch_windows(fold),
         left_padding=left_padding,
+        rotary=rotary_check(fold) if starts != Starts() else None,
         masks=masks,
         sequence_ids=sequence_ids,
         assumed_ids=assumed_ids,
