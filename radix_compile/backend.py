@@ -21,7 +21,7 @@ from radix_compile.ir.plan_arrays import plan_arrays
 from radix_compile.kernels import embedding, index_ops, token_nll
 from radix_compile.options import Options, RadixOptions
 from radix_compile.passes.capture import CaptureError, capture, first_line
-from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD, POSITION_WISE_FOLD, Fold, FoldVariant
+from radix_compile.passes.fold import FOLD_OFF_THE_TREE, FULL_FOLD, POSITION_WISE_FOLD, Fold, FoldVariant, Starts
 from radix_compile.passes.pipeline import Observer, PassFailed, annotate, fold_as
 from radix_compile.passes.report import GraphReport, report_on
 from radix_compile.plan.arrays import as_multiple
@@ -104,7 +104,7 @@ class RadixBackend:
             report = report_on(fold)  # from here on, a refusal keeps what was found
             expect_enough(report)
             inputs = plan_inputs(fold)
-            if advice := advice_on_padding(fold, internals.flatten_subclasses(example_inputs)):
+            if advice := advice_on_padding(fold, inputs, internals.flatten_subclasses(example_inputs)):
                 report.notes.append(advice)
                 if observe is None:  # explain shows the note
                     self._warn(advice)
@@ -112,8 +112,9 @@ class RadixBackend:
             trace_rewrite(captured, fold.program, report)
             folded = [_compile_folded(fold, inputs, example_inputs, options)]
             for variant in _further_variants(inputs, options):
-                fold = fold_as(variant, captured, options, observe)
-                folded.append(_compile_folded(fold, plan_inputs(fold), example_inputs, options))
+                further = fold_as(variant, captured, options, observe)
+                if variant is FOLD_OFF_THE_TREE or _shifts_as(fold, further):
+                    folded.append(_compile_folded(further, plan_inputs(further), example_inputs, options))
         except (CaptureError, CannotFold, PassFailed) as refusal:
             report.folded, report.reason, report.code = False, str(refusal), refusal.code
             if isinstance(refusal, PassFailed):
@@ -203,6 +204,11 @@ def _further_variants(inputs: PlanInputs, options: Options) -> tuple[FoldVariant
         # On a GPU, attention in full form may be faster: with short paths, and a kernel that is dense.
         return (POSITION_WISE_FOLD,)
     return (FOLD_OFF_THE_TREE,) if inputs.may_leave_the_tree else ()
+
+
+def _shifts_as(first: Fold, other: Fold) -> bool:
+    """May a plan that is made for the first fold be used for the other one, as to where paths start?"""
+    return first.starts == Starts() or first.starts == other.starts
 
 
 def _compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Program:

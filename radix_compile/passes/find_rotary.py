@@ -81,6 +81,8 @@ def _readers(graph: fx.Graph, rotated: dict[fx.Node, None]) -> tuple[list[Pair],
 
     Raises :class:`NotRotary`.
     """
+    if not all(map(is_linear, rotated)):
+        raise NotRotary
     pairs: list[Pair] = []
     scores: set[tuple[fx.Node, fx.Node]] = set()
     for node in graph.nodes:
@@ -109,13 +111,15 @@ def _parts(node: fx.Node) -> Parts | None:
 
 
 def is_linear(node: fx.Node) -> bool:
-    """Whether an op is linear in all its rows together, and its other operands are constants without a gradient."""
+    """Whether an op is linear in all its rows together, and its other operands are constants without a gradient.
+
+    The gradient of a table would be that of the columns from which the path counts.
+    """
     if node.target is operator.getitem:
         return is_linear(node.args[0])  # type: ignore[arg-type]
     if values_of(node)[0].identity is not None:
         return True
-    operands: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda arg: operands.append(arg) if is_tensor(arg) else None)
+    operands = operands_of(node)
     rows = [operand for operand in operands if not value_of(operand).is_constant]
     constants = [operand for operand in operands if operand not in rows]
     if any(facts(one).needs_gradient is not False for one in upstream(*constants) if one.op == "placeholder"):
@@ -129,3 +133,10 @@ def is_linear(node: fx.Node) -> bool:
         case "first":
             return rows == [node.args[0]]
     return False
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that an op takes, as often as it takes them."""
+    operands: list[fx.Node] = []
+    fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: operands.append(arg) if is_tensor(arg) else None)
+    return operands

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,22 +57,21 @@ def fold_graph(fold: Fold) -> None:
     set_graph_facts(fold.program, replace(graph_facts(fold.captured), source=fold.captured))
 
 
-def compact_part(
-    fold: Fold, results: Sequence[Rows], nodes: Collection[fx.Node]
-) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Make a program that computes rows, ``[1, heads, T', features]`` each, in compact form by these nodes alone.
+def compact_part(fold: Fold, rows: Rows, nodes: Collection[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Make a program that computes rows, ``[1, heads, T', features]``, in compact form by these nodes alone.
 
     Returned with it are the values of rows that the nodes are computed from. The program takes the inputs of the
     captured graph, the arrays of the plan that have the group "columns", and the compact forms of these values.
     """
     sources = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if is_row(arg) and arg not in nodes)
-    sources |= dict.fromkeys(rows.node for rows in results if rows.node not in nodes)
+    if rows.node not in nodes:
+        sources[rows.node] = None
     constants = [arg for node in nodes for arg in node.all_input_nodes if not has_compact_form(arg)]
     wanted = Wanted({node: {Form.FULL} for node in upstream(*constants)}, {})
     wanted.forms |= {node: {Form.COMPACT} for node in nodes}
     wanted.runs = {node: forms for node, forms in wanted.forms.items() if node.op != "placeholder"}
     part = replace(fold, wanted=wanted, attentions={}, head=frozenset(), read_rows=None)
-    return _Rewriter(part).run_part(list(sources), results), list(sources)
+    return _Rewriter(part).run_part(list(sources), rows), list(sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,7 @@ class _Rewriter:
                 self._rewrite(node)
         return fx.GraphModule(self.gm, self.graph)
 
-    def run_part(self, sources: list[fx.Node], results: Sequence[Rows]) -> fx.GraphModule:
+    def run_part(self, sources: list[fx.Node], rows: Rows) -> fx.GraphModule:
         for node in self.gm.graph.find_nodes(op="placeholder"):
             self.full[node] = self.graph.node_copy(node)
         self._add_plan_inputs({"columns"})
@@ -133,7 +132,7 @@ class _Rewriter:
         for node in self.gm.graph.nodes:
             if node in self.wanted.runs:
                 self._make_forms(node)
-        self.graph.output([self._by_head(rows, val(rows.node).dtype) for rows in results])
+        self.graph.output([self._by_head(rows, val(rows.node).dtype)])
         return fx.GraphModule(self.gm, self.graph)
 
     def _add_plan_inputs(self, groups: Collection[Group]) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.reach.column_reach import ReachCheck
 from radix_compile.analysis.rules.flex import Blocks
 from radix_compile.ir.axes import as_size
@@ -147,7 +148,7 @@ class PlanInputs:
         if self.sequence_ids is not None:
             numbers = self.sequence_ids(args, shape)
             breaks, come_back = sequence_breaks(numbers)
-            if breaks is not None and not self._may_shift(args):
+            if breaks is not None and not self.may_shift(args):
                 if self.assumed_ids is not None:
                     raise NeedsFullAttention("several sequences are packed in a row, and rows depend on their column")
                 breaks = None
@@ -177,7 +178,7 @@ class PlanInputs:
             program, truth = self.left_padding
             shown = (program(args, shape) != 0) == truth
             start = np.where(shown.any(1), shown.argmax(1), 0)
-            if start.any() and not self._may_shift(args):
+            if start.any() and not self.may_shift(args):
                 start = None
         options = {"unique": unique, "needed": needed, "start": start, "breaks": breaks}
         if pad_multiple_of is not None:
@@ -224,7 +225,7 @@ class PlanInputs:
             for spec, array, start in zip(specs, arrays, starts, strict=True)
         ]
 
-    def _may_shift(self, args: CallInputs) -> bool:
+    def may_shift(self, args: Sequence[Any]) -> bool:
         """May paths start at other columns than the first?"""
         ids = args[self.keys[0]]
         return self.rotary is None or self.rotary(args, ids.shape[1], ids.device)
@@ -300,7 +301,8 @@ def plan_inputs(fold: Fold) -> PlanInputs:
     programs = tuple((rows.of(b.source), b.window, b.truth) for b in fully_masked)
     left_padding = (rows.of(starts.padding.source), starts.padding.truth) if starts.padding else None
     sequence_ids = rows.of(starts.sequence_ids) if starts.sequence_ids else None
-    if sequence_ids is None and tokens.layout.batch == 1:
+    ids_vary = sequence_ids is not None and any(is_tensor(placeholders[place]) for place in sequence_ids.inputs)
+    if not ids_vary and tokens.layout.batch == 1:
         raise CannotFold("there is one sequence only", RefusalCode.NOTHING_TO_SHARE, expected=True)
     shown, assumed = shown_keys(fold), assumed_sequence_ids(fold)
     # Numbers that only tell sequences apart are no part of their rows.
@@ -363,18 +365,20 @@ def _places(blocks: Blocks, place: dict[fx.Node, int]) -> BlockTables:
     return BlockTables((place[blocks.partial[0]], place[blocks.partial[1]]), full, blocks.query_size, blocks.key_size)
 
 
-def advice_on_padding(fold: Fold, args: Sequence[Any]) -> str | None:
+def advice_on_padding(fold: Fold, inputs: PlanInputs, args: Sequence[Any]) -> str | None:
     """Advice for a caller with left padding, as in ``args``, if rows depend on their column; None if there is none."""
-    captured, column = fold.captured, fold.column
+    captured, column, rotary = fold.captured, fold.column, fold.rotary
     padding = hidden_padding(captured)
-    if column is None or padding is None:
+    if padding is None or (column is None and rotary is None):
         return None
     placeholders = captured.graph.find_nodes(op="placeholder")
     rows = args[placeholders.index(tokens_of(captured).keys[0])]  # of sizes, where the captured one has symbols
     shape = (rows.shape[0], rows.shape[1])
     shown = (RowPrograms(captured).of(padding.source)(CallInputs(args), shape) != 0) == padding.truth
-    if shown[:, 0].all():
+    if shown[:, 0].all() or (column is None and inputs.may_shift(args)):
         return None
+    if column is None:
+        column = next(node for node in captured.graph.nodes if rotary is not None and node in rotary.nodes)
     return (
         "with left padding, prompts that start at different columns are not shared, because a row may depend on its"
         f" column ({column.target} at {source_line(column)}): pass position_ids computed from the mask, or pad on the"

@@ -1,9 +1,12 @@
 """Prove, by running them, that products of rotated queries and keys depend on the distance of columns alone.
 
 The query at column ``c`` is ``M(c) x`` for some ``x``, and the key at column ``d`` is ``N(d) y``: ``find_rotary`` has
-seen that each is linear. Both are computed here for all columns of a call, for a random ``x`` and ``y``. If the product
+seen that each is linear. Both are computed here in float64 for all columns of a call, for a random ``x`` and ``y``. If
 ``x.T @ M(c).T @ N(d) @ y`` is the same at ``c + 1`` and ``d + 1`` for random ``x`` and ``y``, it is for all. The
 products of all pairs are compared at once: as matrices, by their product with a random vector (Freivalds' check).
+
+What the program's own precision does to ``M`` and ``N`` is checked too: each number in a table must be as near to the
+one in float64 as it can be. Positions in bfloat16, say, are not.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from radix_compile.analysis.arguments import is_tensor
-from radix_compile.analysis.flops import flops
+from radix_compile.analysis.attention.rows import Rows
 from radix_compile.ir.axes import SEQ, Axes, Feature, Uniform
 from radix_compile.ir.calls import arguments_of
 from radix_compile.ir.value import is_row, value_of
-from radix_compile.passes.find_rotary import is_linear
-from radix_compile.passes.fold import Fold, Pair
+from radix_compile.passes.find_rotary import is_linear, operands_of
+from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import compact_part
 from radix_compile.torch_internals import val
 
@@ -33,144 +36,189 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 radix = torch.ops.radix
 
-DRAWS = 2
-"""How many random ``x`` and ``y`` are tried."""
-EXACT = 1e-9
-"""The largest difference of products, of the sizes of their factors, in float64: that of rounding is below 1e-12."""
-
 WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
 WIDER |= {torch.complex64: torch.complex128}
-LOW = {torch.float16, torch.bfloat16}
-"""Angles of these are none: they have too few digits for columns."""
+
+MARGIN = 64
+"""Differences of products up to this many times what rounding makes of one are taken for rounding."""
+LIKE_SIZE = 100
+"""Rows that differ in size by a larger factor are not compared."""
 KEPT = 4
 """For so many values of its inputs, the verdicts of a check are kept."""
 
 
 @dataclass(frozen=True, eq=False)
-class RotatedPair:
-    """A program for the queries and keys of an attention, ``[1, heads, S, features]``.
+class Rotated:
+    """A program for queries or keys ``[1, heads, S, size]`` of an attention, from rows in compact form.
 
     ``inputs``  the positions of the call's inputs that it takes, by the names of its placeholders,
     ``rows``    the axes of values of rows, likewise,
-    ``tables``  the placeholders of inputs that may be tables with an entry for each column.
+    ``tables``  the dtypes of inputs that may be tables with an entry for each column.
     """
 
     program: fx.GraphModule
-    grouped: bool
     inputs: Mapping[str, int]
     rows: Mapping[str, Axes]
-    tables: tuple[str, ...]
+    tables: tuple[torch.dtype, ...]
+    size: int
+
+    def text(self) -> str:
+        """Return a text that is the same for programs of the same ops on the same inputs."""
+        numbers: dict[fx.Node, str] = {}
+        lines: list[str] = []
+
+        def write(node: fx.Node) -> None:
+            for arg in node.all_input_nodes:
+                if arg not in numbers:
+                    write(arg)
+            numbers[node] = f"%{len(numbers)}"
+            about: Any = node.target
+            if node.op == "placeholder":
+                about = self.inputs.get(node.name, self.rows.get(node.name, node.name))
+            lines.append(f"{about} {fx.node.map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)}")
+
+        (output,) = self.program.graph.find_nodes(op="output")
+        write(output)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class RotatedPair:
+    """The queries and the keys of an attention. If ``grouped``, keys may have fewer heads."""
+
+    query: Rotated
+    key: Rotated
+    grouped: bool
 
     def depends_on_distance(self, args: Sequence[Any], seq: int, device: torch.device) -> bool:
-        given = {name: args[place] for name, place in self.inputs.items()}
+        """Do the products of a call with these inputs depend on the distance of columns alone?"""
+        query, key = (_Replay(side, args, seq, device) for side in (self.query, self.key))
         generator = torch.Generator(device).manual_seed(0)
-        exact = not self.tables
-        for _ in range(DRAWS):
-            drawn = [self._draw(seq, device, generator) for _ in range(2)]
-            vector = torch.randn(seq - 1, dtype=torch.float64, device=device, generator=generator)
-            if exact and not self._is_same(_Replay(self, given, seq, device, wide=True), drawn, vector, EXACT):
-                return False
-            replay = _Replay(self, given, seq, device, wide=False)
-            if not self._is_same(replay, drawn, vector, None):
+        vector = torch.randn(seq - 1, dtype=torch.float64, device=device, generator=generator)
+        queries, keys = query.run(generator), key.run(generator)
+        if not all((query.is_precise(), key.is_precise(), _are_of_like_size(queries), _are_of_like_size(keys))):
+            return False
+        tables = self.query.tables + self.key.tables
+        if not tables:
+            return self._are_same(queries, keys, vector, MARGIN * max(seq, MARGIN) * _eps(torch.float64))
+        # The rounding of tables that are inputs is large, and could hide one wrong number: look at each for itself.
+        tolerance = MARGIN / 8 * (max(map(_eps, tables)) + seq * _eps(torch.float32))
+        parts = (query.run(generator, part) for part in range(self.query.size))
+        return all(self._are_same(part, keys, vector, tolerance, by_head=True) for part in parts)
+
+    def _are_same(self, query: Tensor, key: Tensor, vector: Tensor, tolerance: float, by_head: bool = False) -> bool:
+        """Are the products ``[heads, S, S]`` the same one column further? Their sum over heads, or each."""
+        if self.grouped and len(key) < len(query):
+            key = key.repeat_interleave(len(query) // len(key), 0)
+        here, further = (
+            torch.einsum("hse,he->hs", query[:, part], torch.einsum("hte,t->he", key[:, part], vector))
+            for part in (slice(None, -1), slice(1, None))
+        )
+        differences = here - further
+        # What a product of a query and a key is in the mean, and a sum of those with all keys.
+        sizes = query.square().sum((1, 2)) / query.shape[1] * key.square().mean((1, 2)) * len(vector)
+        if not by_head:
+            differences, sizes = differences.sum(0), sizes.sum()
+        return bool((differences.abs().amax(-1) <= tolerance * sizes.sqrt()).all())
+
+
+def _are_of_like_size(rows: Tensor) -> bool:
+    """Are the rows ``[heads, S, size]`` of all columns of like size? If not, differences of small ones are not seen."""
+    sizes = rows.square().sum((0, 2))
+    return bool(sizes.max() <= LIKE_SIZE**2 * sizes.min())
+
+
+class _Replay:
+    """Runs a program in float64. Its constants are computed once as the program does, too."""
+
+    def __init__(self, side: Rotated, args: Sequence[Any], seq: int, device: torch.device) -> None:
+        self._side, self._seq, self._device = side, seq, device
+        self._given = {name: args[place] for name, place in side.inputs.items()}
+        self._of_rows: set[fx.Node] = set()
+        for node in side.program.graph.nodes:
+            if node.name in side.rows or not self._of_rows.isdisjoint(node.all_input_nodes):
+                self._of_rows.add(node)
+        self._narrow, self._wide = (self._constants(wide) for wide in (False, True))
+
+    def is_precise(self) -> bool:
+        """Are the numbers that rows meet as near to those in float64 as their dtype, and that of angles, allows for?
+
+        An angle is a product with a column, of which it is rounded by a share.
+        """
+        met = {arg for node in self._of_rows for arg in node.all_input_nodes if isinstance(self._wide.get(arg), Tensor)}
+        for node in met:
+            narrow, wide = self._narrow[node], self._wide[node]
+            if not (wide.is_floating_point() or wide.is_complex()):
+                continue
+            most = (4 * _eps(narrow.dtype) + self._seq * _eps(torch.float32)) * wide.abs().max()
+            if not bool((narrow - wide).abs().max() <= most):
                 return False
         return True
 
-    def _draw(self, seq: int, device: torch.device, generator: torch.Generator) -> dict[str, Tensor]:
-        return {name: _same_in_all_columns(axes, seq, device, generator) for name, axes in self.rows.items()}
+    def run(self, generator: torch.Generator, part: int | None = None) -> Tensor:
+        """Return the result ``[heads, S, size]`` for random rows, the same in all columns.
 
-    def _is_same(
-        self, replay: _Replay, drawn: list[dict[str, Tensor]], vector: Tensor, tolerance: float | None
-    ) -> bool:
-        query, key = (replay.results(rows)[i][0] for i, rows in enumerate(drawn))
-        if self.grouped and len(key) < len(query):
-            key = key.repeat_interleave(len(query) // len(key), 0)
-        here = torch.einsum("hse,hte,t->s", query[:, :-1], key[:, :-1], vector)
-        next_to_it = torch.einsum("hse,hte,t->s", query[:, 1:], key[:, 1:], vector)
-        sizes = [one.square().sum((0, 2)).max().sqrt() for one in (query, key)]
-        most = sizes[0] * sizes[1] * len(vector) ** 0.5
-        tolerance = replay.precision() if tolerance is None else tolerance
-        return bool((here - next_to_it).abs().max() <= tolerance * most)
-
-
-class _Replay(fx.Interpreter):
-    """Run the program of a pair on rows of float64. Its constants are computed as captured, or ``wide``: in float64."""
-
-    def __init__(self, pair: RotatedPair, given: Mapping[str, Any], seq: int, device: torch.device, wide: bool) -> None:
-        super().__init__(pair.program, garbage_collect_values=False)
-        self._given = dict(given)
-        self._wide, self._seq = wide, seq
-        self._columns = torch.arange(seq, device=device)
-        self._dtypes: set[torch.dtype] = set()
-        self._met: set[torch.dtype] = set()
-        self._is_row: dict[fx.Node, bool] = {}
-
-    def results(self, rows: Mapping[str, Tensor]) -> list[Tensor]:
-        self._rows = rows
-        result: list[Tensor] = self.run()
+        Of its features all but each ``size``-th are zero, from a ``part`` on; or none.
+        """
+        values: dict[fx.Node, Any] = dict(self._wide)
+        for node in self._side.program.graph.nodes:
+            if node.name in self._side.rows:
+                values[node] = self._draw(self._side.rows[node.name], generator, part)
+            elif node in self._of_rows and node.op != "output":
+                values[node] = _call(node, values, wide=True)
+        (output,) = self._side.program.graph.find_nodes(op="output")
+        result: Tensor = values[output.all_input_nodes[0]][0]
         return result
 
-    def precision(self) -> float:
-        """The largest difference of products that comes of the precision of tables, and of the angles in them.
+    def _constants(self, wide: bool) -> dict[fx.Node, Any]:
+        columns = torch.arange(self._seq, device=self._device)
+        values: dict[fx.Node, Any] = {}
+        for node in self._side.program.graph.nodes:
+            if node.op == "placeholder" and node not in self._of_rows:
+                value = self._given.get(node.name, columns)
+                values[node] = _as_wide(value) if wide else value
+            elif node.op == "get_attr":
+                values[node] = _as_wide(getattr(self._side.program, node.target))
+            elif node.target is radix.gather_columns.default:
+                arguments = arguments_of(node)
+                values[node] = values[arguments["table"]].index_select(arguments["dim"], columns)
+            elif node.op == "call_function" and node not in self._of_rows:
+                values[node] = _call(node, values, wide)
+        return values
 
-        An angle is a product with a column, which rounds by a share of itself.
-        """
-        return 4 * (_eps(self._met) + self._seq * _eps(self._dtypes - LOW))
+    def _draw(self, axes: Axes, generator: torch.Generator, part: int | None) -> Tensor:
+        atoms = [atom for axis in axes for atom in axis]
+        features = [int(atom.size) if isinstance(atom, Feature | Uniform) else 1 for atom in atoms]
+        drawn = torch.randn(features, dtype=torch.float64, device=self._device, generator=generator)
+        if part is not None:
+            drawn.view(-1)[torch.arange(drawn.numel(), device=self._device) % self._side.size != part] = 0
+        sizes = [self._seq if atom is SEQ else size for atom, size in zip(atoms, features, strict=True)]
+        by_axis = iter(sizes)
+        return drawn.expand(sizes).reshape([math.prod(itertools.islice(by_axis, len(axis))) for axis in axes])
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "placeholder":
-            self._is_row[n] = n.name in self._rows
-            if n.name in self._rows:
-                return self._rows[n.name]
-            value = self._given.get(n.name, self._columns)
-            return self._noted(value.detach() if isinstance(value, Tensor) else value)
-        self._is_row[n] = any(self._is_row[arg] for arg in n.all_input_nodes)
-        if n.op != "call_function":
-            return super().run_node(n)
-        if self._is_row[n]:
-            return self._run_rows(n)
-        if n.target is radix.gather_columns.default:
-            arguments = arguments_of(n)
-            table = self.env[arguments["table"]]
-            return table.index_select(arguments["dim"], self._columns)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return self._noted(n.target(*args, **(_widened(kwargs) if self._wide else kwargs)))  # type: ignore[operator]
 
-    def _run_rows(self, n: fx.Node) -> Any:
-        for arg in n.all_input_nodes:
-            value = self.env[arg]
-            if not self._is_row[arg] and isinstance(value, Tensor):
-                self._met.add(value.dtype)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        args = fx.node.map_aggregate(args, _as_wide)
-        return n.target(*args, **_widened(kwargs))  # type: ignore[operator]
-
-    def _noted(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self._dtypes.add(value.dtype)
-            return _as_wide(value) if self._wide else value
-        return value
+def _call(node: fx.Node, values: Mapping[fx.Node, Any], wide: bool) -> Any:
+    given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: values[arg])
+    args, kwargs = given[0], dict(given[1])
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    if not wide:
+        return function(*args, **kwargs)
+    args = fx.node.map_aggregate(args, _as_wide)
+    if "dtype" in kwargs:
+        kwargs |= {"dtype": WIDER.get(kwargs["dtype"], kwargs["dtype"])}
+    result = function(*args, **kwargs)
+    if isinstance(result, Tensor) and result.dtype in WIDER and "dtype" not in kwargs:  # of integers: 1 / positions
+        args = fx.node.map_aggregate(args, lambda arg: arg.double() if isinstance(arg, Tensor) else arg)
+        result = function(*args, **kwargs)
+    return _as_wide(result)
 
 
 def _as_wide(value: Any) -> Any:
-    return value.to(WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
+    return value.detach().to(WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
-def _widened(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: WIDER.get(value, value) if name == "dtype" else value for name, value in kwargs.items()}
-
-
-def _eps(dtypes: Collection[torch.dtype]) -> float:
-    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0)
-
-
-def _same_in_all_columns(axes: Axes, seq: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Random features ``[1, S, ...]`` in compact form, the same for each row."""
-    atoms = [atom for axis in axes for atom in axis]
-    features = [int(atom.size) if isinstance(atom, Feature | Uniform) else 1 for atom in atoms]
-    drawn = torch.randn(features, dtype=torch.float64, device=device, generator=generator)
-    sizes = [seq if atom is SEQ else size for atom, size in zip(atoms, features, strict=True)]
-    by_axis = iter(sizes)
-    return drawn.expand(sizes).reshape([math.prod(itertools.islice(by_axis, len(axis))) for axis in axes])
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,14 +261,20 @@ def rotary_check(fold: Fold) -> RotaryCheck | None:
     """Return the check of a fold; None if it has no rotary embeddings."""
     if fold.rotary is None:
         return None
-    pairs: dict[str, RotatedPair] = {}
+    pairs: dict[tuple[str, str, bool], RotatedPair] = {}
     contents: set[int] = set()
     for pair in fold.rotary.pairs:
-        made = _rotated_pair(fold, pair, fold.rotary.nodes)
-        if pairs.setdefault(_text_of(made), made) is made:
-            placeholders = {node.name: node for node in made.program.graph.find_nodes(op="placeholder")}
-            contents.update(place for name, place in made.inputs.items() if _is_read(placeholders[name]))
+        query, key = (_rotated(fold, rows, fold.rotary.nodes) for rows in (pair.query, pair.key))
+        about = query.text(), key.text(), pair.grouped
+        if about not in pairs:
+            pairs[about] = RotatedPair(query, key, pair.grouped)
+            contents.update(_contents_read(query), _contents_read(key))
     return RotaryCheck(tuple(pairs.values()), tuple(sorted(contents)))
+
+
+def _contents_read(side: Rotated) -> list[int]:
+    placeholders = {node.name: node for node in side.program.graph.find_nodes(op="placeholder")}
+    return [place for name, place in side.inputs.items() if _is_read(placeholders[name])]
 
 
 def _is_read(node: fx.Node) -> bool:
@@ -228,45 +282,36 @@ def _is_read(node: fx.Node) -> bool:
     return is_tensor(node) and any(user.target is not aten.sym_size.int for user in node.users)
 
 
-def _rotated_pair(fold: Fold, pair: Pair, rotated: Collection[fx.Node]) -> RotatedPair:
-    nodes = _computed_cheaply((pair.query.node, pair.key.node), rotated)
-    program, sources = compact_part(fold, (pair.query, pair.key), nodes)
+def _rotated(fold: Fold, rows: Rows, rotated: Collection[fx.Node]) -> Rotated:
+    program, sources = compact_part(fold, rows, _computed_from_rows(rows.node, rotated))
     placeholders = program.graph.find_nodes(op="placeholder")
-    count = len(fold.captured.graph.find_nodes(op="placeholder"))
-    inputs = {node.name: place for place, node in enumerate(placeholders[:count]) if node.users}
-    tables = tuple(node.name for node in placeholders[:count] if _is_read(node) and _may_be_a_table(val(node)))
-    rows = placeholders[len(placeholders) - len(sources) :]
-    axes = {node.name: value_of(source).axes for node, source in zip(rows, sources, strict=True)}
-    return RotatedPair(program, pair.grouped, inputs, axes, tables)
+    inputs = placeholders[: len(fold.captured.graph.find_nodes(op="placeholder"))]
+    places = {node.name: place for place, node in enumerate(inputs) if node.users}
+    tables = tuple(val(node).dtype for node in inputs if _is_read(node) and _may_be_a_table(val(node)))
+    of_rows = placeholders[len(placeholders) - len(sources) :]
+    axes = {node.name: value_of(source).axes for node, source in zip(of_rows, sources, strict=True)}
+    return Rotated(program, places, axes, tables, rows.heads()[1])
 
 
-def _computed_cheaply(ends: tuple[fx.Node, ...], rotated: Collection[fx.Node]) -> list[fx.Node]:
-    """The rotated values in front of these nodes, and what of other rows they are computed from by cheap linear ops.
+def _computed_from_rows(end: fx.Node, rotated: Collection[fx.Node]) -> list[fx.Node]:
+    """The rotated values in front of a node, and what they are computed from by linear ops without constants.
 
     Two halves of one row are no different rows, and neither is the negative of one.
     """
     found: set[fx.Node] = set()
-    queue = list(ends)
+    queue = [end]
     while queue:
         node = queue.pop()
-        is_part = node in rotated or (node.op == "call_function" and is_linear(node) and not flops(node))
+        is_part = node in rotated or (node.op == "call_function" and is_linear(node) and _has_no_constants(node))
         if node not in found and is_row(node) and is_part:
             found.add(node)
             queue += node.all_input_nodes
-    return [node for node in ends[0].graph.nodes if node in found]
+    return [node for node in end.graph.nodes if node in found]
+
+
+def _has_no_constants(node: fx.Node) -> bool:
+    return all(not value_of(operand).is_constant for operand in operands_of(node))
 
 
 def _may_be_a_table(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and sum(size != 1 for size in tensor.shape) > 1
-
-
-def _text_of(pair: RotatedPair) -> str:
-    """The text of a program, which is the same for the same ops on the same inputs."""
-    numbers: dict[fx.Node, str] = {}
-    lines: list[str] = []
-    for node in pair.program.graph.nodes:
-        numbers[node] = f"%{len(numbers)}"
-        args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: numbers[arg])
-        about = pair.inputs.get(node.name, pair.rows.get(node.name)) if node.op == "placeholder" else node.target
-        lines.append(f"{node.op} {about} {args}")
-    return "\n".join([*lines, str(pair.grouped)])

@@ -170,7 +170,7 @@ def test_the_advice_works_inside_the_compiled_function(kind: str) -> None:
 
 
 def test_the_report_says_what_could_be_passed() -> None:
-    model = build("Qwen3")
+    model = build("GPT2")
     for positions, padding, advised in (
         (None, PADDED, True),
         (POSITIONS, PADDED, False),
@@ -183,11 +183,11 @@ def test_the_report_says_what_could_be_passed() -> None:
         (graph,) = explanation.graphs
         notes = [note for note in graph.notes if "left padding" in note]
         assert bool(notes) == advised
-        assert not notes or ("position_ids computed from the mask" in notes[0] and "modeling_qwen3.py" in notes[0])
+        assert not notes or ("position_ids computed from the mask" in notes[0] and "modeling_gpt2.py" in notes[0])
 
 
 def test_one_warning_where_left_padding_costs_sharing() -> None:
-    model, ids = build("Qwen3", head="Model"), token_ids()
+    model, ids = build("GPT2", head="Model"), token_ids()
     compiled = torch.compile(model, backend="radix", options={"inner_backend": "aot_eager", "fold": "always"})
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
