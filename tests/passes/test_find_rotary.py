@@ -110,15 +110,16 @@ def in_bfloat16(x: Tensor) -> Tensor:
 class Program(nn.Module):
     """One layer of attention with a padding mask, whose queries and keys are turned."""
 
-    def __init__(self, query: Callable[..., Tensor], key: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, query: Callable[..., Tensor], key: Callable[..., Tensor] | None = None, size: int = E) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding = nn.Embedding(VOCABULARY, H * E)
-        self.query, self.key, self.value, self.last = (nn.Linear(H * E, H * E) for _ in range(4))
+        self.size = size
+        self.embedding = nn.Embedding(VOCABULARY, H * size)
+        self.query, self.key, self.value, self.last = (nn.Linear(H * size, H * size) for _ in range(4))
         self.turn_query, self.turn_key = query, key or query
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (H, E)).transpose(1, 2)
+        return x.unflatten(-1, (H, self.size)).transpose(1, 2)
 
     def forward(self, ids: Tensor, padded: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -134,8 +135,8 @@ def mask_of(padded: Tensor) -> Tensor:
     return (i <= i[:, None]) & (padded != 0)[:, None, None]
 
 
-def table(length: int = 64) -> Tensor:
-    by = torch.arange(length)[:, None] * FREQUENCIES
+def table(length: int = 64, size: int = E) -> Tensor:
+    by = torch.arange(length)[:, None] / 100 ** (torch.arange(size // 2, dtype=torch.float64) * 2 / size)
     return torch.cat([by.cos(), by.sin()], -1)
 
 
@@ -332,6 +333,23 @@ def test_a_table_that_is_changed_is_checked_again() -> None:
             radix_compile.reset_stats()
             torch.testing.assert_close(compiled(ids, padded), model(ids, padded), rtol=1e-9, atol=1e-9)
             assert radix_compile.stats().compact_tokens - int((padded == 0).sum()) == expected
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_rounding_does_not_hide_a_wrong_number(error: float) -> None:
+    """In a product of 64 features, it would be no more than the rounding of a table in bfloat16."""
+    numbers = table(size=64)
+    numbers[7, 2] += error
+    turn = Tabled(numbers.bfloat16())
+    ids, padded = text()
+    model = Program(lambda x: turn(x), size=64).double()
+    args = [ids, padded, turn.numbers]
+    fold = fold_of(model, ids, padded)
+    check = rotary_check.rotary_check(fold)
+    assert check is not None
+    (place,) = check.contents
+    given = [args[2] if i == place else ids for i in range(len(fold.captured.graph.find_nodes(op="placeholder")))]
+    assert check(given, S, torch.device("cpu")) == (not error)
 
 
 def test_each_size_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
