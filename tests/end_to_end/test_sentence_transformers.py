@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,46 @@ def test_reranking(saved: Path) -> None:
     stats = radix_compile.stats()
     assert stats.folded_calls == 1
     assert stats.compact_tokens <= stats.tokens - 5 * 12
+
+
+@pytest.fixture
+def generative(saved: Path) -> Path:
+    """A reranker that is a language model: its score is the difference of two words' logits behind the last token."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "yes": 3, "no": 4} | {word: i for i, word in enumerate(WORDS[2:], 5)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(saved)
+    build("Qwen3").save_pretrained(saved)
+    return saved
+
+
+def test_reranking_by_a_language_model(generative: Path) -> None:
+    """sentence-transformers pads on the left for these, without position ids."""
+    pairs = [(PROMPT, query) for query in QUERIES]
+    plain, model = CrossEncoder(str(generative), device="cpu"), CrossEncoder(str(generative), device="cpu")
+    assert model.tokenizer.padding_side == "left"
+    model.compile(backend="radix", options=OPTIONS)
+    scores, expected = model.predict(pairs), plain.predict(pairs)
+    assert abs(scores - expected).max() < 1e-5 * abs(expected).max()
+    assert (scores.argsort() == expected.argsort()).all()
+    assert radix_compile.stats().compact_tokens == distinct_prefixes(pairs, model.tokenizer)
+
+
+@pytest.mark.parametrize("padding", ["exact", "skip"])
+def test_embedding_with_padding_on_the_left(saved: Path, padding: str) -> None:
+    plain, model = embedder(saved, "lasttoken"), embedder(saved, "lasttoken")
+    for one in (plain, model):
+        one.tokenizer.padding_side = "left"
+    model.compile(backend="radix", options=OPTIONS | {"padding": padding})
+    texts = [PROMPT + query for query in QUERIES]
+    embeddings, expected = model.encode(texts), plain.encode(texts)
+    assert abs(embeddings - expected).max() < 1e-5 * abs(expected).max()
+    lengths = [len(text.split()) for text in texts]
+    returned = sum(max(lengths) - length for length in lengths)  # token embeddings are a result, those of padding too
+    distinct = distinct_prefixes(texts, model.tokenizer)
+    assert radix_compile.stats().compact_tokens == distinct + (returned if padding == "exact" else 0)
+
+
+def distinct_prefixes(texts: list[Any], tokenizer: Any) -> int:
+    rows = [tokenizer(*([text] if isinstance(text, str) else text))["input_ids"] for text in texts]
+    return len({tuple(row[: i + 1]) for row in rows for i in range(len(row))})
