@@ -1,8 +1,10 @@
 """Count the prefixes that the sequences of a data set share, and bound the speedup. No model is needed.
 
-Three orders are compared: the order of the file, sorted by length, and ordered for sharing. "nodes per token" is
-distinct prefixes / tokens over all batches; "best", "median" and "worst" are those of single batches. The speedups are
-upper bounds from FLOPs, for models of the sizes of Qwen3, against batches without padding.
+Three orders are compared: the order of the file, sorted by length, and batches of ``SharedPrefixBatchSampler``. "rows"
+are those of the padded batches, "read" those that are no padding, "distinct" their distinct prefixes, which are computed
+if no result reads padding, and "and padding" what is computed if every row is a result. "distinct / read" is over all
+batches; "best", "median" and "worst" are those of single batches. The speedups are upper bounds from FLOPs, for models
+of the sizes of Qwen3, against batches without padding.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from rich.table import Table
 
 from radix_compile.cli.inputs import FIELDS, load_tokenizer, positive, read_texts
 from radix_compile.inspection.prefix_tree import depth_and_fan_out, edges
-from radix_compile.plan.batching import SharedPrefixBatchSampler
+from radix_compile.plan.batching import SharedPrefixBatchSampler, sharing
 from radix_compile.plan.prefix_plan import PrefixPlan
 
 SIZES = {
@@ -34,10 +36,16 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Order:
-    """The result for one order: nodes / tokens over all batches and of single ones, and speedups by size of model."""
+    """The result for one order: rows over all batches, distinct / read of all and of single ones, and speedups by size
+    of model. ``with_padding`` are the rows that are computed if padding is a result, too.
+    """
 
     name: str
     batches: int
+    rows: int
+    read: int
+    distinct: int
+    with_padding: int
     compression: float
     best: float
     median: float
@@ -72,15 +80,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
         f"prefix tree: at most {tree['depth']} branchings from root to leaf,"
         f" {tree['fan_out']:.1f} branches each on average"
     )
-    table = Table(
-        "batches of " + str(options.batch_size), f"nodes per {unit[:-1]}", "best", "median", "worst", box=None
-    )
+    table = Table("batches of " + str(options.batch_size), box=None)
+    for name in ("rows", "read", "distinct", "and padding", "distinct / read", "best", "median", "worst"):
+        table.add_column(name, justify="right")
     for size in SIZES:
         table.add_column(f"{size} at most", justify="right")
     for order in orders:
         numbers = (order.compression, order.best, order.median, order.worst)
         table.add_row(
             order.name,
+            *(f"{count:,}" for count in (order.rows, order.read, order.distinct, order.with_padding)),
             *(f"{number:.3f}" for number in numbers),
             *(f"{speedup:.2f}x" for speedup in order.speedup.values()),
         )
@@ -126,9 +135,11 @@ def _evaluate(name: str, sequences: Sequence[list[int]], batches: Sequence[Seque
     tokens, nodes, pairs, tree_pairs = (sum(column) for column in zip(*counts, strict=True))
     shares = [batch_nodes / batch_tokens for batch_tokens, batch_nodes, *_ in counts if batch_tokens] or [1.0]
     speedup = {size: _flops(size, tokens, pairs) / max(_flops(size, nodes, tree_pairs), 1) for size in SIZES}
-    return Order(
-        name, len(counts), nodes / tokens if tokens else 1.0, min(shares), median(shares), max(shares), speedup
-    )
+    rows = sum(len(batch) * max((len(sequences[i]) for i in batch), default=0) for batch in batches)
+    with_padding = round(tokens * sharing(sequences, batches, padding=True))
+    compression = nodes / tokens if tokens else 1.0
+    shares_of = min(shares), median(shares), max(shares)
+    return Order(name, len(counts), rows, tokens, nodes, with_padding, compression, *shares_of, speedup)
 
 
 def _flops(size: str, tokens: int, pairs: int) -> int:

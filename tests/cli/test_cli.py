@@ -126,6 +126,13 @@ def test_estimate(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = [texts[i : i + 16] for i in range(0, 64, 16)]
     nodes = sum(len({text[: i + 1] for text in batch for i in range(len(text))}) for batch in first)
     assert orders["as they come"]["compression"] == pytest.approx(nodes / found["tree"]["tokens"])
+    padded = sum(16 * max(map(len, batch)) for batch in first)
+    assert [orders["as they come"][name] for name in ("rows", "read", "distinct")] == [
+        padded,
+        sum(map(len, texts)),
+        nodes,
+    ]
+    assert nodes < orders["as they come"]["with_padding"] <= nodes + padded - sum(map(len, texts))
     assert orders["for sharing"]["compression"] < 0.9 * orders["as they come"]["compression"]
     assert orders["for sharing"]["compression"] < 0.9 * orders["by length"]["compression"]
     assert orders["for sharing"]["speedup"]["8B"] > orders["as they come"]["speedup"]["8B"] > 1

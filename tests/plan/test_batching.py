@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from benchmarks.bench_orders import cases, rows
 from radix_compile.plan import batching
 from radix_compile.plan.batching import SharedPrefixBatchSampler, order_for_sharing, sharing
 from radix_compile.plan.prefix_plan import PrefixPlan
@@ -102,36 +103,73 @@ def test_neighbours_share_more_than_random_or_length_order() -> None:
     assert sharing(rows, SharedPrefixBatchSampler(rows, 16)) == sharing(rows, stretches(order, 16))
 
 
-@given(TEXTS | IDS, st.integers(1, 12), st.booleans(), st.booleans())
-def test_batches_are_neighbours_of_the_order(sequences: list, size: int, shuffle: bool, drop_last: bool) -> None:
-    order = order_for_sharing(sequences)
-    sampler = SharedPrefixBatchSampler(sequences, size, shuffle=shuffle, drop_last=drop_last)
+def computed(sequences: list, batches: list[list[int]], padding: bool) -> int:
+    """The distinct prefixes of each batch, and the distinct rows of padding, which is put behind the sequences."""
+    count = 0
+    for batch in batches:
+        longest = max((len(sequences[i]) for i in batch), default=0)
+        rows = [[*sequences[i], *[None] * (longest - len(sequences[i]) if padding else 0)] for i in batch]
+        count += len({tuple(row[: n + 1]) for row in rows for n in range(len(row))})
+    return count
+
+
+@given(TEXTS | IDS, st.integers(1, 12), st.booleans(), st.booleans(), st.booleans(), st.data())
+def test_no_more_is_computed_than_in_other_orders(
+    sequences: list, size: int, shuffle: bool, drop_last: bool, padding: bool, data: st.DataObject
+) -> None:
+    groups = data.draw(st.none() | st.lists(st.integers(0, 3), min_size=len(sequences), max_size=len(sequences)))
+    options: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last, "padding": padding, "groups": groups}
+    sampler = SharedPrefixBatchSampler(sequences, size, **options)
     batches = list(sampler)
     assert len(sampler) == len(batches)
-    place = {i: k for k, i in enumerate(order)}
-    batches.sort(key=lambda batch: place[batch[0]])
-    joined = [i for batch in batches for i in batch]
+    found = [i for batch in batches for i in batch]
+    assert sorted({*found}) == sorted(found)
     if drop_last:
-        assert batches == [batch for batch in stretches(order, size) if len(batch) == size]
+        assert all(len(batch) == size for batch in batches)
+        assert len(found) == len(sequences) // size * size
     else:
-        assert joined == order
-        assert all(size - size // 4 <= len(batch) <= size for batch in batches[:-1])
-        assert all(1 <= len(batch) <= size for batch in batches[-1:])
+        assert len(found) == len(sequences)
+        assert all(1 <= len(batch) <= size for batch in batches)
+        by_length = stretches(sorted(order_for_sharing(sequences), key=lambda i: len(sequences[i])), size)
+        assert computed(sequences, batches, padding) <= computed(sequences, by_length, padding)
 
 
-@given(TEXTS | IDS, st.integers(4, 12))
-def test_batches_end_where_the_least_is_shared(sequences: list, size: int) -> None:
-    order = order_for_sharing(sequences)
-    end = 0
-    for batch in SharedPrefixBatchSampler(sequences, size):
-        start, end = end, end + len(batch)
-        if start + size >= len(order):
-            assert end == len(order)
-            break
-        cuts = range(start + size, start + size - size // 4 - 1, -1)
-        lost = {cut: brute_common(sequences[order[cut - 1]], sequences[order[cut]]) for cut in cuts}
-        best = min(cuts, key=lambda cut: lost[cut])  # the latest of equal ones
-        assert end == (best if lost[best] <= lost[start + size] / 2 else start + size)
+@given(TEXTS | IDS, st.data())
+def test_sharing_counts_padding(sequences: list, data: st.DataObject) -> None:
+    indices = st.lists(st.integers(0, len(sequences) - 1), max_size=8) if sequences else st.just([])
+    batches = data.draw(st.lists(indices, max_size=5))
+    tokens = sum(len(sequences[i]) for batch in batches for i in batch)
+    expected = computed(sequences, batches, padding=True) / tokens if tokens else 1.0
+    assert sharing(sequences, batches, padding=True) == expected
+
+
+def test_padding_is_counted_as_a_plan_does() -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 3, rng.integers(1, 9)).tolist() for _ in range(40)]
+    ids, mask = np.zeros((2, 40, 8), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    plan = PrefixPlan.from_rows(ids, mask)
+    assert sharing(rows, [range(40)], padding=True) * sum(map(len, rows)) == plan.compact_tokens
+
+
+def test_groups_stay_together_short_ones_first() -> None:
+    groups = ["b", "a", "b", "a", "c"]
+    sequences = [[1, 2, 3], [5], [1, 2, 4], [4, 4], [9, 9, 9, 9]]
+    assert order_for_sharing(sequences, groups) == [3, 1, 0, 2, 4]
+    batches = list(SharedPrefixBatchSampler(sequences, 2, groups=groups))
+    assert [sorted(batch) for batch in batches] == [[1, 3], [0, 2], [4]]
+    with pytest.raises(ValueError, match="groups must have one entry for each of the 5 sequences, not 2"):
+        order_for_sharing(sequences, ["a", "b"])
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_the_sampler_is_within_five_percent_of_the_best(size: int) -> None:
+    for case in cases():
+        for padding in (True, False):
+            found = rows(case, size, padding)
+            assert found["sampler"] <= found["length"], case.name
+            assert found["sampler"] <= 1.05 * min(found.values()), case.name
 
 
 def brute_common(a: Any, b: Any) -> int:
