@@ -1,10 +1,10 @@
 """Count the prefixes that the sequences of a data set share, and bound the speedup. No model is needed.
 
 Three orders are compared: the order of the file, sorted by length, and batches of ``SharedPrefixBatchSampler``. "rows"
-are those of the padded batches, "read" those that are no padding, "distinct" their distinct prefixes, which are computed
-if no result reads padding, and "and padding" what is computed if every row is a result. "distinct / read" is over all
-batches; "best", "median" and "worst" are those of single batches. The speedups are upper bounds from FLOPs, for models
-of the sizes of Qwen3, against batches without padding.
+are those of the padded batches, "read" those that are no padding. "distinct" are their distinct prefixes, which are
+computed if no result reads padding, and "and padding" is what is computed if every row is a result. "distinct / read"
+is over all batches; "best", "median" and "worst" are those of single batches. The speedups are upper bounds from FLOPs,
+for models of the sizes of Qwen3, against batches without padding.
 """
 
 from __future__ import annotations

@@ -163,6 +163,11 @@ class _Sorted:
         self.places[self.ranks] = np.arange(len(keys))
         rows = [_tokens(keys[i]) for i in self.ranks]
         self.shared = np.array([*_shared_with_next(rows), 0][: len(keys)], np.int64)
+        # The least of 1, 2, 4, ... entries of `shared` from each on: two of them cover any stretch.
+        self._least = [self.shared]
+        while len(self._least[-1]) > 1 << (len(self._least) - 1):
+            step = 1 << (len(self._least) - 1)
+            self._least.append(np.minimum(self._least[-1][:-step], self._least[-1][step:]))
 
     def computed(self, places: Int64, padding: bool) -> int:
         """The rows that are computed for the sequences at these places, as one batch."""
@@ -178,12 +183,14 @@ class _Sorted:
         return nodes
 
     def _common(self, places: Int64) -> Int64:
-        """The prefixes that neighbours of these ascending places share. (A place may come again.)"""
+        """The prefixes that neighbours of these places share. (A place may come again.)"""
         common: Int64 = self.lengths[self.ranks[places[:-1]]].copy()
-        differ = places[1:] > places[:-1]
-        edges = np.stack([places[:-1][differ], places[1:][differ]], 1).ravel()
-        if len(edges):
-            common[differ] = np.minimum.reduceat(self.shared, edges)[::2]
+        low, high = np.minimum(places[:-1], places[1:]), np.maximum(places[:-1], places[1:])
+        levels = np.frexp(high - low)[1] - 1
+        for level in np.unique(levels[levels >= 0]).tolist():
+            at = np.flatnonzero(levels == level)
+            least = self._least[level]
+            common[at] = np.minimum(least[low[at]], least[high[at] - (1 << level)])
         return common
 
     def groups(self, least: int) -> Int64:
@@ -215,8 +222,7 @@ class _Sorted:
         A batch ends before it is full where, in its last quarter, neighbours share least, and at most half of what they
         share where it is full: short common prefixes are often chance, and smaller batches have their cost too.
         """
-        places = self.places[order]
-        shared = [int(self._common(np.sort(pair))[0]) for pair in np.stack([places[:-1], places[1:]], 1)]
+        shared = self._common(self.places[order]).tolist()
         bounds = [0]
         while bounds[-1] + batch_size < len(order):
             end = bounds[-1] + batch_size
