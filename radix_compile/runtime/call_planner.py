@@ -41,7 +41,7 @@ from radix_compile.runtime.checks import TriangleCheck, rows_seen
 from radix_compile.runtime.rotary_check import RotaryCheck, rotary_check
 from radix_compile.runtime.row_contents import row_numbers
 from radix_compile.runtime.row_programs import ReadProgram, RowProgram, RowPrograms
-from radix_compile.torch_internals import size_symbols, val
+from radix_compile.torch_internals import size_hint, size_symbols, val
 
 BoolArray = NDArray[np.bool_]
 
@@ -371,6 +371,8 @@ def advice_on_padding(fold: Fold, inputs: PlanInputs, args: Sequence[Any]) -> st
     padding = hidden_padding(captured)
     if padding is None or (column is None and rotary is None):
         return None
+    # A size that is a symbol would become a number, and the program right for that alone.
+    args = [size_hint(arg) if isinstance(arg, torch.SymInt) else arg for arg in args]
     placeholders = captured.graph.find_nodes(op="placeholder")
     rows = args[placeholders.index(tokens_of(captured).keys[0])]  # of sizes, where the captured one has symbols
     shape = (rows.shape[0], rows.shape[1])

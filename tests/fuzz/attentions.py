@@ -35,14 +35,25 @@ def _projected(d: Draw) -> tuple[list[str], bool]:
 
 
 def rotated(d: Draw) -> list[str]:
-    """Lines that apply rotary positions to queries and keys."""
-    column = d.column_numbers()
+    """Lines that apply rotary positions to queries and keys, or something like it that is more than that."""
+    column = "torch.arange(S)" if d.chance(0.4) else d.column_numbers()
     dims = "[:, None]" if column == "torch.arange(S)" else "[:, None, :, None]"
-    return [
-        f"angle = {column}{dims} / (1 + torch.arange(E // 2))",
-        "cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()",
-        "q, k = (t * cos + torch.cat([-t[..., E // 2:], t[..., : E // 2]], -1) * sin for t in (q, k))",
-    ]
+    if d.chance(0.6):
+        both, turned = "torch.cat([{0}, {0}], -1)", "torch.cat([-t[..., E // 2:], t[..., : E // 2]], -1)"
+    else:
+        both, turned = "({0}).repeat_interleave(2, -1)", "torch.stack([-t[..., 1::2], t[..., ::2]], -1).flatten(-2)"
+    lines = [f"angle = {column}{dims}.double() / (1 + torch.arange(E // 2))"]
+    common = d.one_of("angle", "angle", "angle / 4", "angle ** 2" if d.chance(0.3) else "angle")
+    for name in "qk" if d.chance(0.9) else d.one_of("q", "k"):
+        own = d.one_of("-angle", "angle + 1", "2 * angle", "angle % 2") if d.chance(0.1) else common
+        text = f"t * {both.format(own)}.cos() + {turned} * {both.format(own)}.sin()"
+        if d.chance(0.1):
+            factor = d.one_of("1.5", "(1 + angle[..., :1])", "1.1 ** angle[..., :1]", "0.9 ** angle[..., :1]")
+            text = f"({text}) * {factor}"
+        lines.append(f"{name} = (lambda t: {text})({name})")
+    if d.chance(0.1):  # another reader of rotated rows
+        lines.append(d.one_of("v = v + k.mean(1, keepdim=True)", "z = z + q.transpose(1, 2).reshape(B, S, D)"))
+    return lines
 
 
 def merged_heads(d: Draw) -> str:

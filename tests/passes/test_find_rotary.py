@@ -370,10 +370,16 @@ def test_each_size_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             ids, padded = text(seq)
             compiled(ids, attention_mask=padded, use_cache=False)
         assert checked == [9]  # and one layer stands for all
+        before = radix_compile.stats().graphs
+        for seq in (8, 10, 11):
+            ids, padded = text(seq)
+            compiled(ids, attention_mask=padded, use_cache=False)
+        assert checked == [9, 8, 10, 11]
+        assert radix_compile.stats().graphs == before  # no check has made a guard about the number of columns
         compiled(ids, attention_mask=torch.ones_like(padded), use_cache=False)
-        ids, padded = text(10)
+        ids, padded = text(7)
         compiled(ids.flip(1), attention_mask=padded.flip(1), use_cache=False)
-    assert checked == [9]  # nothing starts at a later column
+    assert checked == [9, 8, 10, 11]  # nothing starts at a later column
 
 
 def test_a_check_that_cannot_run_costs_sharing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
