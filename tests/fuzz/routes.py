@@ -111,7 +111,8 @@ def _check_call(
     if not plan.compact_tokens:
         return False
     outcome.add(tokens=len(plan.scatter), compact_tokens=plan.compact_tokens)
-    kept = _kept(source, torch.from_numpy(plan.scatter >= 0), call.batch["ids"]) if skip else []
+    scatter = plan.scatter if plan.head is None else plan.head.plan.scatter  # zero also where others need a node
+    kept = _kept(source, torch.from_numpy(scatter >= 0), call.batch["ids"]) if skip else []
     arrays = inputs.arrays(plan, args, torch.device("cpu"))
     _compare(folded(*args, *arrays), call, plain, kept=kept)
     return True
