@@ -87,7 +87,7 @@ def _readers(graph: fx.Graph, rotated: dict[fx.Node, None]) -> tuple[list[Pair],
     scores: set[tuple[fx.Node, fx.Node]] = set()
     for node in graph.nodes:
         parts = _parts(node)
-        if parts is None or rotated.keys().isdisjoint([parts.query.node, parts.key.node]):
+        if parts is None or not _have_heads(parts) or rotated.keys().isdisjoint([parts.query.node, parts.key.node]):
             continue
         pairs.append(Pair(parts.query, parts.key, parts.grouped))
         if parts.product is not None:
@@ -108,6 +108,14 @@ def _parts(node: fx.Node) -> Parts | None:
         return parts_of(node)
     except NotOnTree:
         return None
+
+
+def _have_heads(parts: Parts) -> bool:
+    try:
+        parts.query.heads(), parts.key.heads()
+    except NotOnTree:
+        return False
+    return True
 
 
 def is_linear(node: fx.Node) -> bool:

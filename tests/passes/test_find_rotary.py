@@ -300,6 +300,32 @@ def test_not_where_another_op_reads_rotated_rows(program: type[Program]) -> None
     assert distinct(program(half_split), ids, padded) == int(padded.sum())
 
 
+def test_positions_that_are_computed_from_the_content() -> None:
+    class ByContent(Program):
+        def forward(self, ids: Tensor, padded: Tensor) -> Any:
+            x = self.embedding(ids)
+            query, key, value = (self.heads(one(x)) for one in (self.query, self.key, self.value))
+            by = (ids % 3).cumsum(1)[:, None, :, None] * FREQUENCIES
+            return self.attend(x, half_split(query, by), half_split(key, by), value, mask_of(padded))
+
+    ids, padded = text()
+    assert distinct(ByContent(half_split), ids, padded) == int(padded.sum())
+
+
+def test_a_cache_that_is_filled_in_two_calls() -> None:
+    model = build("Qwen3").double()
+    compiled = torch.compile(model, backend="radix", options=OPTIONS)
+    ids, padded = text()
+    results = []
+    for one in (compiled, model):
+        with torch.no_grad():
+            cache = one(ids[:, :7], attention_mask=padded[:, :7], use_cache=True).past_key_values
+            results.append(one(ids[:, 7:], attention_mask=padded, past_key_values=cache, use_cache=True).logits)
+    # The tables of transformers are in float32.
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert radix_compile.stats().folded_calls == 1
+
+
 def test_attention_in_several_ops() -> None:
     assert distinct(TwiceScaled(interleaved), *text()) == S
 
