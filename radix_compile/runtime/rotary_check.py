@@ -225,30 +225,35 @@ def _eps(dtype: torch.dtype) -> float:
 class RotaryCheck:
     """Checks for a call that all products of rotated queries and keys depend on the distance of columns alone.
 
-    ``contents``  the positions of the inputs that tables are made of,
-    ``proved``    and what was found for their values: the verdict by the number of columns. The last values come last.
+    ``inputs``    the positions of the inputs that it takes,
+    ``contents``  and of the tensors among them of which more is read than their sizes.
+    ``proved``    what was found for the values of these tensors: the verdict by the number of columns, the sizes and the
+                  numbers of the call. The last values come last.
     """
 
     pairs: tuple[RotatedPair, ...]
+    inputs: tuple[int, ...]
     contents: tuple[int, ...]
-    proved: list[tuple[list[Tensor], dict[int, bool]]] = field(default_factory=list, repr=False)
+    proved: list[tuple[list[Tensor], dict[tuple[Any, ...], bool]]] = field(default_factory=list, repr=False)
 
     def __call__(self, args: Sequence[Any], seq: int, device: torch.device) -> bool:
         if seq < 2:
             return True
         verdicts = self._verdicts([args[place] for place in self.contents])
-        if seq not in verdicts:
+        given = [args[place] for place in self.inputs]
+        call = seq, *(tuple(one.shape) if isinstance(one, Tensor) else one for one in given)
+        if call not in verdicts:
             try:
                 with torch.no_grad():
-                    verdicts[seq] = all(pair.depends_on_distance(args, seq, device) for pair in self.pairs)
+                    verdicts[call] = all(pair.depends_on_distance(args, seq, device) for pair in self.pairs)
             except RuntimeError as error:  # no kernel for float64, or too little memory
                 log.warning("rotary embeddings could not be checked, so that left padding costs sharing: %s", error)
                 return False
-            if not verdicts[seq]:
+            if not verdicts[call]:
                 log.info("scores of rotary embeddings depend on more than distances, for %d columns", seq)
-        return verdicts[seq]
+        return verdicts[call]
 
-    def _verdicts(self, contents: list[Tensor]) -> dict[int, bool]:
+    def _verdicts(self, contents: list[Tensor]) -> dict[tuple[Any, ...], bool]:
         for kept, verdicts in self.proved:
             if all(map(torch.equal, kept, contents)):
                 return verdicts
@@ -262,14 +267,16 @@ def rotary_check(fold: Fold) -> RotaryCheck | None:
     if fold.rotary is None:
         return None
     pairs: dict[tuple[str, str, bool], RotatedPair] = {}
+    inputs: set[int] = set()
     contents: set[int] = set()
     for pair in fold.rotary.pairs:
         query, key = (_rotated(fold, rows, fold.rotary.nodes) for rows in (pair.query, pair.key))
         about = query.text(), key.text(), pair.grouped
         if about not in pairs:
             pairs[about] = RotatedPair(query, key, pair.grouped)
+            inputs.update(query.inputs.values(), key.inputs.values())
             contents.update(_contents_read(query), _contents_read(key))
-    return RotaryCheck(tuple(pairs.values()), tuple(sorted(contents)))
+    return RotaryCheck(tuple(pairs.values()), tuple(sorted(inputs)), tuple(sorted(contents)))
 
 
 def _contents_read(side: Rotated) -> list[int]:

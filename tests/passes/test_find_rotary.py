@@ -378,6 +378,26 @@ def test_rounding_does_not_hide_a_wrong_number(error: float) -> None:
     assert check(given, S, torch.device("cpu")) == (not error)
 
 
+def test_a_number_of_the_call_is_checked_again() -> None:
+    """The angles are those of a rotary embedding up to a number that the caller gives, as in dynamic scaling."""
+
+    class Scaled(Program):
+        def forward(self, ids: Tensor, padded: Tensor, most: int) -> Any:
+            x = self.embedding(ids)
+            query, key, value = (self.heads(one(x)) for one in (self.query, self.key, self.value))
+            by = torch.arange(ids.shape[1]).clamp(max=most)[:, None] * FREQUENCIES
+            return self.attend(x, half_split(query, by), half_split(key, by), value, mask_of(padded))
+
+    model = Scaled(half_split).double()
+    compiled = torch.compile(model, backend="radix", options=OPTIONS, dynamic=True)
+    ids, padded = text()
+    with torch.no_grad():
+        for most, expected in ((50, S), (S - 5, int(padded.sum())), (60, S)):
+            radix_compile.reset_stats()
+            torch.testing.assert_close(compiled(ids, padded, most), model(ids, padded, most), rtol=1e-9, atol=1e-9)
+            assert radix_compile.stats().compact_tokens - int((padded == 0).sum()) == expected
+
+
 def test_each_size_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
     check = rotary_check.RotatedPair.depends_on_distance
