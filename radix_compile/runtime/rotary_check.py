@@ -227,8 +227,8 @@ class RotaryCheck:
 
     ``inputs``    the positions of the inputs that it takes,
     ``contents``  and of the tensors among them of which more is read than their sizes.
-    ``proved``    what was found for the values of these tensors: the verdict by the number of columns, the sizes and the
-                  numbers of the call. The last values come last.
+    ``proved``    what was found for the values of these tensors: the verdict by the number of columns, the sizes and
+                  the numbers of the call. The last values come last.
     """
 
     pairs: tuple[RotatedPair, ...]
