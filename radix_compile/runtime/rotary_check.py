@@ -14,26 +14,20 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from radix_compile.analysis.arguments import is_tensor
-from radix_compile.analysis.attention.rows import Rows
 from radix_compile.ir.axes import SEQ, Axes, Feature, Uniform
 from radix_compile.ir.calls import arguments_of
-from radix_compile.ir.value import is_row, value_of
-from radix_compile.passes.find_rotary import is_linear, operands_of
 from radix_compile.passes.fold import Fold
-from radix_compile.passes.fold_graph import compact_part
-from radix_compile.torch_internals import val
+from radix_compile.runtime.rotary_programs import Rotated, rotated
 
 log = logging.getLogger(__name__)
 
-aten = torch.ops.aten
 radix = torch.ops.radix
 
 WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
@@ -45,41 +39,6 @@ LIKE_SIZE = 100
 """Rows that differ in size by a larger factor are not compared."""
 KEPT = 4
 """For so many values of its inputs, the verdicts of a check are kept."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rotated:
-    """A program for queries or keys ``[1, heads, S, size]`` of an attention, from rows in compact form.
-
-    ``inputs``  the positions of the call's inputs that it takes, by the names of its placeholders,
-    ``rows``    the axes of values of rows, likewise,
-    ``tables``  the dtypes of inputs that may be tables with an entry for each column.
-    """
-
-    program: fx.GraphModule
-    inputs: Mapping[str, int]
-    rows: Mapping[str, Axes]
-    tables: tuple[torch.dtype, ...]
-    size: int
-
-    def text(self) -> str:
-        """Return a text that is the same for programs of the same ops on the same inputs."""
-        numbers: dict[fx.Node, str] = {}
-        lines: list[str] = []
-
-        def write(node: fx.Node) -> None:
-            for arg in node.all_input_nodes:
-                if arg not in numbers:
-                    write(arg)
-            numbers[node] = f"%{len(numbers)}"
-            about: Any = node.target
-            if node.op == "placeholder":
-                about = self.inputs.get(node.name, self.rows.get(node.name, node.name))
-            lines.append(f"{about} {fx.node.map_arg((node.args, dict(node.kwargs)), numbers.__getitem__)}")
-
-        (output,) = self.program.graph.find_nodes(op="output")
-        write(output)
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,55 +229,10 @@ def rotary_check(fold: Fold) -> RotaryCheck | None:
     inputs: set[int] = set()
     contents: set[int] = set()
     for pair in fold.rotary.pairs:
-        query, key = (_rotated(fold, rows, fold.rotary.nodes) for rows in (pair.query, pair.key))
+        query, key = (rotated(fold, rows, fold.rotary.nodes) for rows in (pair.query, pair.key))
         about = query.text(), key.text(), pair.grouped
         if about not in pairs:
             pairs[about] = RotatedPair(query, key, pair.grouped)
             inputs.update(query.inputs.values(), key.inputs.values())
-            contents.update(_contents_read(query), _contents_read(key))
+            contents.update(query.contents(), key.contents())
     return RotaryCheck(tuple(pairs.values()), tuple(sorted(inputs)), tuple(sorted(contents)))
-
-
-def _contents_read(side: Rotated) -> list[int]:
-    placeholders = {node.name: node for node in side.program.graph.find_nodes(op="placeholder")}
-    return [place for name, place in side.inputs.items() if _is_read(placeholders[name])]
-
-
-def _is_read(node: fx.Node) -> bool:
-    """Is more of an input read than its sizes?"""
-    return is_tensor(node) and any(user.target is not aten.sym_size.int for user in node.users)
-
-
-def _rotated(fold: Fold, rows: Rows, rotated: Collection[fx.Node]) -> Rotated:
-    program, sources = compact_part(fold, rows, _computed_from_rows(rows.node, rotated))
-    placeholders = program.graph.find_nodes(op="placeholder")
-    inputs = placeholders[: len(fold.captured.graph.find_nodes(op="placeholder"))]
-    places = {node.name: place for place, node in enumerate(inputs) if node.users}
-    tables = tuple(val(node).dtype for node in inputs if _is_read(node) and _may_be_a_table(val(node)))
-    of_rows = placeholders[len(placeholders) - len(sources) :]
-    axes = {node.name: value_of(source).axes for node, source in zip(of_rows, sources, strict=True)}
-    return Rotated(program, places, axes, tables, rows.heads()[1])
-
-
-def _computed_from_rows(end: fx.Node, rotated: Collection[fx.Node]) -> list[fx.Node]:
-    """The rotated values in front of a node, and what they are computed from by linear ops without constants.
-
-    Two halves of one row are no different rows, and neither is the negative of one.
-    """
-    found: set[fx.Node] = set()
-    queue = [end]
-    while queue:
-        node = queue.pop()
-        is_part = node in rotated or (node.op == "call_function" and is_linear(node) and _has_no_constants(node))
-        if node not in found and is_row(node) and is_part:
-            found.add(node)
-            queue += node.all_input_nodes
-    return [node for node in end.graph.nodes if node in found]
-
-
-def _has_no_constants(node: fx.Node) -> bool:
-    return all(not value_of(operand).is_constant for operand in operands_of(node))
-
-
-def _may_be_a_table(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and sum(size != 1 for size in tensor.shape) > 1
