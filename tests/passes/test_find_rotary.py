@@ -312,6 +312,25 @@ def test_positions_that_are_computed_from_the_content() -> None:
     assert distinct(ByContent(half_split), ids, padded) == int(padded.sum())
 
 
+@pytest.mark.parametrize("differ", [False, True])
+def test_positions_of_several_axes_from_the_caller(differ: bool) -> None:
+    """``[3, B, S]``, as Qwen2-VL takes them. Images have other positions on each axis."""
+
+    class Axes(Program):
+        def forward(self, ids: Tensor, padded: Tensor, positions: Tensor) -> Any:
+            x = self.embedding(ids)
+            query, key, value = (self.heads(one(x)) for one in (self.query, self.key, self.value))
+            by = positions[..., None] * FREQUENCIES
+            by = torch.cat([part[i % 3] for i, part in enumerate(by.split([1, 1, 2], -1))], -1)[:, None]
+            return self.attend(x, half_split(query, by), half_split(key, by), value, mask_of(padded))
+
+    ids, padded = text()
+    positions = (padded.cumsum(1) - 1).clamp(min=0).expand(3, B, S).clone()
+    if differ:
+        positions[1, 2:] += 3 * (ids[2:] > 7)
+    distinct(Axes(half_split), ids, padded, positions)  # which compares
+
+
 def test_a_cache_that_is_filled_in_two_calls() -> None:
     model = build("Qwen3").double()
     compiled = torch.compile(model, backend="radix", options=OPTIONS)
