@@ -34,7 +34,9 @@ def find_rotary(fold: Fold) -> None:
     """Set ``fold.rotary``, if all values that depend on their column are rotary embeddings. Needs ``choose_cuts``.
 
     They run in compact form with numbers of columns that count from the start of the path. Where anything else than
-    attention reads one, as a returned cache of keys does, they run in full form too, with the columns of the program.
+    attention reads one, as a returned cache of keys does, they run in full form too, with the program's columns. So
+    they do for attention in which a fully masked row sees all keys, padding among them: the gradient of its scores is
+    that of their columns.
     """
     captured = fold.captured
     if not fold.options.shift_rotary:
@@ -46,13 +48,13 @@ def find_rotary(fold: Fold) -> None:
     if not rotated:
         return
     try:
-        pairs, returned = _readers(captured.graph, rotated)
+        pairs, needs_columns = _readers(fold, rotated)
     except NotRotary:
         return
     homes = {fold.homes[node] for node in rotated}
     if not homes <= {Form.COMPACT, Form.EITHER}:
         return
-    if returned or Form.EITHER in homes:
+    if needs_columns or Form.EITHER in homes:
         fold.homes |= dict.fromkeys(rotated, Form.EITHER)
     fold.rotary = Rotary(frozenset(rotated), tuple(dict.fromkeys(pairs)))
 
@@ -76,20 +78,22 @@ def _is_float(node: fx.Node) -> bool:
     return all(result.is_floating_point() or result.is_complex() for result in results)
 
 
-def _readers(graph: fx.Graph, rotated: dict[fx.Node, None]) -> tuple[list[Pair], bool]:
-    """Return the queries and keys that are rotated, and whether anything else than attention reads such a value.
+def _readers(fold: Fold, rotated: dict[fx.Node, None]) -> tuple[list[Pair], bool]:
+    """Return the queries and keys that are rotated, and whether anything needs those of the program's columns.
 
     Raises :class:`NotRotary`.
     """
+    needs_columns = False
     if not all(map(is_linear, rotated)):
         raise NotRotary
     pairs: list[Pair] = []
     scores: set[tuple[fx.Node, fx.Node]] = set()
-    for node in graph.nodes:
+    for node in fold.captured.graph.nodes:
         parts = _parts(node)
         if parts is None or not _have_heads(parts) or rotated.keys().isdisjoint([parts.query.node, parts.key.node]):
             continue
         pairs.append(Pair(parts.query, parts.key, parts.grouped))
+        needs_columns |= not parts.zero and fold.tree_attention(node) is None
         if parts.product is not None:
             scores |= {(arg, parts.product) for arg in parts.product.all_input_nodes}
         elif parts.value.node not in rotated:
@@ -98,7 +102,7 @@ def _readers(graph: fx.Graph, rotated: dict[fx.Node, None]) -> tuple[list[Pair],
     for user in others:
         if user.op != "output" and (is_arranged(user) or is_row(user) or any(one.is_pair for one in values_of(user))):
             raise NotRotary
-    return pairs, bool(others)
+    return pairs, needs_columns or bool(others)
 
 
 def _parts(node: fx.Node) -> Parts | None:

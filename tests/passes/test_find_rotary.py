@@ -288,6 +288,19 @@ class TwiceScaled(Program):
         return self.last((weights @ value).transpose(1, 2).flatten(2))
 
 
+class MaskAdded(Program):
+    """Rows of padding see all keys, with the same weights whatever the scores are; but scores have a gradient there."""
+
+    def attend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Any:
+        hidden = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+        return self.last(F.scaled_dot_product_attention(query, key, value, hidden).transpose(1, 2).flatten(2) ** 2)
+
+
+def test_the_gradient_of_padding_that_sees_all_keys() -> None:
+    ids, padded = text()
+    assert distinct(MaskAdded(half_split), ids, padded) == S
+
+
 @pytest.mark.parametrize("program", [Returned, Added])
 @pytest.mark.parametrize("fold_attention", [True, False], ids=["tree", "rows"])
 def test_values_that_are_returned_have_the_columns_of_the_program(program: type[Program], fold_attention: bool) -> None:

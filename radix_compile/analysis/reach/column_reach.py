@@ -210,7 +210,7 @@ class Reaches:
             computed = self.of(node)
         except OutOfReach:
             return None
-        if (self.layout.batch != 1) != (computed.batch is not None):
+        if (self.layout.batch != 1) != (computed.batch is not None) or 0 in computed.last.shape:
             return None
         shape = shape_of(node)
         for dim in sorted(range(computed.rank), key=lambda dim: -computed.last.shape[dim]):
