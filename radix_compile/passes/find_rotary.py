@@ -9,6 +9,7 @@ is proved by running them, for the sizes of each call that needs it (``runtime.r
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -17,7 +18,7 @@ from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.attention.parts import Parts, is_attention
 from radix_compile.analysis.attention.rows import NotOnTree
 from radix_compile.analysis.op_info import info_of
-from radix_compile.ir.graph import Form, facts
+from radix_compile.ir.graph import Form, facts, graph_facts
 from radix_compile.ir.source import upstream
 from radix_compile.ir.value import is_arranged, is_row, value_of, values_of
 from radix_compile.passes.fold import Fold, Pair, Rotary
@@ -56,6 +57,9 @@ def find_rotary(fold: Fold) -> None:
         return
     if needs_columns or Form.EITHER in homes:
         fold.homes |= dict.fromkeys(rotated, Form.EITHER)
+        for node in computed_from_rows(rotated, rotated):  # so that rows are scattered, and not parts of them as well
+            if fold.homes[node] is Form.COMPACT:
+                fold.homes[node] = Form.EITHER
     fold.rotary = Rotary(frozenset(rotated), tuple(dict.fromkeys(pairs)))
 
 
@@ -93,7 +97,8 @@ def _readers(fold: Fold, rotated: dict[fx.Node, None]) -> tuple[list[Pair], bool
         if parts is None or not _have_heads(parts) or rotated.keys().isdisjoint([parts.query.node, parts.key.node]):
             continue
         pairs.append(Pair(parts.query, parts.key, parts.grouped))
-        needs_columns |= not parts.zero and fold.tree_attention(node) is None
+        has_gradient = graph_facts(fold.captured).is_differentiable
+        needs_columns |= has_gradient and not parts.zero and fold.tree_attention(node) is None
         if parts.product is not None:
             scores |= {(arg, parts.product) for arg in parts.product.all_input_nodes}
         elif parts.value.node not in rotated:
@@ -145,6 +150,27 @@ def is_linear(node: fx.Node) -> bool:
         case "first":
             return rows == [node.args[0]]
     return False
+
+
+def computed_from_rows(ends: Iterable[fx.Node], rotated: Collection[fx.Node]) -> list[fx.Node]:
+    """Return the rotated values in front of some nodes, and what they are computed from by linear ops of rows alone.
+
+    Two halves of one row are no different rows, and neither is the negative of one.
+    """
+    found: set[fx.Node] = set()
+    queue = list(ends)
+    graph = queue[0].graph
+    while queue:
+        node = queue.pop()
+        is_part = node in rotated or (node.op == "call_function" and is_linear(node) and _has_no_constants(node))
+        if node not in found and is_row(node) and is_part:
+            found.add(node)
+            queue += node.all_input_nodes
+    return [node for node in graph.nodes if node in found]
+
+
+def _has_no_constants(node: fx.Node) -> bool:
+    return all(not value_of(operand).is_constant for operand in operands_of(node))
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from radix_compile.analysis.arguments import is_tensor
 from radix_compile.analysis.attention.rows import Rows
 from radix_compile.ir.axes import Axes
-from radix_compile.ir.value import is_row, value_of
-from radix_compile.passes.find_rotary import is_linear, operands_of
+from radix_compile.ir.value import value_of
+from radix_compile.passes.find_rotary import computed_from_rows
 from radix_compile.passes.fold import Fold
 from radix_compile.passes.fold_graph import compact_part
 from radix_compile.torch_internals import val
@@ -68,7 +68,7 @@ def _is_read(node: fx.Node) -> bool:
 
 def rotated(fold: Fold, rows: Rows, nodes: Collection[fx.Node]) -> Rotated:
     """Return the program for queries or keys, given the nodes that depend on their column."""
-    program, sources = compact_part(fold, rows, _computed_from_rows(rows.node, nodes))
+    program, sources = compact_part(fold, rows, computed_from_rows([rows.node], nodes))
     placeholders = program.graph.find_nodes(op="placeholder")
     inputs = placeholders[: len(fold.captured.graph.find_nodes(op="placeholder"))]
     places = {node.name: place for place, node in enumerate(inputs) if node.users}
@@ -76,26 +76,6 @@ def rotated(fold: Fold, rows: Rows, nodes: Collection[fx.Node]) -> Rotated:
     of_rows = placeholders[len(placeholders) - len(sources) :]
     axes = {node.name: value_of(source).axes for node, source in zip(of_rows, sources, strict=True)}
     return Rotated(program, places, axes, tables, rows.heads()[1])
-
-
-def _computed_from_rows(end: fx.Node, rotated: Collection[fx.Node]) -> list[fx.Node]:
-    """The rotated values in front of a node, and what they are computed from by linear ops without constants.
-
-    Two halves of one row are no different rows, and neither is the negative of one.
-    """
-    found: set[fx.Node] = set()
-    queue = [end]
-    while queue:
-        node = queue.pop()
-        is_part = node in rotated or (node.op == "call_function" and is_linear(node) and _has_no_constants(node))
-        if node not in found and is_row(node) and is_part:
-            found.add(node)
-            queue += node.all_input_nodes
-    return [node for node in end.graph.nodes if node in found]
-
-
-def _has_no_constants(node: fx.Node) -> bool:
-    return all(not value_of(operand).is_constant for operand in operands_of(node))
 
 
 def _may_be_a_table(tensor: Tensor) -> bool:
